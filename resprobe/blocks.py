@@ -1,0 +1,168 @@
+"""Building blocks (Fig. 2, Fig. 5): `activation(branch(x) + shortcut(x))`, or `activation(branch(x))` when plain.
+
+Nothing works in place and every module is used once per pass, so that hooks see what happens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from resprobe.errors import UsageError
+from resprobe.layers import Layers
+from resprobe.registry import Registry
+from resprobe.shortcuts import SHORTCUTS
+
+BLOCKS: Registry[type[Block]] = Registry("block")
+
+
+class Block(nn.Module):
+    """One building block. A subclass says what its branch is and how many weighted layers that has.
+
+    Input [N, in_channels, H, W], output [N, width · expansion, ⌈H/stride⌉, ⌈W/stride⌉].
+
+    A block of one's own:
+
+        @rp.register_block("my-block")
+        class MyBlock(rp.Block):
+            weighted_layers = 2
+
+            def make_branch(self, in_channels, width, stride, layers):
+                return nn.Sequential(
+                    layers.conv(in_channels, width, kernel=3, stride=stride), layers.norm(width), nn.ReLU(),
+                    layers.conv(width, width * self.expansion, kernel=3), layers.norm(width * self.expansion),
+                )
+    """
+
+    weighted_layers: ClassVar[int] = 2
+    """Weighted layers on the longest path through the branch, as the paper counts depth."""
+
+    expansion: ClassVar[int] = 1
+    """Output channels per unit of `width`."""
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int = 1, *, shortcut: str = "none", layers: Layers = Layers()
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels, self.stride = in_channels, width * self.expansion, stride
+        self.branch = self.make_branch(in_channels, width, stride, layers)
+        self.shortcut = SHORTCUTS[shortcut](in_channels, self.out_channels, stride, layers)
+        # A gated shortcut scales the branch too; it says so here, and the sum below stays the sum.
+        gate_branch = getattr(self.shortcut, "gate_branch", None)
+        if gate_branch is not None:
+            self.branch = gate_branch(self.branch)
+        self.activation = self.make_activation()
+
+    def make_branch(self, in_channels: int, width: int, stride: int, layers: Layers) -> nn.Module:
+        """The residual function F: [N, in_channels, H, W] → [N, width · expansion, ⌈H/stride⌉, ⌈W/stride⌉]."""
+        raise NotImplementedError(f"{type(self).__name__} must define make_branch(in_channels, width, stride, layers)")
+
+    def make_activation(self) -> nn.Module:
+        """The nonlinearity after the addition. ReLU in the paper."""
+        return nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.branch(x)
+        if self.shortcut is not None:
+            carried = self.shortcut(x)
+            if carried.shape != out.shape:  # else a shape of 1 would be broadcast in silence
+                raise UsageError(
+                    f"{type(self).__name__}: the branch gives {tuple(out.shape)} but the shortcut "
+                    f"{tuple(carried.shape)} for an input of {tuple(x.shape)}; they must be equal"
+                )
+            out = out + carried
+        return self.activation(out)
+
+    def check_shapes(self) -> None:
+        """Sends a small image through and raises `UsageError` if what comes out is not what was promised."""
+        size = 4 * self.stride
+        parameter = next(self.parameters(), torch.empty(0))
+        image = torch.zeros(2, self.in_channels, size, size, device=parameter.device, dtype=parameter.dtype)
+        was_training = self.training
+        try:
+            with torch.no_grad():
+                out = self.eval()(image)
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{type(self).__name__} fails on an input of {tuple(image.shape)}: "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+        finally:
+            self.train(was_training)
+        expected = (2, self.out_channels, size // self.stride, size // self.stride)
+        if tuple(out.shape) != expected:
+            raise UsageError(
+                f"{type(self).__name__} turns an input of {tuple(image.shape)} into {tuple(out.shape)}; "
+                f"expected {expected} (width · expansion = {self.out_channels} channels, stride {self.stride})"
+            )
+
+
+def register_block(name: str):
+    """Decorator that files a subclass of `Block` under `name`, so that networks and studies accept it."""
+
+    def file_under_name(cls: type[Block]) -> type[Block]:
+        if not (isinstance(cls, type) and issubclass(cls, Block)):
+            raise UsageError(f"block (={name!r}) must be a subclass of resprobe.Block, not {cls!r}")
+        if not isinstance(cls.weighted_layers, int) or cls.weighted_layers < 1:
+            raise UsageError(f"block (={name!r}): weighted_layers (={cls.weighted_layers!r}) must be a whole number ≥ 1")
+        return BLOCKS.register(name)(cls)
+
+    return file_under_name
+
+
+@register_block("basic")
+class BasicBlock(Block):
+    """Two 3×3 convolutions (Fig. 5 left). The first takes the stride."""
+
+    weighted_layers = 2
+
+    def make_branch(self, in_channels: int, width: int, stride: int, layers: Layers) -> nn.Module:
+        return nn.Sequential(
+            OrderedDict(
+                conv1=layers.conv(in_channels, width, kernel=3, stride=stride),
+                norm1=layers.norm(width),
+                relu1=nn.ReLU(),
+                conv2=layers.conv(width, width, kernel=3),
+                norm2=layers.norm(width),
+            )
+        )
+
+
+@register_block("bottleneck")
+class BottleneckBlock(Block):
+    """1×1 that narrows, 3×3, 1×1 that restores (Fig. 5 right). `layers.stride_in` says which takes the stride."""
+
+    weighted_layers = 3
+    expansion = 4
+
+    def make_branch(self, in_channels: int, width: int, stride: int, layers: Layers) -> nn.Module:
+        stride_1x1, stride_3x3 = (stride, 1) if layers.stride_in == "1x1" else (1, stride)
+        return nn.Sequential(
+            OrderedDict(
+                conv1=layers.conv(in_channels, width, kernel=1, stride=stride_1x1),
+                norm1=layers.norm(width),
+                relu1=nn.ReLU(),
+                conv2=layers.conv(width, width, kernel=3, stride=stride_3x3),
+                norm2=layers.norm(width),
+                relu2=nn.ReLU(),
+                conv3=layers.conv(width, width * self.expansion, kernel=1),
+                norm3=layers.norm(width * self.expansion),
+            )
+        )
+
+
+@register_block("single")
+class SingleLayerBlock(Block):
+    """One 3×3 convolution: the case y = W₁x + x, for which §3.2 observed no advantage."""
+
+    weighted_layers = 1
+
+    def make_branch(self, in_channels: int, width: int, stride: int, layers: Layers) -> nn.Module:
+        return nn.Sequential(
+            OrderedDict(conv1=layers.conv(in_channels, width, kernel=3, stride=stride), norm1=layers.norm(width))
+        )

@@ -1,0 +1,95 @@
+"""Checkpoints: written whole or not at all, checksummed, with the previous one kept; loading runs no code."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resprobe.errors import UsageError
+
+_MAGIC = b"resprobe checkpoint 1 sha256 "
+
+
+class StorageError(UsageError):
+    """The place for results cannot be written to: it is full, read-only, or not a folder."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that after a crash at any moment it holds either all of the old content or all of the new.
+
+    Raises `StorageError` in one line if the disk is full or the place cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        scratch_exists = error.errno not in (errno.ENOTDIR, errno.ENAMETOOLONG) and scratch.exists()
+        if scratch_exists:
+            scratch.unlink()
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was half-written") from error
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Saves tensors and plain data. What was at `path` becomes `path` with the suffix `.previous`."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    payload = buffer.getvalue()
+    content = _MAGIC + hashlib.sha256(payload).hexdigest().encode() + b"\n" + payload
+    incoming, current, previous = _names(path)
+    write_atomically(incoming, content)
+    # Killed between these steps, the newest checkpoint still goes by one of the names that `load_checkpoint` knows.
+    if current.exists():
+        os.replace(current, previous)
+    os.replace(incoming, current)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any] | None:
+    """The newest undamaged checkpoint, on the CPU; None if there never was one. A damaged one is warned of."""
+    for candidate in _names(path):
+        try:
+            content = candidate.read_bytes()
+        except FileNotFoundError:
+            continue
+        header, _, payload = content.partition(b"\n")
+        if header == _MAGIC + hashlib.sha256(payload).hexdigest().encode():
+            try:
+                return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError):
+                pass  # a checksum over something that was never a checkpoint
+        warnings.warn(f"checkpoint {candidate} is damaged and was passed over")
+    return None
+
+
+def remove_checkpoints(path: Path) -> None:
+    """Removes a finished run's checkpoints: its result says all they said."""
+    for candidate in _names(path):
+        candidate.unlink(missing_ok=True)
+
+
+def _names(path: Path) -> tuple[Path, Path, Path]:
+    """The names a checkpoint can go by, newest first."""
+    return path.with_name(path.name + ".incoming"), path, path.with_name(path.name + ".previous")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

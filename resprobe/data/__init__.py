@@ -1,0 +1,19 @@
+"""Named data sets: `load_data("digits")`, `load_data("cifar10:PATH")`, `load_data("folder:PATH")`."""
+
+from resprobe.data.batches import TensorBatches, training_batches
+from resprobe.data.datasets import DATASETS, data_identity, load_data, register_dataset
+from resprobe.data.folder import FolderSet
+from resprobe.data.images import Data, ImageSet, Normalization
+
+__all__ = [
+    "DATASETS",
+    "Data",
+    "FolderSet",
+    "ImageSet",
+    "Normalization",
+    "TensorBatches",
+    "data_identity",
+    "load_data",
+    "register_dataset",
+    "training_batches",
+]

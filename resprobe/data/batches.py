@@ -1,0 +1,97 @@
+"""Training batches as a pure function of (seed, iteration).
+
+The order of images is one permutation an epoch, the epochs end to end: every batch is full and no image is skipped, as
+the authors' cycling data layer does it. Since batch k does not depend on how training came to it, a resumed run sees
+exactly the images it would have seen, whatever was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from resprobe.data.folder import FolderSet
+from resprobe.data.images import ImageSet, Normalization, generator
+from resprobe.errors import UsageError
+from resprobe.recipes import Recipe
+
+
+class TensorBatches:
+    """Augmented, normalized batches of images that live on the training device.
+
+    Crop offsets and flips are drawn per image (§4.2) on the host once an epoch; the images themselves never leave the
+    device. `batches(k)` gives float32 [batch_size, C, H, W] (channels last in memory) and int64 labels.
+    """
+
+    def __init__(self, images: ImageSet, recipe: Recipe, seed: int, normalization: Normalization):
+        self.recipe, self.seed, self.count = recipe, seed, len(images)
+        self.pad = recipe.pad if recipe.augmentation == "pad-crop" else 0
+        self.flip = recipe.flip if recipe.augmentation == "pad-crop" else 0.0
+        self.height, self.width = images.images.shape[-2:]
+        self.labels = images.labels
+        device = images.images.device
+        around = (self.pad,) * 4
+        # [N, H + 2p, W + 2p, C]: with the channels last, gathering a crop reads whole pixels.
+        self.padded = F.pad(images.images, around).permute(0, 2, 3, 1).contiguous()
+        mean = normalization.mean_at((self.height, self.width)).to(device) * 255
+        mean = mean.expand(-1, self.height, self.width)
+        border = F.pad(mean, around)
+        if recipe.pad_value == "black":  # the border is a black pixel, from which the colour's mean is subtracted
+            inside = F.pad(torch.ones_like(mean), around)
+            border = border + (1 - inside) * mean.mean((1, 2), keepdim=True)
+        self.mean = border.permute(1, 2, 0).contiguous()
+        self.scale = (1 / (255 * normalization.std)).to(device).view(-1)
+        self.rows = torch.arange(self.height, device=device)
+        self.columns = torch.arange(self.width, device=device)
+        self.drawn: dict[int, Tensor] = {}
+
+    def __call__(self, iteration: int) -> tuple[Tensor, Tensor]:
+        """The batch of one iteration, counted from 0."""
+        index, top, left, flipped = self.choices(iteration).unbind(1)
+        rows = top[:, None] + self.rows
+        columns = left[:, None] + torch.where(flipped[:, None] == 1, self.columns.flip(0), self.columns)
+        rows, columns = rows[:, :, None], columns[:, None, :]
+        pixels = self.padded[index[:, None, None], rows, columns].float()
+        pixels = (pixels - self.mean[rows, columns]) * self.scale
+        return pixels.permute(0, 3, 1, 2), self.labels[index]
+
+    def choices(self, iteration: int) -> Tensor:
+        """What was drawn for the batch: int64 [batch_size, 4] of image, top, left, flipped."""
+        start, stop = iteration * self.recipe.batch_size, (iteration + 1) * self.recipe.batch_size
+        parts = []
+        while start < stop:  # a batch may end one epoch and begin the next
+            epoch, first = divmod(start, self.count)
+            last = min(self.count, first + stop - start)
+            parts.append(self._epoch(epoch)[first:last])
+            start += last - first
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self.drawn:
+            random = generator("epoch", self.seed, epoch)
+            order = torch.randperm(self.count, generator=random)
+            offsets = torch.randint(0, 2 * self.pad + 1, (self.count, 2), generator=random)
+            flipped = torch.rand(self.count, generator=random) < self.flip
+            drawn = torch.cat([order[:, None], offsets, flipped[:, None].long()], dim=1).to(self.labels.device)
+            # Only the epochs a batch can touch are kept.
+            self.drawn = {known: rows for known, rows in self.drawn.items() if known >= epoch - 1} | {epoch: drawn}
+        return self.drawn[epoch]
+
+
+def training_batches(
+    images: ImageSet | FolderSet, recipe: Recipe, seed: int, normalization: Normalization, device: torch.device, start: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches `start`, `start + 1`, … of a run, on the device, normalized."""
+    if isinstance(images, FolderSet):
+        yield from images.training_batches(recipe, seed, normalization.to(device), device, start)
+        return
+    if recipe.augmentation == "scale-crop":
+        raise UsageError(
+            "augmentation (='scale-crop') needs image files, as from folder:PATH; images in memory accept pad-crop, none"
+        )
+    batches = TensorBatches(images.to(device), recipe, seed, normalization)
+    for iteration in range(start, recipe.iterations):
+        yield batches(iteration)

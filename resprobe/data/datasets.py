@@ -1,0 +1,188 @@
+"""Data sets by name. `load_data("cifar10:PATH")` reads a local copy; nothing needs the network if one is there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from resprobe.data.folder import folder_identity, open_folder
+from resprobe.data.images import Data, ImageSet
+from resprobe.errors import UsageError
+from resprobe.registry import Registry
+
+DATASETS: Registry[Callable[[str | None], Data]] = Registry("data")
+
+
+def register_dataset(name: str, *, identity: Callable[[str | None], str] | None = None):
+    """Decorator that files a function `(path | None) -> Data` under `name`.
+
+    `identity(path)` says what the data are, for sets that are not always the same under one name.
+    """
+
+    def file_under_name(load: Callable[[str | None], Data]) -> Callable[[str | None], Data]:
+        load.identity = identity  # type: ignore[attr-defined]
+        return DATASETS.register(name)(load)
+
+    return file_under_name
+
+
+def load_data(data: str | Data) -> Data:
+    """The data set named by `NAME` or `NAME:PATH`. Raises `UsageError` for an unknown name or unusable files."""
+    if isinstance(data, Data):
+        return data
+    name, path = _split(data)
+    return DATASETS[name](path)
+
+
+def data_identity(data: str | Data) -> str:
+    """What a data set is, whatever folder it is read from; part of the key under which runs are found again."""
+    if isinstance(data, Data):
+        return data.identity
+    name, path = _split(data)
+    identity = getattr(DATASETS[name], "identity", None)
+    return identity(path) if identity else name
+
+
+def _split(data: str) -> tuple[str, str | None]:
+    if not isinstance(data, str) or not data:
+        raise UsageError(f"data (={data!r}) must be NAME or NAME:PATH")
+    name, colon, path = data.partition(":")
+    return name, os.path.expanduser(path) if colon else None
+
+
+@register_dataset("digits")
+def digits(path: str | None = None) -> Data:
+    """1,797 handwritten digits of 8×8 pixels, embedded in scikit-learn: 1,437 to train on, 360 to test, no download."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if path is not None:
+        raise UsageError(f"data (='digits:{path}') takes no path: the digits are embedded")
+    bunch = load_digits()
+    # The original grey levels run from 0 to 16.
+    images = torch.from_numpy((bunch.images * 255 / 16).round().astype("uint8"))[:, None]
+    labels = torch.from_numpy(bunch.target).long()
+    train, test = (
+        torch.as_tensor(part).sort().values
+        for part in train_test_split(range(len(labels)), test_size=360, stratify=bunch.target, random_state=0)
+    )
+    whole = ImageSet(images, labels)
+    return Data("digits", "digits", whole.select(train), whole.select(test), tuple("0123456789"))
+
+
+@register_dataset("folder", identity=folder_identity)
+def folder(path: str | None = None) -> Data:
+    """Class folders of images, `folder:PATH` with PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or test/)."""
+    if path is None:
+        raise UsageError("data (='folder') needs a path: folder:PATH")
+    return open_folder(Path(path))
+
+
+# The official archives (Krizhevsky 2009), as torchvision knows them too.
+_CIFAR = {
+    "cifar10": ("cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py"),
+    "cifar100": ("cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python"),
+}
+
+
+@register_dataset("cifar10")
+def cifar10(path: str | None = None) -> Data:
+    """CIFAR-10: 50,000 training and 10,000 test images of 32×32 pixels in 10 classes."""
+    return _cifar("cifar10", path)
+
+
+@register_dataset("cifar100")
+def cifar100(path: str | None = None) -> Data:
+    """CIFAR-100: 50,000 training and 10,000 test images of 32×32 pixels in 100 classes."""
+    return _cifar("cifar100", path)
+
+
+def cache_folder() -> Path:
+    """Where downloads go and local copies are looked for: `$RESPROBE_CACHE`, else `~/.cache/resprobe`."""
+    return Path(os.environ.get("RESPROBE_CACHE", "~/.cache/resprobe")).expanduser()
+
+
+def _cifar(name: str, path: str | None) -> Data:
+    archive, md5, folder = _CIFAR[name]
+    if path is not None:
+        given = Path(path)
+        if not given.exists():
+            raise UsageError(
+                f"data path (={path!r}) is not there; {name}:PATH is {archive}, the folder {folder}, or a folder with either"
+            )
+        if given.is_file():
+            return _from_archive(name, given)
+        root = given.parent if given.name == folder else given
+        if (root / folder).is_dir():
+            return _from_folder(name, root)
+        if (root / archive).is_file():
+            return _from_archive(name, root / archive)
+        raise UsageError(f"data path (={path!r}) holds neither {folder}/ nor {archive}")
+    for root in (Path("data"), cache_folder()):
+        if (root / folder).is_dir():
+            return _from_folder(name, root)
+        if (root / archive).is_file():
+            return _from_archive(name, root / archive)
+    return _download(name)
+
+
+def _from_archive(name: str, archive: Path) -> Data:
+    official, md5, _ = _CIFAR[name]
+    digest = hashlib.md5()
+    with archive.open("rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != md5:
+        raise UsageError(
+            f"archive {archive} is damaged or not {official}: its MD5 is {digest.hexdigest()}, expected {md5}"
+        )
+    # Beside the archive may be read-only, and a half-unpacked folder would be worse than none.
+    with tempfile.TemporaryDirectory(prefix="resprobe-") as scratch, tarfile.open(archive) as tar:
+        tar.extractall(scratch, filter="data")
+        return _from_folder(name, Path(scratch))
+
+
+def _from_folder(name: str, root: Path) -> Data:
+    from torchvision import datasets
+
+    make = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        # torchvision checks every file's MD5 before it unpickles anything.
+        train, test = make(root, train=True, download=False), make(root, train=False, download=False)
+    except RuntimeError:
+        raise UsageError(
+            f"{name} in {root / _CIFAR[name][2]} is incomplete or damaged (a file is missing or its MD5 differs); "
+            f"unpack {_CIFAR[name][0]} there again"
+        ) from None
+    parts = (
+        ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        for part in (train, test)
+    )
+    return Data(name, name, *parts, classes=tuple(train.classes))
+
+
+def _download(name: str) -> Data:
+    from torchvision import datasets
+
+    archive, md5, folder = _CIFAR[name]
+    target, make = cache_folder(), {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        make(target, download=True)
+    except Exception as error:  # whatever a network can do
+        raise UsageError(
+            f"{name} is not here and its download failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            f"put {archive} (MD5 {md5}) into {target} or ./data, or name its place with --data {name}:PATH"
+        ) from None
+    finally:
+        socket.setdefaulttimeout(before)
+    return _from_folder(name, target)

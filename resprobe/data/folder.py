@@ -1,0 +1,226 @@
+"""Class folders of image files, read as they are needed: the ImageNet path of §3.4."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from resprobe.data.images import Data, ImageSet, Normalization, generator
+from resprobe.errors import UsageError
+from resprobe.recipes import Recipe
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+# Principal components of ImageNet's RGB values (Krizhevsky et al. 2012, §4.1; the figures as in fb.resnet.torch).
+_PCA_VALUES = torch.tensor([0.2175, 0.0188, 0.0045])
+_PCA_VECTORS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+_IN_MEMORY_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class FolderSet:
+    """Image files with their labels. `size` is the side of the test crop in pixels unless a recipe says otherwise."""
+
+    files: tuple[Path, ...]
+    labels: Tensor
+    size: int = 224
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def to(self, device: torch.device) -> FolderSet:
+        return self
+
+    def select(self, indices: Tensor) -> FolderSet:
+        return FolderSet(tuple(self.files[index] for index in indices.tolist()), self.labels[indices], self.size)
+
+    def sample(self, limit: int) -> Tensor:
+        """Up to `limit` images, spread evenly over the files, as single views: to fit a normalization on."""
+        step = max(1, len(self) // limit)
+        return torch.stack([_centre_view(path, self.size) for path in self.files[::step][:limit]])
+
+    def views(self, batch_size: int, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The files in order as centre views of `size` pixels, in batches (uint8, labels).
+
+        The shorter side is resized to 256/224 of the crop, as in testing at 256 and cropping 224 (§3.4).
+        """
+        yield from DataLoader(_Views(self, size or self.size), batch_size, num_workers=_workers(len(self)))
+
+    def training_batches(
+        self, recipe: Recipe, seed: int, normalization: Normalization, device: torch.device, start: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from `start` on: random scale, crop, flip and lighting (§3.4), each a function of (seed, position)."""
+        if recipe.augmentation == "pad-crop":
+            raise UsageError(
+                "augmentation (='pad-crop') needs images of one size in memory; these files are too large or differ in "
+                "size; accepted: scale-crop, none"
+            )
+        loader = DataLoader(
+            _Crops(self, recipe),
+            batch_sampler=_Positions(len(self), recipe, seed, start),
+            num_workers=_workers(recipe.batch_size),
+            pin_memory=device.type == "cuda",
+        )
+        for crops, labels, light in loader:
+            images = normalization(crops.to(device, non_blocking=True))
+            if recipe.colour == "pca":
+                images = images + light.to(device)[:, :, None, None] / normalization.std
+            yield images.contiguous(memory_format=torch.channels_last), labels.to(device, non_blocking=True)
+
+    def in_memory(self) -> ImageSet:
+        """All images as one tensor, for small images of one size. Raises `UsageError` if they are not."""
+        with Image.open(self.files[0]) as first:
+            width, height = first.size
+        if width * height * 3 * len(self) > _IN_MEMORY_BYTES:
+            raise UsageError(f"{len(self):,} images of {width}×{height} do not fit {_IN_MEMORY_BYTES >> 30} GiB of memory")
+        images = []
+        for path in self.files:
+            pixels = _pixels(_open(path))
+            if pixels.shape[1:] != (height, width):
+                raise UsageError(f"{path} is {pixels.shape[2]}×{pixels.shape[1]}, the first image {width}×{height}")
+            images.append(pixels)
+        return ImageSet(torch.stack(images), self.labels)
+
+
+def open_folder(root: Path) -> Data:
+    """`root` with `train/CLASS/*.jpg` and `val/CLASS/*.jpg` (or `test/`). Small images of one size come in memory."""
+    if not root.is_dir():
+        raise UsageError(f"data folder (={str(root)!r}) is not there; expected train/ and val/ with a folder a class")
+    train, test = root / "train", next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val")
+    for part in (train, test):
+        if not part.is_dir():
+            raise UsageError(f"data folder (={str(root)!r}) has no {part.name}/; expected train/ and val/ (or test/)")
+    classes = tuple(sorted(entry.name for entry in train.iterdir() if entry.is_dir()))
+    if not classes:
+        raise UsageError(f"data folder (={str(train)!r}) has no class folders")
+    unknown = sorted({entry.name for entry in test.iterdir() if entry.is_dir()} - set(classes))
+    if unknown:
+        raise UsageError(f"{test} has classes that {train} has not: {', '.join(unknown[:5])}")
+    parts = [_list_files(part, classes) for part in (train, test)]
+    with Image.open(parts[0].files[0]) as first:
+        small = max(first.size) <= 64
+    train_set, test_set = (part.in_memory() for part in parts) if small else parts
+    return Data(f"folder-{root.name}", folder_identity(str(root)), train_set, test_set, classes)  # type: ignore[arg-type]
+
+
+def folder_identity(path: str | None) -> str:
+    """A folder is what its files are: a digest of their relative paths and sizes. Where it stands does not matter."""
+    root = Path(path or "")
+    digest = hashlib.sha256()
+    for file in sorted(entry for entry in root.rglob("*") if entry.suffix.lower() in EXTENSIONS):
+        digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\n".encode())
+    return f"folder:{digest.hexdigest()[:16]}"
+
+
+def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (part / name).glob("*") if path.suffix.lower() in EXTENSIONS)
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UsageError(f"data folder (={str(part)!r}) holds no images ({', '.join(EXTENSIONS)})")
+    return FolderSet(tuple(files), torch.tensor(labels))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UsageError(f"image {path} cannot be read: {error}") from error
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def _crop(image: Image.Image, shorter: float, top: float, left: float, size: int) -> Image.Image:
+    """Resizes so that the shorter side is `shorter` and crops [top, left, size, size], in one step."""
+    ratio = min(image.size) / shorter
+    box = (left * ratio, top * ratio, min((left + size) * ratio, image.width), min((top + size) * ratio, image.height))
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+
+def resized(path: Path, shorter: int) -> Tensor:
+    """The whole image, its shorter side `shorter` pixels: uint8 [3, H, W]."""
+    image = _open(path)
+    ratio = shorter / min(image.size)
+    size = (max(shorter, round(image.width * ratio)), max(shorter, round(image.height * ratio)))
+    return _pixels(image.resize(size, Image.Resampling.BILINEAR))
+
+
+def _centre_view(path: Path, size: int) -> Tensor:
+    image, shorter = _open(path), size * 256 / 224
+    scale = shorter / min(image.size)
+    top, left = (image.height * scale - size) / 2, (image.width * scale - size) / 2
+    return _pixels(_crop(image, shorter, top, left, size))
+
+
+def _workers(items: int) -> int:
+    return min(8, os.cpu_count() or 1) if items > 32 else 0
+
+
+class _Views(Dataset):
+    def __init__(self, images: FolderSet, size: int):
+        self.images, self.size = images, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return _centre_view(self.images.files[index], self.size), self.images.labels[index]
+
+
+class _Crops(Dataset):
+    """One augmented image for (image, what it is drawn from)."""
+
+    def __init__(self, images: FolderSet, recipe: Recipe):
+        self.images, self.recipe = images, recipe
+
+    def __getitem__(self, key: tuple[int, tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        index, drawn_from = key
+        path, label = self.images.files[index], self.images.labels[index]
+        if self.recipe.augmentation == "none":
+            return _centre_view(path, self.recipe.crop), label, torch.zeros(3)
+        random, size = generator("image", *drawn_from), self.recipe.crop
+        image = _open(path)
+        low, high = self.recipe.scale
+        shorter = int(torch.randint(low, high + 1, (), generator=random))
+        scale = shorter / min(image.size)
+        u, v, flip = torch.rand(3, generator=random).tolist()
+        view = _crop(image, shorter, u * (image.height * scale - size), v * (image.width * scale - size), size)
+        pixels = _pixels(view)
+        if flip < self.recipe.flip:
+            pixels = pixels.flip(2)
+        light = _PCA_VECTORS @ (torch.randn(3, generator=random) * 0.1 * _PCA_VALUES)
+        return pixels, label, light
+
+
+class _Positions:
+    """Batches of (image, (seed, position)): the stream of `resprobe.data.batches`, for a loader with workers."""
+
+    def __init__(self, count: int, recipe: Recipe, seed: int, start: int):
+        self.count, self.recipe, self.seed, self.start = count, recipe, seed, start
+
+    def __len__(self) -> int:
+        return self.recipe.iterations - self.start
+
+    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
+        epoch, order = -1, torch.empty(0)
+        for iteration in range(self.start, self.recipe.iterations):
+            batch = []
+            for position in range(iteration * self.recipe.batch_size, (iteration + 1) * self.recipe.batch_size):
+                if position // self.count != epoch:
+                    epoch = position // self.count
+                    order = torch.randperm(self.count, generator=generator("epoch", self.seed, epoch))
+                batch.append((int(order[position % self.count]), (self.seed, position)))
+            yield batch

@@ -1,0 +1,77 @@
+"""Where and in which precision to compute."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from contextlib import AbstractContextManager
+
+import torch
+
+from resprobe.errors import UsageError, not_accepted
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """The device for a name: "auto" is CUDA, else Apple's GPU, else the CPU. Raises `UsageError` if it is not there."""
+    if isinstance(name, torch.device):
+        return name
+    kind = name.split(":")[0]
+    if kind not in DEVICES:
+        raise not_accepted("device", name, DEVICES)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if kind == "auto":
+        return torch.device(next(candidate for candidate in ("cuda", "mps", "cpu") if there[candidate]))
+    if not there[kind]:
+        usable = ["auto", *(candidate for candidate, available in there.items() if available)]
+        raise UsageError(f"device (={name!r}) is not available on this machine; accepted here: {', '.join(usable)}")
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """"fp32" or "bf16". "auto" is bf16 where the processor computes in it natively, else fp32."""
+    if name not in PRECISIONS:
+        raise not_accepted("precision", name, PRECISIONS)
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu":
+        return "bf16" if _cpu_computes_bf16() else "fp32"
+    return "fp32"
+
+
+def _cpu_computes_bf16() -> bool:
+    # There is no public question for this in torch; the private one is used where it exists.
+    known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    if known is not None and known():
+        return True
+    return sys.platform == "linux" and "avx512_bf16" in _cpu_flags()
+
+
+def _cpu_flags() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next((line for line in stream if line.startswith("flags")), "")
+    except OSError:
+        return ""
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Mixed precision for the forward pass: weights, normalization and the loss stay in float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def flush_denormals() -> bool:
+    """Makes the processor treat denormal floats as zero, in this thread and those it starts. True if all threads do.
+
+    A deep plain network's activations and gradients fall into the denormal range, where x86 arithmetic is many times
+    slower. The setting is inherited when a thread starts, so it must come before torch's first parallel operation.
+    """
+    torch.set_flush_denormal(True)
+    smallest = torch.full((torch.get_num_threads() << 16,), 1e-40)
+    return not bool((smallest * 0.5).any())

@@ -1,0 +1,72 @@
+"""What a number was measured with: versions, processor or card, commit."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import resprobe
+
+_PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "scikit-learn")
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """Versions, machine, device and git commit of resprobe's checkout, if it is one."""
+    return {
+        "resprobe": resprobe.__version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **git_commit(),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The card's or the processor's name with what matters of its size."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = _processor()
+    return f"{device.type}: {name}, {cores} cores" if device.type == "cpu" else f"{device.type}: {name}"
+
+
+@functools.cache
+def git_commit() -> dict[str, object]:
+    """The commit that this code is, and whether it was changed since; empty where there is no checkout."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    # A checkout of something else around an installed resprobe is not its history.
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return {}
+    return {"commit": git("rev-parse", "HEAD"), "local_changes": bool(git("status", "--porcelain", "-uno"))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,29 @@
+"""The errors that users see: one line each, with the value, what is accepted, and the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Something the user asked for cannot be done as asked. Studies print it as one line and exit with code 2."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss stopped being finite. Names the iteration, the learning rate and the first layer concerned."""
+
+
+def nearest(value: object, accepted: Iterable[object]) -> str | None:
+    """The accepted name that `value` most likely meant, or None where nothing comes close."""
+    names = {str(name).lower(): str(name) for name in accepted}
+    close = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    return names[close[0]] if close else None
+
+
+def not_accepted(what: str, value: object, accepted: Iterable[object]) -> UsageError:
+    """The error for a value outside a known set: value, accepted values, nearest one."""
+    accepted = [str(name) for name in accepted]
+    hint = nearest(value, accepted)
+    text = f"{what} (={str(value)!r}) is unknown; accepted: {', '.join(accepted) or 'none are registered'}"
+    return UsageError(text + (f"; nearest: {hint}" if hint else ""))

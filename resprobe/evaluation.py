@@ -1,0 +1,196 @@
+"""Test protocols: the single view of §4.2, 10-crop and multi-scale fully-convolutional testing of §3.4, ensembles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
+from resprobe.data.folder import resized
+from resprobe.devices import autocast, resolve_device
+from resprobe.errors import UsageError, not_accepted
+
+PROTOCOLS = ("single-view", "ten-crop", "multi-scale")
+SCALES = (224, 256, 384, 480, 640)
+"""Shorter sides of multi-scale testing (§3.4)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of a test. Errors in percent; `errors` is the count of wrong images; `loss` the mean cross-entropy."""
+
+    images: int
+    errors: int
+    error: float
+    top5_error: float
+    loss: float
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Eval mode for the length of a block; every module gets its own mode back, frozen ones included."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate(
+    network: nn.Module | Sequence[nn.Module],
+    data: str | Data | ImageSet | FolderSet,
+    protocol: str = "single-view",
+    *,
+    normalization: Normalization | None = None,
+    batch_size: int = 250,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+) -> Evaluation:
+    """Error of `network` on the test part of `data`.
+
+    "single-view": the whole small image (§4.2), or the centre crop of a file. "ten-crop": four corners, centre and
+    their flips, softmax scores averaged (§3.4). "multi-scale": the network applied fully convolutionally with the
+    shorter side at 224, 256, 384, 480 and 640 pixels, scores averaged over scales (§3.4; image files only).
+    A sequence of networks is an ensemble: their scores are averaged.
+
+    Inputs are normalized as the network was trained (`network.normalization`), else by `normalization`, else by the
+    per-pixel mean of the training part of `data`.
+    """
+    if protocol not in PROTOCOLS:
+        raise not_accepted("protocol", protocol, PROTOCOLS)
+    networks = list(network) if isinstance(network, Sequence | list | tuple) and not isinstance(network, nn.Module) else [network]
+    if not networks:
+        raise UsageError("evaluate needs at least one network")
+    images: ImageSet | FolderSet
+    if isinstance(data, ImageSet | FolderSet):
+        images, fitted = data, None
+    else:
+        loaded = load_data(data)
+        images, fitted = loaded.test, loaded.train
+    device = resolve_device(device)
+    members: list[tuple[nn.Module, Normalization]] = []
+    for member in networks:
+        chosen = normalization or getattr(member, "normalization", None)
+        if chosen is None:
+            if fitted is None:
+                raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
+            chosen = Normalization.fit(fitted.sample(2000), "per-pixel-mean")
+        members.append((member.to(device), chosen.to(device)))
+    views = {"single-view": _single_view, "ten-crop": _ten_crop, "multi-scale": _multi_scale}[protocol](images, batch_size)
+
+    def scores(batch: Sequence[Tensor]) -> Tensor:
+        """Mean softmax over members and views: log-probabilities [N, classes]."""
+        total: Tensor | None = None
+        for member, normalize in members:
+            for view in batch:
+                with autocast(device, precision):
+                    logits = member(normalize(view.to(device)).contiguous(memory_format=torch.channels_last))
+                probabilities = logits.double().softmax(1) if device.type != "mps" else logits.float().softmax(1)
+                total = probabilities if total is None else total + probabilities
+        assert total is not None
+        return (total / (len(members) * len(batch))).clamp_min(1e-300 if total.dtype == torch.float64 else 1e-38).log()
+
+    with _all_in_evaluation_mode([member for member, _ in members]), torch.inference_mode():
+        return tally((scores(batch), labels.to(device)) for batch, labels in views)
+
+
+def tally(scored: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
+    """Counts errors over batches of (log-probabilities [N, classes], labels [N]); one transfer to the host at the end."""
+    images, sums = 0, None
+    for log_probabilities, labels in scored:
+        top = log_probabilities.topk(min(5, log_probabilities.shape[1]), dim=1).indices
+        right = top == labels[:, None]
+        loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+        counts = torch.stack([(~right[:, 0]).sum().to(loss.dtype), (~right.any(1)).sum().to(loss.dtype), loss])
+        sums = counts if sums is None else sums + counts
+        images += len(labels)
+    if sums is None:
+        raise UsageError("there are no images to evaluate on")
+    wrong, wrong_top5, loss_sum = sums.tolist()
+    return Evaluation(images, round(wrong), 100 * wrong / images, 100 * wrong_top5 / images, loss_sum / images)
+
+
+def precise_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replaces running statistics by true averages over `batches` of normalized images, as the authors did.
+
+    Modules that are frozen (in eval mode already while the network trains) are left alone.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    norms = [module for module in norms if module.track_running_stats]
+    if not norms:
+        return
+    momenta = [module.momentum for module in norms]
+    with evaluation_mode(network), torch.no_grad():
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # torch's word for a cumulative average
+            module.train()
+        try:
+            for images in batches:
+                network(images)
+        finally:
+            for module, momentum in zip(norms, momenta, strict=True):
+                module.momentum = momentum
+
+
+@contextmanager
+def _all_in_evaluation_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
+    if not networks:
+        yield
+        return
+    with evaluation_mode(networks[0]), _all_in_evaluation_mode(networks[1:]):
+        yield
+
+
+Views = Iterator[tuple[Sequence[Tensor], Tensor]]
+
+
+def _single_view(images: ImageSet | FolderSet, batch_size: int) -> Views:
+    for batch, labels in images.views(batch_size):
+        yield [batch], labels
+
+
+def _ten_crop(images: ImageSet | FolderSet, batch_size: int) -> Views:
+    """Ten crops of files at 256/224 of the crop; of small images, of the image padded by 4 pixels as in training."""
+    if isinstance(images, ImageSet):
+        size = images.images.shape[-1]
+        batches: Iterator[tuple[Tensor, Tensor]] = (
+            (F.pad(batch, (4, 4, 4, 4)), labels) for batch, labels in images.views(batch_size)
+        )
+    else:
+        size = images.size
+        batches = _files_at(images, size * 256 // 224)
+    for batch, labels in batches:
+        yield ten_crops(batch, size), labels
+
+
+def ten_crops(images: Tensor, size: int) -> list[Tensor]:
+    """Four corners and the centre of [N, C, H, W], and their horizontal flips: ten tensors [N, C, size, size]."""
+    height, width = images.shape[-2:]
+    if height < size or width < size:
+        raise UsageError(f"ten-crop needs images of at least {size}×{size}, not {height}×{width}")
+    bottom, right, middle, centre = height - size, width - size, (height - size) // 2, (width - size) // 2
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (middle, centre)]
+    crops = [images[..., top : top + size, left : left + size] for top, left in corners]
+    return crops + [crop.flip(-1) for crop in crops]
+
+
+def _multi_scale(images: ImageSet | FolderSet, batch_size: int) -> Views:
+    if isinstance(images, ImageSet):
+        raise UsageError("protocol (='multi-scale') needs image files (folder:PATH); small images have one scale")
+    streams: list[Callable[[], Iterator]] = [lambda scale=scale: _files_at(images, scale) for scale in SCALES]
+    for scales in zip(*(stream() for stream in streams), strict=True):
+        yield [batch for batch, _ in scales], scales[0][1]
+
+
+def _files_at(images: FolderSet, shorter: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every file at one scale, one image a batch since shapes differ."""
+    for path, label in zip(images.files, images.labels, strict=True):
+        yield resized(path, shorter)[None], label[None]

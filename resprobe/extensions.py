@@ -1,0 +1,77 @@
+"""Finding plugins: a plugin is a Python module, and importing it registers what it offers.
+
+Three ways in: installed packages announce theirs under the entry-point group `resprobe.plugins`; `--plugin
+package.module` imports a module; `--plugin path/to/file.py` loads a single file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+import warnings
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from resprobe.errors import UsageError
+
+GROUP = "resprobe.plugins"
+_installed_loaded = False
+
+
+def load_installed() -> None:
+    """Imports every plugin that an installed package announces; once per process.
+
+    A plugin that does not import is passed over with a warning: a broken stranger must not take the house down.
+    """
+    global _installed_loaded
+    if _installed_loaded:
+        return
+    _installed_loaded = True  # first, since plugins look names up while they register their own
+    for entry_point in entry_points(group=GROUP):
+        try:
+            entry_point.load()
+        except Exception as error:
+            warnings.warn(f"installed plugin {entry_point.name!r} ({entry_point.value}) does not import: {error!r}")
+
+
+def load_plugin(where: str) -> ModuleType:
+    """Imports the plugin at `where`: a file (`my_block.py`) or a module (`package.module`).
+
+    Raises `UsageError` with the cause in one line if it is not there or does not import.
+    """
+    path = Path(where).expanduser()
+    looks_like_file = path.suffix == ".py" or "/" in where or "\\" in where
+    if looks_like_file and not path.is_file():
+        raise UsageError(f"plugin (={where!r}) is not there: no file {path.absolute()}")
+    try:
+        return _load_file(path.resolve()) if looks_like_file else importlib.import_module(where)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"plugin (={where!r}) does not import: {type(error).__name__}: {_one_line(error)}") from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    # The folder is part of the name, so that two files of one name in two folders stay two modules.
+    name = f"resprobe_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module  # before execution: dataclasses and pickling look the module up by name
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f"{error.msg} (line {error.lineno})"
+    return " ".join(str(error).split())

@@ -1,0 +1,342 @@
+"""Plain and residual networks by name: `build("cifar/resnet-110", shortcut="A")`.
+
+A family is a function `(depth, *, options...) -> Network`; its signature states which options it takes and their
+defaults, so that a specification is always complete and a stranger's family needs no other declaration.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from resprobe.blocks import BLOCKS, Block
+from resprobe.errors import UsageError, nearest, not_accepted
+from resprobe.initialization import INITIALIZATIONS, initialize
+from resprobe.layers import Layers
+from resprobe.normalization import NORMALIZATIONS
+from resprobe.registry import Registry
+from resprobe.shortcuts import SHORTCUTS
+
+Option = int | str | bool | float | None
+
+NETWORKS: Registry[Callable[..., nn.Module]] = Registry("network")
+
+
+def register_network(name: str, *, defaults: Callable[[int], Mapping[str, Option]] | None = None):
+    """Decorator that files a family `(depth, *, options...) -> nn.Module` under `name`.
+
+    `defaults(depth)` gives the values of options whose default depends on the depth; the signature says None there.
+    """
+
+    def file_under_name(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        make.defaults = defaults  # type: ignore[attr-defined]
+        return NETWORKS.register(name)(make)
+
+    return file_under_name
+
+
+# Blocks per stage (Table 1), by the weighted layers of a block.
+_IMAGENET_BLOCKS = {
+    2: {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)},
+    3: {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)},
+}
+# VGG (Simonyan and Zisserman 2015), configurations D and E: 3×3 convolutions per stage.
+_VGG_CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """What a network is, complete and without its weights: family, depth, and every option of the family.
+
+    Hashable and JSON-able; `build(spec)` makes the network again.
+    """
+
+    family: str
+    depth: int | None
+    options: tuple[tuple[str, Option], ...] = ()
+
+    def __post_init__(self) -> None:
+        # JSON knows no tuples: what comes back as lists becomes what was written.
+        pairs = self.options.items() if isinstance(self.options, Mapping) else self.options
+        object.__setattr__(self, "options", tuple(sorted((str(name), value) for name, value in pairs)))
+
+    def __getitem__(self, option: str) -> Option:
+        return dict(self.options)[option]
+
+    def get(self, option: str, default: Option = None) -> Option:
+        """The value of an option, or `default` where the family has no such option."""
+        return dict(self.options).get(option, default)
+
+    @property
+    def name(self) -> str:
+        """The name `build` takes: "cifar/resnet-20"."""
+        return self.family if self.depth is None else f"{self.family}-{self.depth}"
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> NetworkSpec:
+        """The specification that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join(f'{name}={value}' for name, value in self.options)})"
+
+
+class Network(nn.Sequential):
+    """A network that `build` made: its parts in order, and what it is in `.spec`.
+
+    `normalization` is the input normalization its weights were trained with (see `resprobe.data.Normalization`), or
+    None while it is untrained; `evaluate` uses it.
+    """
+
+    spec: NetworkSpec
+    normalization = None
+
+    @property
+    def depth(self) -> int | None:
+        """Weighted layers on the longest path, as the paper counts them (shortcut projections are not counted)."""
+        return self.spec.depth
+
+    def blocks(self) -> list[tuple[str, Block]]:
+        """The building blocks in forward order, each with its name."""
+        return [(name, module) for name, module in self.named_modules() if isinstance(module, Block)]
+
+
+def build(network: str | NetworkSpec, **options: Option) -> Network:
+    """Builds a network, its weights freshly initialized from torch's global random generator.
+
+    `network` is a name ("cifar/resnet-110", "cifar/plain-56", "imagenet/resnet-50", "imagenet/vgg-16", or that of a
+    registered family) or a `NetworkSpec`; options replace those of the specification or the family's defaults.
+    Raises `UsageError` for an unknown family, a depth the family does not have, or an option it does not take.
+    """
+    spec = resolve(network, **options)
+    make = NETWORKS[spec.family]
+    made = make(**({} if spec.depth is None else {"depth": spec.depth}), **dict(spec.options))
+    result = made if isinstance(made, Network) else Network(OrderedDict(body=made))
+    result.spec = spec
+    checked = set()
+    for name, block in result.blocks():
+        shape = (type(block), block.in_channels, block.out_channels, block.stride)
+        if shape not in checked:
+            checked.add(shape)
+            try:
+                block.check_shapes()
+            except UsageError as error:
+                raise UsageError(f"{spec.name}, {name}: {error}") from error.__cause__
+    initialize(result, str(spec.get("init", "he")))
+    return result
+
+
+def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
+    """The complete specification for a name and options, without building anything."""
+    if isinstance(network, NetworkSpec):
+        family, depth, options = network.family, network.depth, {**dict(network.options), **options}
+    else:
+        family, depth = _parse_name(network)
+    parameters = dict(inspect.signature(NETWORKS[family]).parameters)
+    takes_depth = parameters.pop("depth", None) is not None
+    if takes_depth != (depth is not None):
+        wanted = "needs a depth, as in" if takes_depth else "takes no depth:"
+        raise UsageError(f"network (={network!r}) {wanted} {family}{'-20' if takes_depth else ''}")
+    for option in options:
+        if option not in parameters:
+            raise not_accepted(f"option of {family}", option, parameters)
+    complete = {name: parameter.default for name, parameter in parameters.items()}
+    by_depth = getattr(NETWORKS[family], "defaults", None)
+    complete |= {name: value for name, value in (by_depth(depth) if by_depth else {}).items() if name in parameters}
+    complete |= options
+    for name, value in complete.items():
+        _check_option(name, value)
+    return NetworkSpec(family, depth, tuple(complete.items()))
+
+
+def _parse_name(name: str) -> tuple[str, int | None]:
+    if not isinstance(name, str):
+        raise UsageError(f"network (={name!r}) must be a name such as 'cifar/resnet-20' or a NetworkSpec")
+    family, dash, depth = name.rpartition("-")
+    if dash and depth.isdecimal():
+        NETWORKS[family]  # an unknown family is the first thing to say
+        return family, int(depth)
+    if name in NETWORKS:
+        return name, None
+    if dash and family in NETWORKS:
+        raise UsageError(f"depth (={depth!r}) of network {name!r} must be a whole number, as in {family}-20")
+    raise not_accepted("network", name, NETWORKS.names())
+
+
+def _check_option(name: str, value: Option) -> None:
+    registries = {"block": BLOCKS, "shortcut": SHORTCUTS, "norm": NORMALIZATIONS, "init": INITIALIZATIONS}
+    if name in registries:
+        registries[name][value]  # type: ignore[index]
+    if name in ("width", "num_classes", "in_channels") and not (isinstance(value, int) and value >= 1):
+        raise UsageError(f"{name} (={value!r}) must be a whole number ≥ 1")
+    if name == "stride_in" and value not in ("1x1", "3x3"):
+        raise not_accepted("stride_in", value, ("1x1", "3x3"))
+
+
+def _stages(
+    blocks: tuple[int, ...], width: int, stem_width: int, block: str, shortcut: str, layers: Layers
+) -> tuple[OrderedDict[str, nn.Module], int]:
+    """Stages of blocks; each after the first halves the map and doubles the width (§3.3, rule ii)."""
+    make, stages, channels = BLOCKS[block], OrderedDict(), stem_width
+    for index, count in enumerate(blocks):
+        stage = []
+        for position in range(count):
+            stride = 2 if index > 0 and position == 0 else 1
+            stage.append(make(channels, width * 2**index, stride, shortcut=shortcut, layers=layers))
+            channels = stage[-1].out_channels
+        stages[f"stage{index + 1}"] = nn.Sequential(*stage)
+    return stages, channels
+
+
+def _head(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
+    return OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, num_classes))
+
+
+@register_network("cifar/resnet")
+def cifar_resnet(
+    depth: int,
+    *,
+    block: str = "basic",
+    shortcut: str = "A",
+    width: int = 16,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    norm: str = "batch",
+    init: str = "he",
+    stride_in: str = "1x1",
+) -> Network:
+    """The networks of §4.2: 3×3 convolution, three stages of n blocks at {32, 16, 8} pixels and {16, 32, 64} filters.
+
+    With two-layer blocks the depth is 6n+2, with three-layer bottlenecks 9n+2. Any input size works.
+    """
+    per_n = 3 * BLOCKS[block].weighted_layers
+    if depth < per_n + 2 or (depth - 2) % per_n:
+        below = max(per_n + 2, (depth - 2) // per_n * per_n + 2)
+        neighbours = f"nearest are {below} and {below + per_n}" if depth > below else f"the smallest is {below}"
+        raise UsageError(f"depth (={depth}) must be {per_n}n+2 with block {block!r}; {neighbours}")
+    layers = Layers(norm, stride_in)
+    stem = nn.Sequential(
+        OrderedDict(conv=layers.conv(in_channels, width, kernel=3), norm=layers.norm(width), relu=nn.ReLU())
+    )
+    stages, channels = _stages(((depth - 2) // per_n,) * 3, width, width, block, shortcut, layers)
+    return Network(OrderedDict(stem=stem, **stages, **_head(channels, num_classes)))
+
+
+@register_network("cifar/plain")
+def cifar_plain(
+    depth: int,
+    *,
+    block: str = "basic",
+    width: int = 16,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    norm: str = "batch",
+    init: str = "he",
+    stride_in: str = "1x1",
+) -> Network:
+    """The plain twin of `cifar/resnet`: the same layers, without shortcuts (§4.2)."""
+    return cifar_resnet(**locals(), shortcut="none")
+
+
+def _imagenet_defaults(depth: int) -> dict[str, Option]:
+    """Basic blocks and option A for 18 and 34 layers, bottlenecks and option B for 50, 101 and 152 (§4.1)."""
+    shallow = depth in _IMAGENET_BLOCKS[2]
+    return {"block": "basic" if shallow else "bottleneck", "shortcut": "A" if shallow else "B"}
+
+
+@register_network("imagenet/resnet", defaults=_imagenet_defaults)
+def imagenet_resnet(
+    depth: int,
+    *,
+    block: str = None,  # type: ignore[assignment]  # by depth
+    shortcut: str = None,  # type: ignore[assignment]  # by depth
+    width: int = 64,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    norm: str = "batch",
+    init: str = "he",
+    stride_in: str = "1x1",
+) -> Network:
+    """The networks of Table 1. 18 and 34 layers: basic blocks, option A; 50, 101, 152: bottlenecks, option B (§4.1).
+
+    A block of one's own fits the depths of the blocks with as many weighted layers as its own.
+    """
+    counts = _IMAGENET_BLOCKS.get(BLOCKS[block].weighted_layers)
+    if counts is None:
+        raise UsageError(
+            f"block (={block!r}) has {BLOCKS[block].weighted_layers} weighted layers; Table 1 has 2 or 3 a block"
+        )
+    if depth not in counts:
+        every = sorted(known for table in _IMAGENET_BLOCKS.values() for known in table)
+        fit = f"; with block {block!r}: {', '.join(map(str, counts))}" if depth in every else ""
+        raise UsageError(f"depth (={depth}) of imagenet/resnet must be one of {', '.join(map(str, every))}{fit}")
+    layers = Layers(norm, stride_in)
+    stem = nn.Sequential(
+        OrderedDict(
+            conv=layers.conv(in_channels, width, kernel=7, stride=2),
+            norm=layers.norm(width),
+            relu=nn.ReLU(),
+            pool=nn.MaxPool2d(3, stride=2, padding=1),
+        )
+    )
+    stages, channels = _stages(counts[depth], width, width, block, shortcut, layers)
+    return Network(OrderedDict(stem=stem, **stages, **_head(channels, num_classes)))
+
+
+@register_network("imagenet/plain", defaults=_imagenet_defaults)
+def imagenet_plain(
+    depth: int,
+    *,
+    block: str = None,  # type: ignore[assignment]  # by depth
+    width: int = 64,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    norm: str = "batch",
+    init: str = "he",
+    stride_in: str = "1x1",
+) -> Network:
+    """The plain twin of `imagenet/resnet` (Fig. 3 middle)."""
+    return imagenet_resnet(**locals(), shortcut="none")
+
+
+@register_network("imagenet/vgg")
+def imagenet_vgg(
+    depth: int,
+    *,
+    width: int = 64,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    norm: str = "none",
+    init: str = "he",
+) -> Network:
+    """VGG-16 and VGG-19 (Fig. 3 left): the rivals of Tables 1, 3, 7 and 8. Input 224×224; dropout 0.5 in the head."""
+    if depth not in _VGG_CONVOLUTIONS:
+        close = nearest(depth, _VGG_CONVOLUTIONS)
+        hint = f"; nearest: {close}" if close else ""
+        raise UsageError(f"depth (={depth}) of imagenet/vgg must be one of 16, 19{hint}")
+    layers, parts, channels = Layers(norm), OrderedDict(), in_channels
+    for index, count in enumerate(_VGG_CONVOLUTIONS[depth]):
+        out, stage = min(width * 2**index, width * 8), OrderedDict()
+        for position in range(1, count + 1):
+            stage[f"conv{position}"] = layers.conv(channels, out, kernel=3)
+            stage[f"norm{position}"] = layers.norm(out)
+            stage[f"relu{position}"] = nn.ReLU()
+            channels = out
+        stage["pool"] = nn.MaxPool2d(2)
+        parts[f"stage{index + 1}"] = nn.Sequential(stage)
+    parts["pool"], parts["flatten"] = nn.AdaptiveAvgPool2d(7), nn.Flatten()
+    features = channels * 7 * 7
+    for index, (wide, out) in enumerate([(features, width * 64), (width * 64, width * 64)], start=1):
+        parts[f"fc{index}"], parts[f"relu{index}"] = nn.Linear(wide, out), nn.ReLU()
+        parts[f"dropout{index}"] = nn.Dropout(0.5)
+    parts["fc"] = nn.Linear(width * 64, num_classes)
+    return Network(parts)

@@ -1,0 +1,213 @@
+"""Training recipes: frozen dataclasses made by functions. `dataclasses.replace` changes what a function does not offer.
+
+Every choice that the paper leaves open is a field with its default; the reasons stand beside the fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
+
+from resprobe.errors import UsageError, not_accepted
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained. Counted in iterations (mini-batches), as in the paper; errors are in percent."""
+
+    name: str
+    """What a reader calls it."""
+
+    iterations: int = 64_000
+    """Mini-batches in all; training ends after the last one (§4.2: "terminate training at 64k iterations")."""
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    """The rate before the first division."""
+    milestones: tuple[int, ...] = (32_000, 48_000)
+    """Iterations from which the rate is divided by `decay` once more."""
+    decay: float = 10.0
+    plateau: int | None = None
+    """Divide also when the test error has not improved over this many evaluations (§3.4, ImageNet). None: never."""
+
+    warm_up_rate: float | None = None
+    """The rate of the warm-up (§4.2: 0.01 for 110 layers). None: no warm-up."""
+    warm_up_until: float = 80.0
+    """The warm-up ends when the running training error, averaged over `window` iterations, is below this. The paper
+    does not say over what it measured; a window of 100 mini-batches steadies the figure to about 0.4 points."""
+    warm_up_iterations: int | None = None
+    """If set, the warm-up lasts exactly this long instead (the paper: "about 400 iterations")."""
+
+    momentum: float = 0.9
+    momentum_form: Literal["torch", "caffe"] = "torch"
+    """v ← m·v + g, w ← w − lr·v (torch) or v ← m·v + lr·g, w ← w − v (Caffe, the authors'). They differ only in the
+    iterations after a change of rate."""
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    weight_decay_on: Literal["all", "weights"] = "all"
+    """"all" decays biases and normalization too, as Caffe and fb.resnet.torch do; "weights" spares them."""
+    bn_batch: int | None = None
+    """Images per batch-normalization batch. None: the whole mini-batch; 64: as on the paper's two GPUs."""
+    bn_test_statistics: Literal["precise", "running"] = "precise"
+    """Statistics at test time: recomputed over the training set after training, as the authors did for their released
+    models, or the running averages. Both results are kept."""
+
+    augmentation: Literal["pad-crop", "scale-crop", "none"] = "pad-crop"
+    """"pad-crop" (§4.2): pad, random crop, flip, on the device. "scale-crop" (§3.4): random scale, crop, flip, from
+    files."""
+    pad: int = 4
+    """Pixels of padding on each side (§4.2)."""
+    pad_value: Literal["mean", "black"] = "mean"
+    """What is padded: "mean" pads after the mean is subtracted, "black" before. The paper does not say; fb.resnet.torch
+    pads after."""
+    flip: float = 0.5
+    """Probability of a horizontal flip ("a crop is randomly sampled from the padded image or its horizontal flip")."""
+    scale: tuple[int, int] = (256, 480)
+    """The shorter side is drawn from this closed range ("scale-crop", §3.4)."""
+    crop: int = 224
+    """Side of the crop in pixels ("scale-crop")."""
+    colour: Literal["none", "pca"] = "none"
+    """"pca": AlexNet's lighting noise (§3.4: "the standard color augmentation in [21] is used")."""
+    normalization: Literal["per-pixel-mean", "channel-mean-std"] = "per-pixel-mean"
+    """"per-pixel-mean" subtracts the training set's mean image (§4.2); pixels are in [0, 1]."""
+
+    validation_fraction: float = 0.0
+    """Part of the training set held out. 0: train on all of it, as the paper's final numbers ("we present experiments
+    trained on the training set"); 0.1: the 45k/5k split on which the paper fixed its schedule."""
+    window: int = 100
+    """Iterations over which the logged training loss and error are averaged."""
+    evaluations: int = 64
+    """Points of the test curve, evenly spaced."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # JSON knows no tuples
+            if isinstance(getattr(self, field.name), list):
+                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        for name in ("iterations", "batch_size", "window", "evaluations", "crop"):
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
+                raise UsageError(f"{name} (={getattr(self, name)!r}) must be a whole number ≥ 1")
+        for name in ("learning_rate", "decay"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} (={getattr(self, name)!r}) must be > 0")
+        for name, low, high in (("pad", 0, None), ("flip", 0, 1), ("validation_fraction", 0, 0.9), ("momentum", 0, 1)):
+            value = getattr(self, name)
+            if value < low or (high is not None and value > high):
+                raise UsageError(f"{name} (={value!r}) must be ≥ {low}" + (f" and ≤ {high}" if high is not None else ""))
+        for name, accepted in (
+            ("momentum_form", ("torch", "caffe")),
+            ("weight_decay_on", ("all", "weights")),
+            ("bn_test_statistics", ("precise", "running")),
+            ("augmentation", ("pad-crop", "scale-crop", "none")),
+            ("pad_value", ("mean", "black")),
+            ("colour", ("none", "pca")),
+            ("normalization", ("per-pixel-mean", "channel-mean-std")),
+        ):
+            if getattr(self, name) not in accepted:
+                raise not_accepted(name, getattr(self, name), accepted)
+        if list(self.milestones) != sorted(self.milestones):
+            raise UsageError(f"milestones (={self.milestones}) must rise")
+
+    def with_iterations(self, iterations: int) -> Recipe:
+        """The same recipe with its whole schedule scaled to `iterations`."""
+        if not (isinstance(iterations, int) and iterations >= 1):
+            raise UsageError(f"iterations (={iterations!r}) must be a whole number ≥ 1")
+        ratio = iterations / self.iterations
+        return replace(
+            self,
+            iterations=iterations,
+            milestones=tuple(round(milestone * ratio) for milestone in self.milestones),
+            window=max(1, min(self.window, iterations // 40)),
+            evaluations=min(self.evaluations, iterations),
+        )
+
+
+def learning_rate(recipe: Recipe, iteration: int, error: float | None = None, plateaus: int = 0) -> float:
+    """The learning rate of one iteration: a pure function, so that it cannot be left in a wrong state.
+
+    `iteration` counts from 0. `error` is the lowest running training error so far in percent (None before the first
+    is known); it ends the warm-up, once and for all since the lowest never rises. `plateaus` is how often the test
+    error has plateaued (see `plateaus`).
+    """
+    if recipe.warm_up_rate is not None:
+        if recipe.warm_up_iterations is not None:
+            warming_up = iteration < recipe.warm_up_iterations
+        else:
+            warming_up = error is None or error >= recipe.warm_up_until
+        if warming_up:
+            return recipe.warm_up_rate
+    divisions = sum(iteration >= milestone for milestone in recipe.milestones) + plateaus
+    return recipe.learning_rate / recipe.decay**divisions
+
+
+def plateaus(recipe: Recipe, errors: Sequence[float]) -> int:
+    """How often the test errors so far have gone `recipe.plateau` evaluations without a new minimum (§3.4)."""
+    if recipe.plateau is None:
+        return 0
+    count, best, waited = 0, float("inf"), 0
+    for error in errors:
+        best, waited = (error, 0) if error < best else (best, waited + 1)
+        if waited >= recipe.plateau:
+            count, waited = count + 1, 0
+    return count
+
+
+def cifar_paper(iterations: int = 64_000, *, depth: int | None = None) -> Recipe:
+    """The CIFAR-10 recipe of §4.2. `iterations` scales the whole schedule.
+
+    `depth` ≥ 110 adds the warm-up that the paper needed there: 0.01 until the training error is below 80 %.
+    """
+    deep = depth is not None and depth >= 110
+    return Recipe("cifar-paper", warm_up_rate=0.01 if deep else None).with_iterations(iterations)
+
+
+def imagenet_paper(iterations: int = 600_000) -> Recipe:
+    """The ImageNet recipe of §3.4: batch 256, 0.1 divided by 10 at each plateau, scale and colour augmentation."""
+    return Recipe(
+        "imagenet-paper",
+        iterations=600_000,
+        batch_size=256,
+        milestones=(),
+        plateau=5,
+        augmentation="scale-crop",
+        colour="pca",
+        pad=0,
+        evaluations=120,
+    ).with_iterations(iterations)
+
+
+def digits_quick(iterations: int = 600) -> Recipe:
+    """A recipe of ours, for the embedded digits on a laptop: 0.05 divided at one half and three quarters.
+
+    8×8 digits bear one pixel of padding and no flip.
+    """
+    return Recipe(
+        "digits-quick",
+        iterations=600,
+        batch_size=64,
+        learning_rate=0.05,
+        milestones=(300, 450),
+        pad=1,
+        flip=0.0,
+        evaluations=20,
+    ).with_iterations(iterations)
+
+
+RECIPES = {"cifar-paper": cifar_paper, "imagenet-paper": imagenet_paper, "digits-quick": digits_quick}
+
+
+def departures(recipe: Recipe, paper: Recipe | None = None) -> list[str]:
+    """What in `recipe` is not the paper's, one line each. Compared with the paper's CIFAR recipe unless told."""
+    paper = paper or (imagenet_paper() if recipe.augmentation == "scale-crop" else cifar_paper())
+    scaled = paper.with_iterations(recipe.iterations)
+    found = []
+    if recipe.iterations != paper.iterations:
+        found.append(f"iterations: {recipe.iterations:,} instead of {paper.iterations:,} (the whole schedule scaled)")
+    followed, ours = asdict(scaled), asdict(recipe)
+    # How finely curves are drawn is not part of the method, nor is the warm-up: it is the paper's at 110 layers.
+    ignored = {"name", "iterations", "window", "evaluations"}
+    if recipe.warm_up_rate == 0.01 and recipe.warm_up_until == 80.0:
+        ignored |= {"warm_up_rate", "warm_up_until"}
+    for name, value in ours.items():
+        if name not in ignored and value != followed[name]:
+            found.append(f"{name.replace('_', ' ')}: {value} instead of {followed[name]}")
+    return found

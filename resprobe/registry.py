@@ -1,0 +1,108 @@
+"""A registry maps a name to a thing: blocks, shortcuts, networks, data sets, probes, initializations, normalizations."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from resprobe.errors import UsageError, not_accepted
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names for things of one kind.
+
+    A name is registered once: a second registration is refused rather than silently winning. A name that is not
+    there is looked for in the installed plugins before it is called unknown.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._things: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files a class or function under `name`. Raises `UsageError` if the name is taken."""
+        if not isinstance(name, str) or not name or any(character.isspace() for character in name):
+            raise UsageError(f"{self.kind} name (={name!r}) must be a non-empty string without spaces")
+
+        def file_under_name(thing: T) -> T:
+            taken_by = self._things.get(name)
+            if taken_by is not None and not _same_definition(taken_by, thing):
+                raise UsageError(
+                    f"{self.kind} (={name!r}) is already registered by {_origin(taken_by)}; choose another name"
+                )
+            self._things[name] = thing
+            return thing
+
+        return file_under_name
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._things:
+            _load_installed_plugins()
+        if name not in self._things:
+            raise not_accepted(self.kind, name, self.names())
+        return self._things[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names()
+
+    def names(self) -> tuple[str, ...]:
+        """All registered names, those of installed plugins included, in alphabetical order."""
+        _load_installed_plugins()
+        return tuple(sorted(self._things))
+
+    @contextmanager
+    def temporary(self, name: str, thing: T) -> Iterator[T]:
+        """Registers `thing` for the length of a `with` block, for tests and notebooks."""
+        self.register(name)(thing)
+        try:
+            yield thing
+        finally:
+            del self._things[name]
+
+    def fingerprint(self, name: str) -> str | None:
+        """SHA-256 of the source file that a stranger's thing comes from; None for resprobe's own.
+
+        A run is found again by what it is, and what a stranger's block is, is its source: edit the block and its
+        runs are trained anew.
+        """
+        thing = inspect.unwrap(self[name])
+        if (getattr(thing, "__module__", None) or "").split(".")[0] == "resprobe":
+            return None
+        try:
+            return hashlib.sha256(Path(inspect.getsourcefile(thing) or "").read_bytes()).hexdigest()
+        except (OSError, TypeError):  # typed into a notebook or an interpreter: there is no file
+            try:
+                return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
+            except (OSError, TypeError):
+                return f"unknown source of {_origin(thing)}"
+
+
+def _same_definition(one: object, other: object) -> bool:
+    """True when a module was merely imported a second time (`python -m`, reload): the same place, the same name."""
+    return one is other or (
+        _origin(one) == _origin(other) and _source_file(one) is not None and _source_file(one) == _source_file(other)
+    )
+
+
+def _origin(thing: object) -> str:
+    module, name = getattr(thing, "__module__", "?"), getattr(thing, "__qualname__", repr(thing))
+    return f"{module}.{name}"
+
+
+def _source_file(thing: object) -> str | None:
+    try:
+        return inspect.getsourcefile(thing)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _load_installed_plugins() -> None:
+    from resprobe import extensions
+
+    extensions.load_installed()

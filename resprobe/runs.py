@@ -1,0 +1,403 @@
+"""Runs: what was trained, kept in a folder, and found again by what it is.
+
+A run's key is a hash of its network, data, recipe, seed and precision, and of a stranger's source where there is one;
+not of when, where or on which card it ran. `train` looks there first, and goes on where an earlier process was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from resprobe.blocks import BLOCKS
+from resprobe.checkpoints import StorageError, load_checkpoint, remove_checkpoints, save_checkpoint, write_atomically
+from resprobe.data import DATASETS, Data, FolderSet, Normalization, data_identity, load_data
+from resprobe.devices import resolve_device, resolve_precision
+from resprobe.environment import environment
+from resprobe.errors import TrainingDiverged, UsageError
+from resprobe.networks import NETWORKS, Network, NetworkSpec, build, resolve
+from resprobe.probes import Probe, make_probe
+from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
+from resprobe.shortcuts import SHORTCUTS
+from resprobe.training import Progress, Training
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT = 1
+"""Raised when the meaning of a stored run changes, so that runs of another meaning are not found."""
+_CHECKPOINT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run is. `data` may name a path, which says where the data are and not what they are."""
+
+    network: NetworkSpec
+    data: str
+    recipe: Recipe
+    seed: int = 0
+    precision: str = "fp32"
+    start: str | None = None
+    """Digest of the initial weights, for a network that was handed over built; None: initialized from `seed`."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers, as JSON. What a recipe calls itself does not."""
+        recipe = asdict(self.recipe)
+        del recipe["name"]
+        return {
+            "format": FORMAT,
+            "network": asdict(self.network),
+            "data": data_identity(self.data),
+            "recipe": recipe,
+            "seed": self.seed,
+            "precision": self.precision,
+            "start": self.start,
+            "sources": self._sources(),
+        }
+
+    def _sources(self) -> dict[str, str]:
+        """Digests of the source of everything that is not resprobe's own."""
+        used = [
+            (NETWORKS, self.network.family),
+            (BLOCKS, self.network.get("block")),
+            (SHORTCUTS, self.network.get("shortcut")),
+            (DATASETS, self.data.partition(":")[0]),
+        ]
+        known = [(registry, str(name)) for registry, name in used if name is not None and name in registry]
+        prints = {f"{registry.kind} {name}": registry.fingerprint(name) for registry, name in known}
+        return {what: digest for what, digest in prints.items() if digest is not None}
+
+    @property
+    def key(self) -> str:
+        """Hash of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder_name(self) -> str:
+        """For reading, with the key at its end."""
+        parts = [self.network.name.replace("/", "-")]
+        block, shortcut = self.network.get("block"), self.network.get("shortcut")
+        parts += [str(block)] if block not in (None, "basic", "bottleneck") else []
+        parts += [str(shortcut)] if shortcut is not None else []
+        data = self.data.partition(":")[0]
+        parts += [data, f"{self.recipe.iterations}it", f"seed{self.seed}", self.key]
+        return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts)
+
+
+@dataclass
+class Run:
+    """A finished run.
+
+    `history`: one row a log point (iteration, epoch, learning_rate, train_loss, train_error, test_loss, test_error,
+    seconds; errors in percent). `metrics`: final figures. `tables`: one DataFrame a probe. `network`: the trained
+    network, on the CPU, read when asked for.
+    """
+
+    config: RunConfig
+    metrics: dict[str, float]
+    history: pandas.DataFrame
+    tables: dict[str, pandas.DataFrame] = field(default_factory=dict)
+    path: Path | None = None
+    _network: nn.Module | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        if self._network is None:
+            assert self.path is not None
+            self._network = _load_network(self.config, self.path)
+        return self._network
+
+
+def check_seed(seed: int) -> int:
+    """A seed is a whole number from 0 on."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise UsageError(f"seed (={seed!r}) must be a whole number ≥ 0")
+    return seed
+
+
+class RunStore:
+    """A folder of runs."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root).expanduser()
+        # Asked before anything is trained: an hour's work must not end at a folder that cannot be written.
+        try:
+            write_atomically(self.root / ".writable", b"")
+            (self.root / ".writable").unlink(missing_ok=True)
+        except StorageError as error:
+            cause = error.__cause__
+            raise StorageError(f"runs (={str(root)!r}) cannot be written to: {getattr(cause, 'strerror', cause)}") from error
+
+    def folder(self, config: RunConfig) -> Path:
+        """Where a run is, or would be."""
+        return self.root / config.folder_name
+
+    def find(self, config: RunConfig, probes: Sequence[str] = ()) -> Run | None:
+        """The finished run, if it is there with the tables of these probes."""
+        import pandas
+
+        path = self.folder(config)
+        try:
+            metrics = json.loads((path / "result.json").read_text())["metrics"]
+            history = pandas.read_csv(path / "history.csv")
+            tables = {name: pandas.read_csv(path / "probes" / f"{name}.csv") for name in probes}
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError) as error:
+            warnings.warn(f"the result in {path} is damaged ({error}); the run is made again")
+            return None
+        return Run(config, metrics, history, tables, path)
+
+    @contextlib.contextmanager
+    def lock(self, config: RunConfig, tell: Callable[[str], None]) -> Iterator[None]:
+        """One writer a run. A second process waits; a lock whose holder was killed is free."""
+        path = self.folder(config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                tell(f"another process trains {path.name}; waiting for it")
+                lock.acquire(poll_interval=0.2)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was half-written") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+def configure(
+    network: str | NetworkSpec | nn.Module,
+    data: str | Data,
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    precision: str = "fp32",
+) -> RunConfig:
+    """The complete description of a run: the network fitted to the data's channels and classes, defaults filled in."""
+    loaded = load_data(data)
+    if isinstance(network, nn.Module):
+        spec = getattr(network, "spec", None) or NetworkSpec(f"module/{type(network).__qualname__}", None)
+        start = _digest(network)
+    else:
+        given = {} if isinstance(network, str) else dict(network.options)
+        fit = {"in_channels": loaded.in_channels, "num_classes": loaded.num_classes}
+        spec = resolve(network)
+        fit = {name: value for name, value in fit.items() if name in dict(spec.options) and name not in given}
+        spec, start = resolve(spec, **fit), None
+    recipe = recipe or default_recipe(loaded, depth=spec.depth)
+    name = data if isinstance(data, str) else data.name
+    return RunConfig(spec, name, recipe, check_seed(seed), precision, start)
+
+
+def default_recipe(data: Data, iterations: int | None = None, depth: int | None = None) -> Recipe:
+    """The recipe for a data set when none is named: ours for the digits, the paper's for all else."""
+    if data.name == "digits":
+        recipe = digits_quick()
+    elif isinstance(data.train, FolderSet):
+        recipe = imagenet_paper()
+    else:
+        recipe = cifar_paper(depth=depth)
+    return recipe if iterations is None else recipe.with_iterations(iterations)
+
+
+def train(
+    network: str | NetworkSpec | nn.Module,
+    data: str | Data,
+    recipe: Recipe | None = None,
+    *,
+    seed: int = 0,
+    runs: str | Path | RunStore | None = None,
+    probes: Sequence[str | Probe] = (),
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    progress: bool | Callable[[Progress], None] = True,
+) -> Run:
+    """Trains `network` on `data`, or finds that this has been done.
+
+    `network`: a name, a specification (initialized from `seed`), or a built network (trained in place). `data`: a name,
+    `NAME:PATH`, or a `Data`. `recipe`: by default the paper's (`default_recipe`). `runs`: the folder runs are kept in;
+    None keeps nothing on disk. `probes` are attached on their schedules and their tables saved with the run.
+    `progress`: a bar, or a function that is told at every log point.
+
+    Raises `UsageError` for what cannot be done as asked and `TrainingDiverged` when the loss stops being finite.
+    """
+    chosen_device = resolve_device(device)
+    chosen_precision = resolve_precision(precision, chosen_device)
+    loaded = load_data(data)
+    config = configure(network, data if isinstance(data, str) else loaded, recipe, seed=seed, precision=chosen_precision)
+    made = [make_probe(probe) for probe in probes]
+    names = [probe.name for probe in made]
+    if len(set(names)) < len(names) or "" in names:
+        raise UsageError(f"probes ({', '.join(map(repr, names))}) must have a name each, and each its own")
+    if runs is None:
+        training = _prepare(config, network, loaded, chosen_device, made)
+        with _watching(progress, config) as watch:
+            training.run(lambda _, news: watch(news))
+        return _finish(training, config, None)
+
+    store = runs if isinstance(runs, RunStore) else RunStore(runs)
+    found = store.find(config, names)
+    if found is None:
+        with store.lock(config, tell=warnings.warn):
+            found = store.find(config, names) or _train_in_store(
+                store, config, network, loaded, chosen_device, made, progress
+            )
+    if isinstance(network, nn.Module):  # trained in place, also when it was trained before
+        network.load_state_dict(found.network.state_dict())
+        found._network = network
+    return found
+
+
+def _train_in_store(
+    store: RunStore,
+    config: RunConfig,
+    network: Any,
+    data: Data,
+    device: torch.device,
+    probes: list[Probe],
+    progress: bool | Callable[[Progress], None],
+) -> Run:
+    path = store.folder(config)
+    checkpoint = path / "checkpoint.pt"
+    training = _prepare(config, network, data, device, probes)
+    kept = load_checkpoint(checkpoint)
+    if kept is not None:
+        if all(probe.name in kept["probes"] for probe in probes):
+            training.load_state(kept)
+        else:
+            warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
+    _write_json(path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name})
+    _write_json(path / "environment.json", environment(device))
+    saved_at = time.monotonic()
+
+    with _watching(progress, config) as watch:
+
+        def at_log_point(training: Training, news: Progress) -> None:
+            nonlocal saved_at
+            if time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
+                save_checkpoint(checkpoint, training.state())
+                _write_history(path, training)
+                saved_at = time.monotonic()
+            watch(news)
+
+        try:
+            training.run(at_log_point)
+        except StorageError:
+            raise
+        except BaseException as error:  # an interrupt above all: what is done must not be lost
+            save_checkpoint(checkpoint, training.last_good)
+            if isinstance(error, TrainingDiverged):
+                raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
+            raise
+    run = _finish(training, config, path)
+    _write_network(training, path)
+    _write_history(path, training)
+    for name, table in run.tables.items():
+        write_atomically(path / "probes" / f"{name}.csv", table.to_csv(index=False).encode())
+    # Last, since its presence says that all the rest is there.
+    _write_json(path / "result.json", {"metrics": run.metrics})
+    remove_checkpoints(checkpoint)
+    return run
+
+
+def _prepare(config: RunConfig, network: Any, data: Data, device: torch.device, probes: list[Probe]) -> Training:
+    if not isinstance(network, nn.Module):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            network = build(config.network)
+    return Training(
+        network, data, config.recipe, seed=config.seed, device=device, precision=config.precision, probes=probes
+    )
+
+
+def _finish(training: Training, config: RunConfig, path: Path | None) -> Run:
+    import pandas
+
+    metrics, running = training.finish()
+    if isinstance(training.network, Network):
+        training.network.normalization = training.normalization.to(torch.device("cpu"))
+    training.running_statistics = running
+    tables = {probe.name: probe.table() for probe in training.probes}
+    return Run(config, metrics, pandas.DataFrame(training.rows), tables, path, training.network)
+
+
+def _write_json(path: Path, content: object) -> None:
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _write_history(path: Path, training: Training) -> None:
+    import pandas
+
+    write_atomically(path / "history.csv", pandas.DataFrame(training.rows).to_csv(index=False).encode())
+
+
+def _write_network(training: Training, path: Path) -> None:
+    from safetensors.torch import save
+
+    tensors = {f"network.{name}": tensor for name, tensor in training.network.state_dict().items()}
+    # Precise statistics are the reported ones and part of the network; the running ones stay beside them.
+    tensors |= {f"running.{name}": tensor for name, tensor in training.running_statistics.items()}
+    tensors |= {"normalization.mean": training.normalization.mean, "normalization.std": training.normalization.std}
+    write_atomically(
+        path / "network.safetensors", save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+    )
+
+
+def _load_network(config: RunConfig, path: Path) -> Network:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / "network.safetensors")
+    with torch.random.fork_rng(devices=[]):
+        network = build(config.network)
+    prefix = "network."
+    network.load_state_dict({name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)})
+    network.normalization = Normalization(tensors["normalization.mean"], tensors["normalization.std"])
+    return network.eval()
+
+
+def _digest(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _watching(progress: bool | Callable[[Progress], None], config: RunConfig) -> Iterator[Callable[[Progress], None]]:
+    """Who is told of the progress: the caller's function, nobody, or a bar on stderr."""
+    if callable(progress):
+        yield progress
+        return
+    if not progress:
+        yield lambda news: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=config.recipe.iterations, unit="it", desc=f"{config.network.name} seed {config.seed}") as bar:
+
+        def show(news: Progress) -> None:
+            bar.set_postfix_str(
+                f"{news.images_per_second:,.0f} images/s, loss {news.loss:.3f}, training error {news.train_error:.1f} %"
+            )
+            bar.update(news.iteration - bar.n)
+
+        yield show

@@ -1,0 +1,381 @@
+"""The training loop: network, data, recipe, probes → history.
+
+One loop for every device. The host waits for the device only where it logs: losses and errors are summed on the
+device, and the learning rate is a pure function of figures that are known already.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resprobe.data import Data, Normalization, training_batches
+from resprobe.devices import autocast, flush_denormals
+from resprobe.errors import TrainingDiverged
+from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
+from resprobe.probes import Probe
+from resprobe.recipes import Recipe, learning_rate, plateaus
+
+# What normalizations are fitted on where images come from files; small sets are used whole.
+_FIT_IMAGES = 2000
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher of the training is told at every log point. Errors in percent."""
+
+    iteration: int
+    iterations: int
+    loss: float
+    train_error: float
+    test_error: float | None
+    seconds: float
+    images_per_second: float
+
+
+class Training:
+    """The training of one network, from iteration 0 or from a checkpoint's state to the recipe's end.
+
+    `state()` is everything that the rest of the training depends on, so that a training that takes it up ends with
+    the same weights, bit for bit on a CPU.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        data: Data,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        device: torch.device,
+        precision: str = "fp32",
+        probes: Sequence[Probe] = (),
+    ):
+        if device.type == "cpu" and not flush_denormals():
+            warnings.warn(
+                "torch's threads were started before resprobe was imported, so denormal floats are not flushed and deep "
+                "plain networks will train several times slower; import resprobe first"
+            )
+        self.recipe, self.seed, self.device, self.precision, self.probes = recipe, seed, device, precision, list(probes)
+        self.data = data.hold_out(recipe.validation_fraction)
+        sample = self.data.train.sample(_FIT_IMAGES)
+        self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
+        # Convolutions on CPU and CUDA are fastest with channels last; the values are the same.
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.test = self.data.test.to(device)
+        self.optimizer = _optimizer(self.network, recipe, device)
+        self.iteration = 0
+        self.seconds = 0.0
+        self.rows: list[dict[str, float]] = []
+        self.lowest_error: float | None = None
+        self.random = _seeded_random_state(seed, device)
+        self._last_good = self._remember()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def last_good(self) -> dict[str, Any]:
+        """The state of the last log point: what is left to keep when training is interrupted or diverges."""
+        return self._last_good
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the training depends on, as tensors and plain data."""
+        return {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "rows": self.rows,
+            "lowest_error": self.lowest_error,
+            "random": self.random,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "probes": {probe.name: probe.state() for probe in self.probes},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes up a training where `state` was taken."""
+        self.iteration, self.seconds = state["iteration"], state["seconds"]
+        self.rows, self.lowest_error, self.random = list(state["rows"]), state["lowest_error"], state["random"]
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for probe in self.probes:
+            probe.load_state(state["probes"][probe.name])
+        self._last_good = self._remember()
+
+    def _remember(self) -> dict[str, Any]:
+        """A copy of the state on the device, to go back to if the loss stops being finite."""
+        return _copy(self.state())
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def run(self, watch: Callable[[Training, Progress], None] | None = None) -> None:
+        """Trains to the end. `watch` is called at every log point, when `state()` may be taken."""
+        recipe, started, before = self.recipe, time.perf_counter(), self.seconds
+        log_points, test_points = _log_points(recipe), _test_points(recipe)
+        loss_sum, wrong_sum, since = self._zeros(), self._zeros(), self.iteration
+        self.network.train()
+        with _random_numbers(self):
+            for images, labels in self._batches(self.iteration):
+                loss, wrong = self.step(images, labels)
+                loss_sum += loss
+                wrong_sum += wrong
+                self.iteration += 1
+                if self.iteration not in log_points:
+                    continue
+                window = self.iteration - since
+                # The only wait for the device: two figures, once a window.
+                mean_loss, error = (torch.stack([loss_sum, wrong_sum]) / window).tolist()
+                if not math.isfinite(mean_loss):
+                    self._report_divergence()
+                error *= 100 / recipe.batch_size
+                self.lowest_error = error if self.lowest_error is None else min(error, self.lowest_error)
+                row = {
+                    "iteration": self.iteration,
+                    "epoch": self.iteration * recipe.batch_size / len(self.data.train),
+                    "learning_rate": self.optimizer.param_groups[0]["lr"],
+                    "train_loss": mean_loss,
+                    "train_error": error,
+                    "test_loss": math.nan,
+                    "test_error": math.nan,
+                }
+                if self.iteration in test_points:
+                    tested = self.test_now()
+                    row |= {"test_loss": tested.loss, "test_error": tested.error}
+                self.seconds = before + time.perf_counter() - started
+                self.rows.append(row | {"seconds": self.seconds})
+                self.random = _random_state(self.device)
+                self._last_good = self._remember()
+                if watch is not None:
+                    watch(self, self._progress(row, window))
+                loss_sum, wrong_sum, since = self._zeros(), self._zeros(), self.iteration
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One iteration: forward, backward, update. Gives the mean loss and the count of wrong images, on the device."""
+        recipe = self.recipe
+        self._set_learning_rate(learning_rate(recipe, self.iteration, self.lowest_error, self._plateaus()))
+        measuring = [probe for probe in self.probes if probe.schedule(self.iteration)]
+        try:
+            for probe in measuring:
+                probe.attach(self.network)
+            loss, wrong = self._zeros(), self._zeros()
+            part_size = recipe.bn_batch or len(labels)
+            for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
+                with autocast(self.device, self.precision):
+                    logits = self.network(part)
+                logits = logits.float()
+                part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
+                part_loss.backward()
+                loss += part_loss.detach()
+                wrong += (logits.detach().argmax(1) != part_labels).sum()
+            for probe in measuring:
+                probe.after_backward(self.network, self.iteration)
+        finally:
+            for probe in measuring:
+                probe.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, wrong
+
+    def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return training_batches(self.data.train, self.recipe, self.seed, self.normalization, self.device, start)
+
+    def _plateaus(self) -> int:
+        if self.recipe.plateau is None:
+            return 0
+        return plateaus(self.recipe, [row["test_error"] for row in self.rows if not math.isnan(row["test_error"])])
+
+    def _set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if group["lr"] != rate and self.recipe.momentum_form == "caffe":
+                # Caffe's velocity holds the rate it was gathered under; torch's does not.
+                for parameter in group["params"]:
+                    velocity = self.optimizer.state[parameter].get("momentum_buffer")
+                    if velocity is not None:
+                        velocity.mul_(group["lr"] / rate)
+            group["lr"] = rate
+
+    def _zeros(self) -> Tensor:
+        return torch.zeros((), device=self.device)
+
+    def _progress(self, row: dict[str, float], window: int) -> Progress:
+        previous = self.rows[-2]["seconds"] if len(self.rows) > 1 else 0.0
+        speed = window * self.recipe.batch_size / max(1e-9, self.seconds - previous)
+        test_error = None if math.isnan(row["test_error"]) else row["test_error"]
+        return Progress(
+            self.iteration, self.recipe.iterations, row["train_loss"], row["train_error"], test_error, self.seconds, speed
+        )
+
+    def _report_divergence(self) -> None:
+        """Goes back to the last log point and repeats the window step by step, to name where the numbers broke."""
+        where = ""
+        self.load_state(_copy(self._last_good))
+        _set_random_state(self.random, self.device)
+        for images, labels in self._batches(self.iteration):
+            rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
+            before = _copy(self.network.state_dict())
+            loss, _ = self.step(images, labels)
+            if not torch.isfinite(loss):
+                self.network.load_state_dict(before)
+                layer = _first_nonfinite(self.network, images, self.device, self.precision)
+                where = f" at iteration {self.iteration + 1}, learning rate {rate:g}, first in {layer}"
+                break
+            self.iteration += 1
+            if self.iteration in _log_points(self.recipe):
+                break  # it did not happen again: the device does not compute the same twice
+        self.load_state(self._last_good)
+        raise TrainingDiverged(
+            f"the loss is not finite{where}; the weights of iteration {self.iteration}, the last good ones, are kept"
+        )
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def test_now(self, part: Any = None) -> Evaluation:
+        """Error on the test set (or `part`) with the network as it stands."""
+        return evaluate(
+            self.network,
+            self.test if part is None else part,
+            normalization=self.normalization,
+            device=self.device,
+            precision=self.precision,
+        )
+
+    def finish(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Final figures, and the running statistics that were replaced by precise ones.
+
+        `train_error` is the running error over the last epoch, as the dashed curves of Fig. 6 show it;
+        `train_error_single_view` that of the finished network on the training images themselves.
+        """
+        running = {name: buffer.clone() for name, buffer in self.network.named_buffers() if "running_" in name}
+        tested = {"running": self.test_now()}
+        if self.recipe.bn_test_statistics == "precise":
+            count = max(1, len(self.data.train) // self.recipe.batch_size)
+            batches = self._batches(0)
+            with autocast(self.device, self.precision):
+                precise_batch_norm(self.network, (next(batches)[0] for _ in range(min(count, self.recipe.iterations))))
+            tested["precise"] = self.test_now()
+        reported = tested[self.recipe.bn_test_statistics]
+        train = self.test_now(self.data.train.to(self.device))
+        last_epoch = self._last_epoch()
+        metrics = {
+            "train_error": sum(row["train_error"] for row in last_epoch) / len(last_epoch),
+            "train_loss": sum(row["train_loss"] for row in last_epoch) / len(last_epoch),
+            "train_error_single_view": train.error,
+            "test_error": reported.error,
+            "test_loss": reported.loss,
+            "test_error_running": tested["running"].error,
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "iterations": self.iteration,
+            "train_images": len(self.data.train),
+            "test_images": len(self.data.test),
+            "seconds": self.seconds,
+            "images_per_second": self.iteration * self.recipe.batch_size / max(1e-9, self.seconds),
+        }
+        if self.data.validation is not None:
+            metrics["validation_error"] = self.test_now(self.data.validation.to(self.device)).error
+            metrics["validation_images"] = len(self.data.validation)
+        return metrics, running
+
+    def _last_epoch(self) -> list[dict[str, float]]:
+        start = self.iteration - len(self.data.train) / self.recipe.batch_size
+        return [row for row in self.rows if row["iteration"] > start] or self.rows[-1:]
+
+
+def _log_points(recipe: Recipe) -> set[int]:
+    points = set(range(recipe.window, recipe.iterations + 1, recipe.window))
+    return points | _test_points(recipe) | {recipe.iterations}
+
+
+def _test_points(recipe: Recipe) -> set[int]:
+    count = min(recipe.evaluations, recipe.iterations)
+    return {round(recipe.iterations * point / count) for point in range(1, count + 1)}
+
+
+def _optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.SGD:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if recipe.weight_decay_on == "all":
+        groups = [{"params": parameters}]
+    else:
+        weights = [parameter for parameter in parameters if parameter.ndim > 1]
+        others = [parameter for parameter in parameters if parameter.ndim <= 1]
+        groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        groups,
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=device.type in ("cuda", "cpu"),  # one kernel instead of one a tensor; the networks have hundreds
+    )
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copy(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_copy(entry) for entry in value]
+    return value
+
+
+def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, precision: str) -> str:
+    """The first layer, in forward order, whose output is not finite; "the loss" if every output is."""
+    found: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
+                found.append(name)
+
+        return look
+
+    layers = [(name, module) for name, module in network.named_modules() if not any(module.children())]
+    handles = [module.register_forward_hook(note(name)) for name, module in layers]
+    try:
+        with torch.no_grad(), autocast(device, precision):
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss"
+
+
+# -- random numbers: those a network itself draws (dropout, a stranger's block); batches draw their own ------------
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        return _random_state(device)
+
+
+@contextmanager
+def _random_numbers(training: Training) -> Iterator[None]:
+    """The training's own random numbers inside a block; the caller's again after it."""
+    outer = _random_state(training.device)
+    _set_random_state(training.random, training.device)
+    try:
+        yield
+    finally:
+        _set_random_state(outer, training.device)
