@@ -1,0 +1,111 @@
+"""Claims of the paper and verdicts on them: what was measured, how sure it is, and what would have said otherwise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from resprobe.errors import not_accepted
+
+Word = Literal["holds", "fails", "inconclusive", "not tested"]
+VERDICTS = ("holds", "fails", "inconclusive", "not tested")
+LEVEL = 0.05
+"""Of the one-sided tests."""
+MARGIN = 0.5
+"""Points of error below which a difference does not count as an effect. Fixed before any run."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of the paper. `paper` holds its numbers; `falsifier` what result would contradict it."""
+
+    id: str
+    statement: str
+    section: str
+    paper: str
+    falsifier: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the measurements say of a claim: `measured` the figures, `evidence` the test that decided."""
+
+    claim: Claim
+    verdict: Word
+    measured: str
+    evidence: str
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise not_accepted("verdict", self.verdict, VERDICTS)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The difference of two means over seeds, `higher − lower`, with one-sided 95 % confidence limits (Welch).
+
+    `verdict` says whether `higher` is indeed higher: it holds if the lower limit is above 0; it fails if the upper
+    limit is below `MARGIN`, which excludes any effect that matters; else it is inconclusive. Without a spread on
+    either side (fewer than two seeds) nothing can be said.
+    """
+
+    difference: float
+    lower: float
+    upper: float
+    p: float
+    n: tuple[int, int]
+
+    @property
+    def verdict(self) -> Word:
+        if min(self.n) < 2:
+            return "inconclusive"
+        if self.lower > 0:
+            return "holds"
+        return "fails" if self.upper < MARGIN else "inconclusive"
+
+    def __str__(self) -> str:
+        if min(self.n) < 2:
+            return f"difference {self.difference:+.2f} points, n = {min(self.n)}: one seed has no spread to judge by"
+        return (
+            f"difference {self.difference:+.2f} points, 95 % limits {self.lower:+.2f} and {self.upper:+.2f}, "
+            f"one-sided Welch test p = {self.p:.2g}, n = {self.n[0]} and {self.n[1]} seeds"
+        )
+
+
+def compare(higher: Sequence[float], lower: Sequence[float]) -> Comparison:
+    """Is the mean of `higher` above that of `lower`? Values in percent, one a seed."""
+    from scipy import stats
+
+    n = (len(higher), len(lower))
+    difference = _mean(higher) - _mean(lower)
+    if min(n) < 2:
+        return Comparison(difference, -math.inf, math.inf, math.nan, n)
+    if _std(higher) == _std(lower) == 0:  # the same figure at every seed on both sides: no test is needed
+        return Comparison(difference, difference, difference, 0.0 if difference > 0 else 1.0, n)
+    test = stats.ttest_ind(higher, lower, equal_var=False, alternative="greater")
+    # Each limit is that of a one-sided 95 % interval, so that each of the two verdicts errs at most 5 % of the time.
+    below = test.confidence_interval(1 - LEVEL).low
+    opposite = stats.ttest_ind(higher, lower, equal_var=False, alternative="less")
+    above = opposite.confidence_interval(1 - LEVEL).high
+    return Comparison(difference, float(below), float(above), float(test.pvalue), n)
+
+
+def mean_std(values: Sequence[float], digits: int = 2) -> str:
+    """ "6.61 ± 0.16", or the bare figure where there is one value only."""
+    if not len(values):
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{_mean(values):.{digits}f} ± {_std(values):.{digits}f}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _std(values: Sequence[float]) -> float:
+    """Of a sample: with n − 1."""
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

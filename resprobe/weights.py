@@ -1,0 +1,160 @@
+"""Reading published weights into our networks. The layout is recognised by its keys; loading runs no code."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from resprobe.data import Normalization
+from resprobe.errors import UsageError
+from resprobe.networks import Network
+from resprobe.shortcuts import ZeroPadding
+
+# With what the published ImageNet models, and the common CIFAR weights, were trained.
+_IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -> Network:
+    """Loads weights into `network`, in place, and returns it.
+
+    `weights` is a file (.pth, .th, .pt, .safetensors), a finished run's folder, or a state dict. Layouts: resprobe's
+    own, torchvision's ResNets and VGGs, and the common CIFAR one (`layer1.0.conv1`, …, `linear`), with or without a
+    `module.` prefix. The input normalization that belongs to a layout is set as `network.normalization`.
+
+    The common CIFAR weights were trained with option A's zeros on both sides; a network with trailing zeros (option A
+    as in the paper) gets the same function, its channels permuted. Raises `UsageError` naming every mismatch.
+    """
+    given = _unwrap(weights if isinstance(weights, Mapping) else _read(Path(weights)))
+    own = network.state_dict()
+    normalization = None
+    if "normalization.mean" in given:  # a run's file
+        normalization = Normalization(given["normalization.mean"], given["normalization.std"])
+        given = {name.removeprefix("network."): value for name, value in given.items() if name.startswith("network.")}
+    if not set(own) & set(given):
+        if "features.0.weight" in given:
+            given = _from_torchvision_vgg(network, given)
+        elif "conv1.weight" in given and "layer1.0.conv1.weight" in given:
+            if "fc.weight" in given and network.spec.get("stride_in") == "1x1" and "layer1.0.conv3.weight" in given:
+                raise UsageError(
+                    "torchvision's bottleneck weights were trained with the stride in the 3×3 convolution; build "
+                    f'the network with stride_in="3x3", not stride_in (={network.spec.get("stride_in")!r})'
+                )
+            common_cifar = "linear.weight" in given
+            given = {_resnet_name(name): value for name, value in given.items()}
+            if common_cifar:
+                given = _zeros_from_centred(network, given)
+        else:
+            some = ", ".join(sorted(given)[:3]) or "none"
+            raise UsageError(f"the layout of the weights is not known (first keys: {some}); accepted: resprobe, torchvision, CIFAR")
+        normalization = Normalization.channels(*_IMAGENET_STATISTICS)
+    # Counters of batches seen are bookkeeping of the framework; old files lack them.
+    given = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | given
+    _check(network, own, given)
+    network.load_state_dict(given)
+    network.normalization = normalization or network.normalization
+    return network
+
+
+def _read(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir() and (path / "network.safetensors").is_file():
+        path = path / "network.safetensors"
+    if not path.is_file():
+        raise UsageError(f"weights (={str(path)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise UsageError(
+            f"weights (={str(path)!r}) cannot be read without running code: {' '.join(str(error).split())[:200]}"
+        ) from error
+    except Exception as error:  # safetensors has an exception of its own
+        raise UsageError(f"weights (={str(path)!r}) cannot be read: {' '.join(str(error).split())[:200]}") from error
+
+
+def _unwrap(given: Mapping) -> dict[str, Tensor]:
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(given.get(key), Mapping):
+            given = given[key]
+    return {name.removeprefix("module."): value for name, value in given.items() if isinstance(value, Tensor)}
+
+
+def _resnet_name(name: str) -> str:
+    """torchvision's and the common CIFAR names → ours."""
+    name = re.sub(r"^conv1\.", "stem.conv.", name)
+    name = re.sub(r"^bn1\.", "stem.norm.", name)
+    name = re.sub(r"^linear\.", "fc.", name)
+    name = re.sub(r"^layer(\d+)\.(\d+)\.(conv\d)", r"stage\1.\2.branch.\3", name)
+    name = re.sub(r"^layer(\d+)\.(\d+)\.bn(\d)", r"stage\1.\2.branch.norm\3", name)
+    return re.sub(r"^layer(\d+)\.(\d+)\.(?:downsample|shortcut)\.", r"stage\1.\2.shortcut.", name)
+
+
+def _from_torchvision_vgg(network: Network, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`features.N` and `classifier.N` in order → our layers with weights, in order."""
+    ours = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+    theirs = sorted({tuple(name.split(".")[:2]) for name in given}, key=lambda part: (part[0] == "classifier", int(part[1])))
+    if len(ours) != len(theirs):
+        raise UsageError(f"the weights have {len(theirs)} layers, {network.spec} has {len(ours)}; check depth and norm")
+    names = {".".join(part): name for part, name in zip(theirs, ours, strict=True)}
+    return {names[name.rpartition(".")[0]] + "." + name.rpartition(".")[2]: value for name, value in given.items()}
+
+
+def _zeros_from_centred(network: Network, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Permutes channels so that weights trained with zeros on both sides fit a network whose zeros trail.
+
+    Where option A widens C channels to D, trailing zeros put old channel c at c, centred ones at (D − C)/2 + c. What a
+    block adds on top is learned, so renaming the channels of all blocks after it gives exactly the same function.
+    """
+    order: Tensor | None = None  # ours → theirs, for the channels between blocks
+    result = dict(given)
+    for name, block in network.blocks():
+        if any(isinstance(module, nn.Conv2d) for module in (block.shortcut or nn.Identity()).modules()):
+            return given  # projections: nothing is padded
+        keys = [key for key in given if key.startswith(f"{name}.branch.")]
+        convolutions = sorted({key.split(".")[-2] for key in keys if ".conv" in key})
+        if not convolutions:
+            return given
+        if order is not None:
+            first = f"{name}.branch.{convolutions[0]}.weight"
+            result[first] = result[first][:, order]
+        if isinstance(block.shortcut, ZeroPadding) and block.shortcut.before == 0 and block.shortcut.after > 0:
+            before = (block.out_channels - block.in_channels) // 2
+            kept = (torch.arange(block.in_channels) if order is None else order) + before
+            rest = torch.tensor([c for c in range(block.out_channels) if c not in set(kept.tolist())], dtype=torch.long)
+            order = torch.cat([kept, rest])
+        if order is not None:
+            last = convolutions[-1]
+            for key in keys:
+                if key.split(".")[-2] in (last, last.replace("conv", "norm")) and result[key].ndim > 0:
+                    result[key] = result[key][order]
+    if order is not None and "fc.weight" in result:
+        result["fc.weight"] = result["fc.weight"][:, order]
+    return result
+
+
+def _check(network: Network, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    missing, extra = [name for name in own if name not in given], [name for name in given if name not in own]
+    wrong = [
+        f"{name} is {tuple(given[name].shape)}, the network's {tuple(own[name].shape)}"
+        for name in own
+        if name in given and given[name].shape != own[name].shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing, first {missing[0]}")
+    if extra:
+        problems.append(f"{len(extra)} tensors have no place, first {extra[0]}")
+    if wrong:
+        problems.append(f"{len(wrong)} shapes differ, first {wrong[0]}")
+    if problems:
+        hint = ""
+        if any(".shortcut." in name for name in [*missing, *extra]):
+            hint = "; the shortcut options differ: try another shortcut, A, B or C"
+        raise UsageError(f"the weights do not fit {network.spec}: {'; '.join(problems)}{hint}")

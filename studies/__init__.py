@@ -1,0 +1,1 @@
+"""Studies: one file, one claim of the paper. `python -m studies` lists them."""
