@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "resprobe.blocks": ("BLOCKS", "Block", "register_block"),
-    "resprobe.claims": ("Claim", "Verdict", "compare", "mean_std"),
+    "resprobe.claims": ("Claim", "Comparison", "Verdict", "compare", "mean_std"),
     "resprobe.data": ("DATASETS", "Data", "FolderSet", "ImageSet", "Normalization", "load_data", "register_dataset"),
     "resprobe.errors": ("TrainingDiverged", "UsageError"),
     "resprobe.evaluation": ("Evaluation", "evaluate", "precise_batch_norm"),
@@ -20,9 +20,9 @@ _PUBLIC = {
     "resprobe.normalization": ("NORMALIZATIONS", "register_normalization"),
     "resprobe.probes": ("PROBES", "Probe", "attach", "register_probe"),
     "resprobe.recipes": ("Recipe", "learning_rate"),
-    "resprobe.runs": ("Run", "RunConfig", "RunStore", "train"),
+    "resprobe.runs": ("Run", "RunConfig", "RunStore", "default_recipe", "train"),
     "resprobe.shortcuts": ("SHORTCUTS", "register_shortcut"),
-    "resprobe.study": ("Options", "Study"),
+    "resprobe.study": ("Drawing", "Options", "Planned", "Results", "Study"),
     "resprobe.weights": ("load_weights",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

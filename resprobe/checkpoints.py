@@ -43,6 +43,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was half-written") from error
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Raises `StorageError` naming `option` if nothing can be written to `folder`, which is made if it is not there.
+
+    Asked before anything is trained: an hour's work must not end at a folder that takes nothing.
+    """
+    try:
+        write_atomically(folder / ".writable", b"")
+        (folder / ".writable").unlink(missing_ok=True)
+    except StorageError as error:
+        cause = error.__cause__
+        raise StorageError(f"{option} (={str(folder)!r}) cannot be written to: {getattr(cause, 'strerror', cause)}") from cause
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Saves tensors and plain data. What was at `path` becomes `path` with the suffix `.previous`."""
     buffer = io.BytesIO()
@@ -52,9 +65,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     incoming, current, previous = _names(path)
     write_atomically(incoming, content)
     # Killed between these steps, the newest checkpoint still goes by one of the names that `load_checkpoint` knows.
-    if current.exists():
-        os.replace(current, previous)
-    os.replace(incoming, current)
+    try:
+        if current.exists():
+            os.replace(current, previous)
+        os.replace(incoming, current)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was half-written") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

@@ -27,7 +27,10 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     if not there[kind]:
         usable = ["auto", *(candidate for candidate, available in there.items() if available)]
         raise UsageError(f"device (={name!r}) is not available on this machine; accepted here: {', '.join(usable)}")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError:  # "cpu:first"
+        raise not_accepted("device", name, DEVICES) from None
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -123,7 +123,7 @@ def precise_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
     Modules that are frozen (in eval mode already while the network trains) are left alone.
     """
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    norms = [module for module in norms if module.track_running_stats]
+    norms = [module for module in norms if module.track_running_stats and (module.training or not network.training)]
     if not norms:
         return
     momenta = [module.momentum for module in norms]

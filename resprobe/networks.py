@@ -141,11 +141,12 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
         family, depth, options = network.family, network.depth, {**dict(network.options), **options}
     else:
         family, depth = _parse_name(network)
-    parameters = dict(inspect.signature(NETWORKS[family]).parameters)
+    signature = inspect.signature(NETWORKS[family]).parameters.values()
+    parameters = {each.name: each for each in signature if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)}
     takes_depth = parameters.pop("depth", None) is not None
     if takes_depth != (depth is not None):
-        wanted = "needs a depth, as in" if takes_depth else "takes no depth:"
-        raise UsageError(f"network (={network!r}) {wanted} {family}{'-20' if takes_depth else ''}")
+        wanted = f"needs a depth: {family}-DEPTH" if takes_depth else f"takes no depth: {family}"
+        raise UsageError(f"network (={network!r}) {wanted}")
     for option in options:
         if option not in parameters:
             raise not_accepted(f"option of {family}", option, parameters)
@@ -154,6 +155,8 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
     complete |= {name: value for name, value in (by_depth(depth) if by_depth else {}).items() if name in parameters}
     complete |= options
     for name, value in complete.items():
+        if value is inspect.Parameter.empty:
+            raise UsageError(f"network (={network!r}) needs a value for its option {name}, which has no default")
         _check_option(name, value)
     return NetworkSpec(family, depth, tuple(complete.items()))
 
@@ -161,14 +164,14 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
 def _parse_name(name: str) -> tuple[str, int | None]:
     if not isinstance(name, str):
         raise UsageError(f"network (={name!r}) must be a name such as 'cifar/resnet-20' or a NetworkSpec")
+    if name in NETWORKS:  # also one that ends like a depth: "my-net-2"
+        return name, None
     family, dash, depth = name.rpartition("-")
     if dash and depth.isdecimal():
         NETWORKS[family]  # an unknown family is the first thing to say
         return family, int(depth)
-    if name in NETWORKS:
-        return name, None
     if dash and family in NETWORKS:
-        raise UsageError(f"depth (={depth!r}) of network {name!r} must be a whole number, as in {family}-20")
+        raise UsageError(f"depth (={depth!r}) of network {name!r} must be a whole number")
     raise not_accepted("network", name, NETWORKS.names())
 
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from resprobe.errors import UsageError, not_accepted
 
@@ -59,11 +59,14 @@ class Registry(Generic[T]):
     @contextmanager
     def temporary(self, name: str, thing: T) -> Iterator[T]:
         """Registers `thing` for the length of a `with` block, for tests and notebooks."""
+        before = self._things.get(name)
         self.register(name)(thing)
         try:
             yield thing
         finally:
             del self._things[name]
+            if before is not None:  # it was there already, and stays
+                self._things[name] = before
 
     def fingerprint(self, name: str) -> str | None:
         """SHA-256 of the source file that a stranger's thing comes from; None for resprobe's own.
@@ -71,16 +74,21 @@ class Registry(Generic[T]):
         A run is found again by what it is, and what a stranger's block is, is its source: edit the block and its
         runs are trained anew.
         """
-        thing = inspect.unwrap(self[name])
-        if (getattr(thing, "__module__", None) or "").split(".")[0] == "resprobe":
-            return None
+        return source_digest(self[name])
+
+
+def source_digest(thing: Any) -> str | None:
+    """SHA-256 of the source file that a class or function comes from; None for resprobe's own."""
+    thing = inspect.unwrap(thing)
+    if (getattr(thing, "__module__", None) or "").split(".")[0] == "resprobe":
+        return None
+    try:
+        return hashlib.sha256(Path(inspect.getsourcefile(thing) or "").read_bytes()).hexdigest()
+    except (OSError, TypeError):  # typed into a notebook or an interpreter: there is no file
         try:
-            return hashlib.sha256(Path(inspect.getsourcefile(thing) or "").read_bytes()).hexdigest()
-        except (OSError, TypeError):  # typed into a notebook or an interpreter: there is no file
-            try:
-                return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
-            except (OSError, TypeError):
-                return f"unknown source of {_origin(thing)}"
+            return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
+        except (OSError, TypeError):
+            return f"unknown source of {_origin(thing)}"
 
 
 def _same_definition(one: object, other: object) -> bool:

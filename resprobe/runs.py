@@ -21,14 +21,22 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from resprobe.blocks import BLOCKS
-from resprobe.checkpoints import StorageError, load_checkpoint, remove_checkpoints, save_checkpoint, write_atomically
+from resprobe.checkpoints import (
+    StorageError,
+    check_writable,
+    load_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    write_atomically,
+)
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, data_identity, load_data
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.environment import environment
 from resprobe.errors import TrainingDiverged, UsageError
-from resprobe.networks import NETWORKS, Network, NetworkSpec, build, resolve
+from resprobe.networks import NETWORKS, Network, NetworkSpec, Option, build, resolve
 from resprobe.probes import Probe, make_probe
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
+from resprobe.registry import source_digest
 from resprobe.shortcuts import SHORTCUTS
 from resprobe.training import Progress, Training
 
@@ -42,15 +50,16 @@ _CHECKPOINT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a run is. `data` may name a path, which says where the data are and not what they are."""
+    """What a run is. `data` says where the data are (`NAME:PATH`), `data_identity` what they are."""
 
     network: NetworkSpec
     data: str
+    data_identity: str
     recipe: Recipe
     seed: int = 0
     precision: str = "fp32"
     start: str | None = None
-    """Digest of the initial weights, for a network that was handed over built; None: initialized from `seed`."""
+    """Digest of the modules and initial weights, for a network that was handed over built; None: initialized from `seed`."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -62,7 +71,7 @@ class RunConfig:
         return {
             "format": FORMAT,
             "network": asdict(self.network),
-            "data": data_identity(self.data),
+            "data": self.data_identity,
             "recipe": recipe,
             "seed": self.seed,
             "precision": self.precision,
@@ -135,13 +144,7 @@ class RunStore:
 
     def __init__(self, root: str | Path):
         self.root = Path(root).expanduser()
-        # Asked before anything is trained: an hour's work must not end at a folder that cannot be written.
-        try:
-            write_atomically(self.root / ".writable", b"")
-            (self.root / ".writable").unlink(missing_ok=True)
-        except StorageError as error:
-            cause = error.__cause__
-            raise StorageError(f"runs (={str(root)!r}) cannot be written to: {getattr(cause, 'strerror', cause)}") from error
+        check_writable(self.root, "runs")
 
     def folder(self, config: RunConfig) -> Path:
         """Where a run is, or would be."""
@@ -154,11 +157,14 @@ class RunStore:
         path = self.folder(config)
         try:
             metrics = json.loads((path / "result.json").read_text())["metrics"]
-            history = pandas.read_csv(path / "history.csv")
-            tables = {name: pandas.read_csv(path / "probes" / f"{name}.csv") for name in probes}
+            # As exact as it was written: pandas' default parser is off by a bit here and there.
+            history = pandas.read_csv(path / "history.csv", float_precision="round_trip")
+            tables = {
+                name: pandas.read_csv(path / "probes" / f"{name}.csv", float_precision="round_trip") for name in probes
+            }
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the result in {path} is damaged ({error}); the run is made again")
             return None
         return Run(config, metrics, history, tables, path)
@@ -190,21 +196,29 @@ def configure(
     *,
     seed: int = 0,
     precision: str = "fp32",
+    **options: Option,
 ) -> RunConfig:
-    """The complete description of a run: the network fitted to the data's channels and classes, defaults filled in."""
+    """The complete description of a run, defaults filled in.
+
+    A network given by name (with `options`, as for `build`) is fitted to the data's channels and classes; one given as
+    a specification or built must fit, else `UsageError`.
+    """
     loaded = load_data(data)
+    fit = {"in_channels": loaded.in_channels, "num_classes": loaded.num_classes}
+    start = None
     if isinstance(network, nn.Module):
         spec = getattr(network, "spec", None) or NetworkSpec(f"module/{type(network).__qualname__}", None)
         start = _digest(network)
     else:
-        given = {} if isinstance(network, str) else dict(network.options)
-        fit = {"in_channels": loaded.in_channels, "num_classes": loaded.num_classes}
-        spec = resolve(network)
-        fit = {name: value for name, value in fit.items() if name in dict(spec.options) and name not in given}
-        spec, start = resolve(spec, **fit), None
+        spec = resolve(network, **options)
+        if isinstance(network, str):
+            spec = resolve(spec, **{name: fit[name] for name in fit if name in dict(spec.options) and name not in options})
+    for name, needed in fit.items():
+        if spec.get(name, needed) != needed:
+            raise UsageError(f"{name} (={spec.get(name)}) of {spec.name} does not fit data {loaded.name!r}, which has {needed}")
     recipe = recipe or default_recipe(loaded, depth=spec.depth)
     name = data if isinstance(data, str) else data.name
-    return RunConfig(spec, name, recipe, check_seed(seed), precision, start)
+    return RunConfig(spec, name, data_identity(data), recipe, check_seed(seed), precision, start)
 
 
 def default_recipe(data: Data, iterations: int | None = None, depth: int | None = None) -> Recipe:
@@ -261,8 +275,9 @@ def train(
                 store, config, network, loaded, chosen_device, made, progress
             )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
-        network.load_state_dict(found.network.state_dict())
-        found._network = network
+        if found._network is None:
+            assert found.path is not None
+            found._network = _read_weights(network, found.path)
     return found
 
 
@@ -321,7 +336,7 @@ def _train_in_store(
 def _prepare(config: RunConfig, network: Any, data: Data, device: torch.device, probes: list[Probe]) -> Training:
     if not isinstance(network, nn.Module):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)  # and no CUDA generator, which are the caller's
             network = build(config.network)
     return Training(
         network, data, config.recipe, seed=config.seed, device=device, precision=config.precision, probes=probes
@@ -335,6 +350,9 @@ def _finish(training: Training, config: RunConfig, path: Path | None) -> Run:
     if isinstance(training.network, Network):
         training.network.normalization = training.normalization.to(torch.device("cpu"))
     training.running_statistics = running
+    training.network.eval()  # as it is when it is read from its folder
+    if config.start is None:
+        training.network.cpu()
     tables = {probe.name: probe.table() for probe in training.probes}
     return Run(config, metrics, pandas.DataFrame(training.rows), tables, path, training.network)
 
@@ -356,28 +374,37 @@ def _write_network(training: Training, path: Path) -> None:
     # Precise statistics are the reported ones and part of the network; the running ones stay beside them.
     tensors |= {f"running.{name}": tensor for name, tensor in training.running_statistics.items()}
     tensors |= {"normalization.mean": training.normalization.mean, "normalization.std": training.normalization.std}
-    write_atomically(
-        path / "network.safetensors", save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-    )
+    # Cloned, since the format refuses tensors that share memory, as tied weights do.
+    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_atomically(path / "network.safetensors", save(tensors))
 
 
-def _load_network(config: RunConfig, path: Path) -> Network:
+def _load_network(config: RunConfig, path: Path) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return _read_weights(build(config.network), path)
+
+
+def _read_weights(network: nn.Module, path: Path) -> nn.Module:
     from safetensors.torch import load_file
 
     tensors = load_file(path / "network.safetensors")
-    with torch.random.fork_rng(devices=[]):
-        network = build(config.network)
     prefix = "network."
     network.load_state_dict({name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)})
-    network.normalization = Normalization(tensors["normalization.mean"], tensors["normalization.std"])
+    if isinstance(network, Network):
+        network.normalization = Normalization(tensors["normalization.mean"], tensors["normalization.std"])
     return network.eval()
 
 
 def _digest(network: nn.Module) -> str:
+    """What a network that was handed over is: its weights, which of them learn, and the source of a stranger's modules."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(bytes(parameter.requires_grad for parameter in network.parameters()))
+    kinds = {type(module) for module in network.modules() if not type(module).__module__.startswith("torch.")}
+    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
+        digest.update((source_digest(kind) or "").encode())
     return digest.hexdigest()[:16]
 
 

@@ -263,10 +263,9 @@ class Training:
             tested["precise"] = self.test_now()
         reported = tested[self.recipe.bn_test_statistics]
         train = self.test_now(self.data.train.to(self.device))
-        last_epoch = self._last_epoch()
         metrics = {
-            "train_error": sum(row["train_error"] for row in last_epoch) / len(last_epoch),
-            "train_loss": sum(row["train_loss"] for row in last_epoch) / len(last_epoch),
+            "train_error": self._last_epoch("train_error"),
+            "train_loss": self._last_epoch("train_loss"),
             "train_error_single_view": train.error,
             "test_error": reported.error,
             "test_loss": reported.loss,
@@ -283,9 +282,16 @@ class Training:
             metrics["validation_images"] = len(self.data.validation)
         return metrics, running
 
-    def _last_epoch(self) -> list[dict[str, float]]:
+    def _last_epoch(self, column: str) -> float:
+        """Mean over the rows of the last epoch. A row counts as many iterations as it was averaged over."""
         start = self.iteration - len(self.data.train) / self.recipe.batch_size
-        return [row for row in self.rows if row["iteration"] > start] or self.rows[-1:]
+        total, iterations, previous = 0.0, 0, 0
+        for row in self.rows:
+            if row["iteration"] > start:
+                total += row[column] * (row["iteration"] - previous)
+                iterations += row["iteration"] - previous
+            previous = row["iteration"]
+        return total / iterations
 
 
 def _log_points(recipe: Recipe) -> set[int]:
@@ -365,9 +371,11 @@ def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
 
 
 def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Tensor]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return _random_state(device)
+    # What `torch.manual_seed` would leave behind, without touching the caller's generators on any device.
+    states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    return states
 
 
 @contextmanager

@@ -35,7 +35,8 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     if "normalization.mean" in given:  # a run's file
         normalization = Normalization(given["normalization.mean"], given["normalization.std"])
         given = {name.removeprefix("network."): value for name, value in given.items() if name.startswith("network.")}
-    if not set(own) & set(given):
+    head = {"fc.weight", "fc.bias"}  # torchvision's ResNets call their last layer as we do
+    if not (set(own) & set(given)) - head:
         if "features.0.weight" in given:
             given = _from_torchvision_vgg(network, given)
         elif "conv1.weight" in given and "layer1.0.conv1.weight" in given:
@@ -79,7 +80,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise UsageError(f"weights (={str(path)!r}) cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
-def _unwrap(given: Mapping) -> dict[str, Tensor]:
+def _unwrap(given: object) -> dict[str, Tensor]:
+    if not isinstance(given, Mapping):
+        raise UsageError(f"weights must be a state dict, a mapping of names to tensors, not {type(given).__name__}")
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(given.get(key), Mapping):
             given = given[key]

@@ -44,15 +44,21 @@ class FolderSet:
 
     def sample(self, limit: int) -> Tensor:
         """Up to `limit` images, spread evenly over the files, as single views: to fit a normalization on."""
-        step = max(1, len(self) // limit)
-        return torch.stack([_centre_view(path, self.size) for path in self.files[::step][:limit]])
+        count = min(limit, len(self))
+        chosen = [self.files[position * len(self) // count] for position in range(count)]
+        return torch.stack([_centre_view(path, self.size) for path in chosen])
 
     def views(self, batch_size: int, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The files in order as centre views of `size` pixels, in batches (uint8, labels).
 
         The shorter side is resized to 256/224 of the crop, as in testing at 256 and cropping 224 (§3.4).
         """
-        yield from DataLoader(_Views(self, size or self.size), batch_size, num_workers=_workers(len(self)))
+        yield from DataLoader(
+            _Views(self, size or self.size),
+            batch_size,
+            num_workers=_workers(len(self)),
+            generator=torch.Generator(),  # else a loader draws one of the caller's random numbers
+        )
 
     def training_batches(
         self, recipe: Recipe, seed: int, normalization: Normalization, device: torch.device, start: int
@@ -68,6 +74,7 @@ class FolderSet:
             batch_sampler=_Positions(len(self), recipe, seed, start),
             num_workers=_workers(recipe.batch_size),
             pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # else a resumed run's network would draw other random numbers
         )
         for crops, labels, light in loader:
             images = normalization(crops.to(device, non_blocking=True))
@@ -77,8 +84,7 @@ class FolderSet:
 
     def in_memory(self) -> ImageSet:
         """All images as one tensor, for small images of one size. Raises `UsageError` if they are not."""
-        with Image.open(self.files[0]) as first:
-            width, height = first.size
+        width, height = _open(self.files[0]).size
         if width * height * 3 * len(self) > _IN_MEMORY_BYTES:
             raise UsageError(f"{len(self):,} images of {width}×{height} do not fit {_IN_MEMORY_BYTES >> 30} GiB of memory")
         images = []
@@ -105,8 +111,7 @@ def open_folder(root: Path) -> Data:
     if unknown:
         raise UsageError(f"{test} has classes that {train} has not: {', '.join(unknown[:5])}")
     parts = [_list_files(part, classes) for part in (train, test)]
-    with Image.open(parts[0].files[0]) as first:
-        small = max(first.size) <= 64
+    small = max(_open(parts[0].files[0]).size) <= 64
     train_set, test_set = (part.in_memory() for part in parts) if small else parts
     return Data(f"folder-{root.name}", folder_identity(str(root)), train_set, test_set, classes)  # type: ignore[arg-type]
 

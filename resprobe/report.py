@@ -1,0 +1,144 @@
+"""The report of a study: report.html (one self-contained file), report.md, figures, results.csv, verdict.json."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resprobe.checkpoints import write_atomically
+from resprobe.claims import LEVEL, MARGIN, Verdict
+from resprobe.figures import render
+from resprobe.recipes import Recipe, departures
+
+if TYPE_CHECKING:
+    from resprobe.study import Results, Study
+
+_SYMBOLS = {"holds": "✓", "fails": "✗", "inconclusive": "?", "not tested": "–"}
+_SETTINGS = {
+    "quick": "quick setting: minutes on a laptop, not the paper's data or recipe",
+    "paper": "the paper's setting",
+    "custom": "custom setting: neither the quick nor the paper's preset",
+}
+
+
+def write_report(
+    study: Study,
+    results: Results,
+    verdicts: Sequence[Verdict],
+    *,
+    setting: str,
+    recipes: dict[str, Recipe],
+    environment: dict[str, Any],
+    command: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Writes everything into `results.options.out`, prints where it is, and returns what `verdict.json` holds."""
+    out = Path(results.options.out)
+    drawings = study.draw(results)
+    table = study.tabulate(results)
+    record = {
+        "study": study.name,
+        "setting": setting,
+        "claims": [
+            {
+                "id": verdict.claim.id,
+                "statement": verdict.claim.statement,
+                "section": verdict.claim.section,
+                "paper": verdict.claim.paper,
+                "measured": verdict.measured,
+                "verdict": verdict.verdict,
+                "evidence": verdict.evidence,
+                "falsifier": verdict.claim.falsifier,
+            }
+            for verdict in verdicts
+        ],
+        "config": {
+            "command": command,
+            "options": dataclasses.asdict(results.options),
+            "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+            "departures": _departures(results, recipes),
+            "seconds_of_training": float(results.table["seconds"].sum()),
+            "seconds_of_study": round(seconds, 1),
+        },
+        "environment": environment,
+    }
+    images = {}
+    for name, drawing in drawings.items():
+        images[name] = render(drawing.figure, "png")
+        write_atomically(out / f"{name}.png", images[name])
+        write_atomically(out / f"{name}.svg", render(drawing.figure, "svg"))
+    write_atomically(out / "results.csv", results.table.to_csv(index=False).encode())
+    page = {
+        "study": study,
+        "record": record,
+        "verdicts": verdicts,
+        "symbols": _SYMBOLS,
+        "setting": _SETTINGS[setting],
+        "table": table,
+        "drawings": drawings,
+        "images": {name: base64.b64encode(png).decode() for name, png in images.items()},
+        "summary": summary(study, verdicts, setting, results),
+        "how_sure": _how_sure(results),
+        "environment": {name: value for name, value in environment.items() if value is not None},
+        "duration": _duration(record["config"]["seconds_of_training"]),
+    }
+    write_atomically(out / "report.md", _render("report.md", page).encode())
+    write_atomically(out / "report.html", _render("report.html", page).encode())
+    # Last: a verdict that is there has its report beside it.
+    write_atomically(out / "verdict.json", (json.dumps(record, indent=1, default=str) + "\n").encode())
+    print(f"\n{page['summary']}\n\nreport:  {out / 'report.html'}\nfigures: " + ", ".join(f"{out / name}.png" for name in drawings))
+    return record
+
+
+def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Results) -> str:
+    """The verdict in one paragraph."""
+    said = " ".join(f"{verdict.claim.id} {verdict.verdict}: {verdict.measured}." for verdict in verdicts)
+    return f"{study.title} ({_SETTINGS[setting]}; data: {results.options.data.partition(':')[0]}). {said}"
+
+
+def _departures(results: Results, recipes: dict[str, Recipe]) -> list[str]:
+    """What is not as in the paper, each once: data, recipe."""
+    found = []
+    data = results.options.data.partition(":")[0]
+    if data != "cifar10":
+        found.append(f"data: {data} instead of CIFAR-10")
+    for recipe in recipes.values():
+        found += [line for line in departures(recipe) if line not in found]
+    return found
+
+
+def _how_sure(results: Results) -> str:
+    seeds = len(results.options.seeds)
+    runs = f"{seeds} seed{'s' if seeds != 1 else ''} a network"
+    if seeds < 2:
+        return f"{runs}: there is no spread to judge by, so no verdict beyond “inconclusive” is possible."
+    return (
+        f"{runs}; figures are mean ± standard deviation over seeds of the last iteration, never the best one. A claim "
+        f"of order holds if a one-sided Welch test over seeds has p < {LEVEL}; it fails if the same test at the same level "
+        f"excludes a difference of {MARGIN} points or more; else it is inconclusive. Both numbers were fixed beforehand."
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _render(template: str, page: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("resprobe"),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(page)
+

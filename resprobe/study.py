@@ -1,0 +1,323 @@
+"""The frame of a study: a study states its runs, its figures and its claims; everything else is here.
+
+Options → what is to be run → the run store (found, or trained) → one tidy table → verdicts → report. This module does
+not import torch before there is something to do, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shlex
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from resprobe.claims import Claim, Verdict
+from resprobe.errors import UsageError, not_accepted
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+    from resprobe.networks import NetworkSpec
+    from resprobe.recipes import Recipe
+    from resprobe.runs import Run
+
+Setting = Literal["quick", "paper", "custom"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every study can be asked. A study's presets are instances; what is not given is the preset's."""
+
+    preset: Literal["quick", "paper"] = "quick"
+    """quick: minutes on a laptop, on embedded data. paper: the paper's recipe."""
+    data: str = "digits"
+    """data set: digits, cifar10, cifar100, or NAME:PATH to read a local copy; folder:PATH for class folders"""
+    depths: tuple[int, ...] = (20, 56)
+    """depths in weighted layers, as the paper counts them"""
+    block: str = "basic"
+    """block of the networks: basic, bottleneck, single, or one that a plugin registers"""
+    shortcut: str = "A"
+    """shortcuts of the residual networks: A, A-centred, B, C, or one that a plugin registers (highway)"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """one run for each; verdicts rest on the spread over them"""
+    iterations: int = 64_000
+    """training iterations (mini-batches); the whole schedule is scaled, and printed as a departure"""
+    device: str = "auto"
+    """auto, cpu, cuda or mps"""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the processor computes in it, else fp32; weights stay in fp32"""
+    concurrency: str = "auto"
+    """runs at a time; auto: one a core on a CPU, one on a GPU"""
+    plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE|MODULE")] = ()
+    """plugin to load first: a file (my_block.py) or a module (package.module)"""
+    out: str = ""
+    """folder for the report, figures and tables; by default results/STUDY"""
+    runs: str = "runs"
+    """folder in which finished runs are kept and found again"""
+
+
+# What does not change what is measured: where it is computed and where it is put.
+_NOT_THE_SETTING = {"preset", "device", "precision", "concurrency", "plugin", "out", "runs"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A network that a study needs, run once for each seed, with the labels its rows carry in the table."""
+
+    labels: Mapping[str, Any]
+    network: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study's claims and figures are made from.
+
+    `table`: one row a run: the labels, seed, the run's metrics (errors in percent), its folder. `histories`: one row a
+    log point of a run, with the same labels.
+    """
+
+    options: Options
+    table: pandas.DataFrame
+    histories: pandas.DataFrame
+    runs: Sequence[Run]
+
+    def values(self, column: str, **labels: Any) -> list[float]:
+        """A column's values over seeds for the rows with these labels, in order of seed."""
+        rows = self.table
+        for name, value in labels.items():
+            rows = rows[rows[name] == value]
+        return rows.sort_values("seed")[column].tolist()
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with its caption and a text that says what it shows to those who cannot see it."""
+
+    figure: Figure
+    caption: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """One file of `studies/`: `plan` says which networks it needs, `judge` what they mean, `draw` shows them, and
+    `tabulate` puts them beside the paper's numbers. `main` does the rest."""
+
+    name: str
+    title: str
+    claims: tuple[Claim, ...]
+    presets: Mapping[str, Options]
+    plan: Callable[[Options], Sequence[Planned]]
+    judge: Callable[[Results], Sequence[Verdict]]
+    draw: Callable[[Results], Mapping[str, Drawing]]
+    tabulate: Callable[[Results], pandas.DataFrame]
+    description: str = ""
+
+    def main(self, arguments: Sequence[str] | None = None) -> int:
+        """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        with _notes_on_one_line():
+            try:
+                options = self.parse(arguments)
+                self.run(options, arguments)
+            except UsageError as error:
+                return _say(f"{error}", 2)
+            except KeyboardInterrupt:
+                return _say("interrupted; finished runs and checkpoints are kept, the same command goes on from there", 1)
+            except RuntimeError as error:
+                # A failed run says itself what was kept. Anything else is a bug, and a bug's traceback is wanted.
+                if type(error).__name__ not in ("SweepFailed", "TrainingDiverged"):
+                    raise
+                return _say(str(error), 1)
+        return 0
+
+    def parse(self, arguments: Sequence[str]) -> Options:
+        """Options from a command line. Raises `UsageError` in one line."""
+        preset = _preset(arguments)
+        if preset not in self.presets:
+            raise not_accepted("--preset", preset, self.presets)
+        return _parse_with_tyro(self, self.presets[preset], arguments)
+
+    def run(self, options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
+        """Does the study and writes its report. Returns what `verdict.json` holds."""
+        started = time.perf_counter()
+        options = dataclasses.replace(options, out=options.out or f"results/{self.name}")
+        results, recipes, environment = _gather(self, options)
+        verdicts = list(self.judge(results))
+        answered = {verdict.claim.id for verdict in verdicts}
+        missing = [claim.id for claim in self.claims if claim.id not in answered]
+        assert not missing, f"study {self.name} gives no verdict on {', '.join(missing)}"
+
+        from resprobe.report import write_report
+
+        setting = self.setting(options)
+        return write_report(
+            self,
+            results,
+            verdicts,
+            setting=setting,
+            recipes=recipes,
+            environment=environment,
+            command=" ".join([f"python -m studies.{self.name}", *map(shlex.quote, arguments)]),
+            seconds=time.perf_counter() - started,
+        )
+
+    def setting(self, options: Options) -> Setting:
+        """The preset's name if what is measured is the preset's, else "custom"."""
+        preset = self.presets[options.preset]
+        for option in dataclasses.fields(options):
+            ours, its = getattr(options, option.name), getattr(preset, option.name)
+            if option.name == "data":  # where a copy lies is no matter
+                ours, its = ours.partition(":")[0], its.partition(":")[0]
+            if option.name not in _NOT_THE_SETTING and ours != its:
+                return "custom"
+        return options.preset
+
+
+def _gather(study: Study, options: Options) -> tuple[Results, dict[str, Recipe], dict[str, Any]]:
+    """Finds or trains the runs and puts them into tables."""
+    import pandas
+
+    from resprobe.checkpoints import check_writable
+    from resprobe.data import load_data
+    from resprobe.devices import flush_denormals, resolve_device, resolve_precision
+    from resprobe.environment import environment
+    from resprobe.extensions import load_plugin
+    from resprobe.networks import resolve
+    from resprobe.runs import RunStore, check_seed, configure, default_recipe
+    from resprobe.sweep import Job, parse_concurrency, run_all
+
+    flush_denormals()
+    for plugin in options.plugin:
+        load_plugin(plugin)
+    concurrency = parse_concurrency(options.concurrency)
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    for name in ("depths", "seeds"):
+        values = getattr(options, name)
+        if not values or len(set(values)) < len(values):
+            raise UsageError(f"{name} (={' '.join(map(str, values))}) must be given, each once")
+    for seed in options.seeds:
+        check_seed(seed)
+    planned = study.plan(options)
+    for one in planned:
+        resolve(one.network, **one.options)  # a depth or a block that is not there is said before data are looked for
+    data = load_data(options.data)
+    labelled = []
+    for one in planned:
+        recipe = default_recipe(data, options.iterations, resolve(one.network, **one.options).depth)
+        for seed in options.seeds:
+            config = configure(one.network, data, recipe, seed=seed, precision=precision, **one.options)
+            labelled.append((dict(one.labels) | {"seed": seed}, dataclasses.replace(config, data=options.data)))
+    _check_networks({config.network for _, config in labelled})
+    # Nothing is written before everything that was asked for is known to make sense.
+    check_writable(Path(options.out), "out")
+    store = RunStore(options.runs)
+    runs = run_all(
+        [Job(config) for _, config in labelled],
+        store,
+        device=device,
+        concurrency=concurrency,
+        plugins=options.plugin,
+    )
+    rows, histories = [], []
+    for (labels, config), run in zip(labelled, runs, strict=True):
+        rows.append(labels | run.metrics | {"network": config.network.name, "run": config.folder_name})
+        histories.append(run.history.assign(**labels))
+    results = Results(options, pandas.DataFrame(rows), pandas.concat(histories, ignore_index=True), runs)
+    recipes = {config.recipe.name: config.recipe for _, config in labelled}
+    return results, recipes, environment(device) | {"precision": precision}
+
+
+def _check_networks(specs: set[NetworkSpec]) -> None:
+    """Builds the shallowest network of each kind, so that a block that does not fit is found before training."""
+    from resprobe.networks import build
+
+    kinds: dict[Any, NetworkSpec] = {}
+    for spec in sorted(specs, key=lambda spec: spec.depth or 0):
+        kinds.setdefault((spec.family, spec.options), spec)
+    for spec in kinds.values():
+        build(spec)
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+
+def _preset(arguments: Sequence[str]) -> str:
+    """The preset is needed before the rest, since it holds the defaults that `--help` shows."""
+    preset = "quick"
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == "--preset":
+            preset = following
+        elif argument.startswith("--preset="):
+            preset = argument.partition("=")[2]
+    return preset
+
+
+def _parse_with_tyro(study: Study, defaults: Options, arguments: Sequence[str]) -> Options:
+    said = io.StringIO()
+    try:
+        # Its errors are boxes of several lines; what is in them is said in one.
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                type(defaults),
+                prog=f"python -m studies.{study.name}",
+                description=study.description,
+                default=defaults,
+                args=list(arguments),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(_one_line(said.getvalue(), defaults)) from None
+
+
+def _one_line(box: str, defaults: Options) -> str:
+    """What a box says of an error: value, what is accepted, nearest name."""
+    lines = [line.strip(" │").strip() for line in box.splitlines()]
+    paragraphs = " ".join("\n" if set(line) <= set("─╭╮╰╯ ") else line for line in lines[1:]).split("\n")
+    text = next((paragraph.strip() for paragraph in paragraphs if paragraph.strip()), "unusable arguments")
+    if unknown := re.search(r"^Unrecognized options: (\S+?),?(?: |$)", text):
+        known = [f"--{option.name.replace('_', '-')}" for option in dataclasses.fields(defaults)]
+        return str(not_accepted("option", unknown.group(1), known))
+    if choice := re.search(r"invalid choice '(.*?)' for argument '(--\S+)'. Expected one of \((.*?)\)", text):
+        return str(not_accepted(choice.group(2), choice.group(1), re.findall(r"'(.*?)'", choice.group(3))))
+    if unreadable := re.search(r"^Error parsing (--\S+): .*?(\[?'[^']*'(?:, '[^']*')*\]?)$", text):
+        option, value = unreadable.groups()
+        accepted = re.search(rf"{option} (.*?)(?:  |$|\n)", "\n".join(lines))
+        kind = {"INT": "a whole number", "[INT [INT ...]]": "whole numbers with spaces between them"}
+        wanted = accepted.group(1).strip() if accepted else "another value"
+        return f"{option} (={value.strip('[]')}) cannot be read; accepted: {kind.get(wanted, wanted)}"
+    return text
+
+
+def _say(text: str, code: int) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def _notes_on_one_line() -> Iterator[None]:
+    """Shows warnings as notes: where in our code they arise is nothing to a user."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

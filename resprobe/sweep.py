@@ -1,0 +1,269 @@
+"""Many runs: what is finished is found, the rest is trained, several at a time where the machine has the cores.
+
+The small networks of §4.2 do not fill even two cores. Independent runs side by side, each on its own share of the
+threads, finish sooner than one after the other on all of them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from resprobe.devices import flush_denormals
+from resprobe.errors import UsageError
+from resprobe.extensions import load_plugin
+from resprobe.runs import Run, RunConfig, RunStore, train
+from resprobe.training import Progress
+
+
+class SweepFailed(RuntimeError):
+    """Some runs of a sweep failed; the others went on. The text names each failure and what is kept."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep, with the names of the probes whose tables it must have."""
+
+    config: RunConfig
+    probes: tuple[str, ...] = ()
+
+    @property
+    def work(self) -> int:
+        """A measure of cost for shares of progress: layers times images."""
+        return max(1, self.config.network.depth or 1) * self.config.recipe.iterations * self.config.recipe.batch_size
+
+
+def parse_concurrency(text: str) -> int | None:
+    """How many runs at a time: None for "auto"."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"concurrency (={text!r}) must be 'auto' or a whole number ≥ 1")
+    return int(text)
+
+
+def run_all(
+    jobs: Sequence[Job],
+    store: RunStore,
+    *,
+    device: torch.device,
+    concurrency: int | None = None,
+    plugins: Sequence[str] = (),
+) -> list[Run]:
+    """The runs for `jobs`, in their order: found in `store`, or trained and kept there.
+
+    `concurrency` None takes one run a core on a CPU and one run at a time on a GPU. `plugins` are loaded in every
+    process. Raises `SweepFailed` at the end if any run failed, and `UsageError` at once if one cannot be begun.
+    """
+    missing = {job.config.key: job for job in jobs if store.find(job.config, job.probes) is None}
+    cores = _cores()
+    workers = concurrency or (cores if device.type == "cpu" else 1)
+    workers = min(workers, len(missing))
+    failures: dict[str, Exception] = {}
+    with _Board(len(jobs), list(missing.values())) as board:
+        # The longest first, so that no worker is left alone with one at the end.
+        ordered = sorted(missing.values(), key=lambda job: -job.work)
+        if workers <= 1:
+            for job in ordered:
+                try:
+                    metrics = _train(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
+                    board.finished(job, metrics)
+                except UsageError:
+                    raise
+                except Exception as error:
+                    failures[job.config.key] = error
+                    board.failed(job, error)
+        else:
+            _train_in_processes(ordered, store, device, workers, max(1, cores // workers), plugins, board, failures)
+    if failures:
+        kept = len(jobs) - len(failures)
+        raise SweepFailed(
+            f"{len(failures)} of {len(jobs)} runs failed: "
+            + "; ".join(str(error) for error in failures.values())
+            + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; "
+            "the same command goes on from there"
+        )
+    found = [store.find(job.config, job.probes) for job in jobs]
+    assert all(run is not None for run in found)
+    return found  # type: ignore[return-value]
+
+
+def _train(job: Job, store: RunStore, device: torch.device, watch: Callable[[Progress], None]) -> dict[str, float]:
+    config = job.config
+    run = train(
+        config.network,
+        config.data,
+        config.recipe,
+        seed=config.seed,
+        runs=store,
+        probes=job.probes,
+        device=device,
+        precision=config.precision,
+        progress=watch,
+    )
+    return run.metrics
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+_worker: dict[str, Any] = {}
+
+
+def _train_in_processes(
+    jobs: Sequence[Job],
+    store: RunStore,
+    device: torch.device,
+    workers: int,
+    threads: int,
+    plugins: Sequence[str],
+    board: _Board,
+    failures: dict[str, Exception],
+) -> None:
+    # Spawned, not forked: torch's threads and CUDA do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    news = context.SimpleQueue()
+    listener = threading.Thread(target=_listen, args=(news, board), daemon=True)
+    listener.start()
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(news, threads, tuple(plugins))
+    )
+    try:
+        pending: dict[Future, Job] = {
+            pool.submit(_train_in_worker, job, str(store.root), str(device)): job for job in jobs
+        }
+        while pending:
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = pending.pop(future)
+                try:
+                    board.finished(job, future.result())
+                except UsageError:
+                    raise
+                except BrokenProcessPool:
+                    raise SweepFailed(
+                        "a training process was killed (out of memory, perhaps); finished runs and checkpoints are kept "
+                        f"in {store.root}; the same command goes on from there, --concurrency 1 needs the least memory"
+                    ) from None
+                except Exception as error:
+                    failures[job.config.key] = error
+                    board.failed(job, error)
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True)
+        news.put(None)
+        listener.join(timeout=5)
+
+
+def _listen(news: Any, board: _Board) -> None:
+    while (item := news.get()) is not None:
+        board.tell(*item)
+
+
+def _start_worker(news: Any, threads: int, plugins: Sequence[str]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    flush_denormals()
+    torch.set_num_threads(threads)
+    for plugin in plugins:
+        load_plugin(plugin)
+    _worker["news"] = news
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed must not train on for nobody; its run's checkpoint is there."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _train_in_worker(job: Job, root: str, device: str) -> dict[str, float]:
+    return _train(job, RunStore(root), torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# -- what the user sees --------------------------------------------------------------------------------------------
+
+
+class _Board:
+    """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone."""
+
+    def __init__(self, total: int, missing: Sequence[Job]):
+        self.total, self.found = total, total - len(missing)
+        self.work = {job.config.key: job.work for job in missing}
+        self.share = dict.fromkeys(self.work, 0.0)
+        self.latest: dict[str, Progress] = {}
+        self.done, self.lock = 0, threading.Lock()
+        self.bar: Any = None
+
+    def __enter__(self) -> _Board:
+        from tqdm import tqdm
+
+        if self.total:
+            trained = f"{len(self.work)} to train" if self.work else "nothing to train"
+            print(f"{self.total} runs: {self.found} finished already, {trained}", flush=True)
+        self.bar = tqdm(
+            total=1.0,
+            disable=not self.work or not sys.stderr.isatty(),
+            bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}, {remaining} left{postfix}",
+            leave=False,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def tell(self, key: str, news: Progress) -> None:
+        """Takes a run's latest figures."""
+        with self.lock:
+            if key not in self.work:
+                return
+            self.latest[key] = news
+            self._set_share(key, news.iteration / news.iterations)
+            speed = sum(each.images_per_second for each in self.latest.values())
+            rate = sum(each.iteration / each.seconds for each in self.latest.values() if each.seconds)
+            self.bar.set_postfix_str(
+                f"{len(self.latest)} running, {rate:,.1f} it/s, {speed:,.0f} images/s, loss {news.loss:.3f}, "
+                f"training error {news.train_error:.1f} %"
+            )
+
+    def finished(self, job: Job, metrics: dict[str, float]) -> None:
+        """Says that a run is finished and with what."""
+        self._end(
+            job,
+            f"training error {metrics['train_error']:.2f} %, test error {metrics['test_error']:.2f} %, "
+            f"{metrics['seconds']:,.0f} s",
+        )
+
+    def failed(self, job: Job, error: Exception) -> None:
+        """Says that a run failed; the others go on."""
+        self._end(job, f"failed: {error}")
+
+    def _end(self, job: Job, outcome: str) -> None:
+        with self.lock:
+            self.done += 1
+            self._set_share(job.config.key, 1.0)
+            self.latest.pop(job.config.key, None)
+            name = f"{job.config.network.name}, seed {job.config.seed}"
+            self.bar.write(f"[{self.found + self.done}/{self.total}] {name}: {outcome}", file=sys.stdout)
+            sys.stdout.flush()
+
+    def _set_share(self, key: str, share: float) -> None:
+        self.bar.update((share - self.share[key]) * self.work[key] / sum(self.work.values()))
+        self.share[key] = share
+

@@ -1,0 +1,185 @@
+"""Degradation: deeper plain networks have higher training error; deeper residual networks do not.
+
+Claims C1 and C2 (§1, §4.2; Fig. 1, Fig. 6 left and middle, Table 6).
+
+    python -m studies.degradation                                    # embedded digits, a few minutes on two cores
+    python -m studies.degradation --preset paper --data cifar10      # the paper's recipe, for a GPU
+    python -m studies.degradation --plugin my_block.py --block my-block
+
+The paper trains plain and residual networks of 6n+2 layers on CIFAR-10, for 64k iterations. Plain networks' training
+error grows with depth (the 110-layer one's is over 60 %), so this is not overfitting; the residual networks' test
+errors fall from 8.75 % at 20 layers to 6.43 % at 110. What would refute it stands with the claims below.
+
+Measured: see docs/measurements/.
+"""
+
+from __future__ import annotations
+
+import resprobe as rp
+
+PAPER_TEST_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}
+"""Residual networks on CIFAR-10, Table 6."""
+
+DEEPER_PLAIN_IS_WORSE = rp.Claim(
+    id="C1",
+    statement="Deeper plain networks have higher training error",
+    section="§1, §4.2; Fig. 1, Fig. 6 left",
+    paper="training and test error of plain-20 < 32 < 44 < 56; plain-110 over 60 %",
+    falsifier="the deepest plain network's training error is not above the shallowest's, over seeds",
+)
+RESIDUAL_GAINS = rp.Claim(
+    id="C2",
+    statement="Residual networks gain accuracy from depth",
+    section="§4.2; Fig. 6 middle, Table 6",
+    paper="test error 8.75 → 7.51 → 7.17 → 6.97 → 6.43 % at 20, 32, 44, 56, 110 layers",
+    falsifier="the deepest residual network's test error is not below the shallowest's, over seeds",
+)
+
+
+def plan(options: rp.Options) -> list[rp.Planned]:
+    """At every depth the plain network and its residual twin: the same layers, with shortcuts."""
+    planned = []
+    for depth in options.depths:
+        plain = {"block": options.block}
+        residual = plain | {"shortcut": options.shortcut}
+        planned.append(rp.Planned({"kind": "plain", "depth": depth}, f"cifar/plain-{depth}", plain))
+        planned.append(rp.Planned({"kind": "residual", "depth": depth}, f"cifar/resnet-{depth}", residual))
+    return planned
+
+
+def judge(results: rp.Results) -> list[rp.Verdict]:
+    shallow, deep = min(results.options.depths), max(results.options.depths)
+    if shallow == deep:
+        reason = "two depths are needed to compare"
+        return [rp.Verdict(claim, "not tested", "one depth only", reason) for claim in (DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS)]
+
+    def path(kind: str, column: str) -> str:
+        means = (rp.mean_std(results.values(column, kind=kind, depth=depth)) for depth in sorted(results.options.depths))
+        return " → ".join(means) + " %"
+
+    def compare(kind: str, column: str, *, higher: int, lower: int) -> rp.Comparison:
+        return rp.compare(
+            results.values(column, kind=kind, depth=higher), results.values(column, kind=kind, depth=lower)
+        )
+
+    depths = ", ".join(map(str, sorted(results.options.depths)))
+    rise = compare("plain", "train_error", higher=deep, lower=shallow)
+    test_rise = compare("plain", "test_error", higher=deep, lower=shallow)
+    residual_rise = compare("residual", "train_error", higher=deep, lower=shallow)
+    fall = compare("residual", "test_error", higher=shallow, lower=deep)
+    return [
+        rp.Verdict(
+            DEEPER_PLAIN_IS_WORSE,
+            rise.verdict,
+            f"training error of plain networks {path('plain', 'train_error')} at {depths} layers",
+            f"training error, plain-{deep} against plain-{shallow}: {rise}. Test error: {test_rise}. "
+            f"The residual twins' training error: {path('residual', 'train_error')} ({residual_rise})",
+        ),
+        rp.Verdict(
+            RESIDUAL_GAINS,
+            fall.verdict,
+            f"test error of residual networks {path('residual', 'test_error')} at {depths} layers",
+            f"test error, ResNet-{shallow} against ResNet-{deep}: {fall}",
+        ),
+    ]
+
+
+def draw(results: rp.Results) -> dict[str, rp.Drawing]:
+    options, histories = results.options, results.histories
+    over = f"mean over {len(options.seeds)} seeds, band ± std" if len(options.seeds) > 1 else "one seed"
+    on, top = options.data.partition(":")[0], rp.figures.error_limit(histories)
+
+    figure, panels = rp.figures.new_figure(2)
+    for axis, kind in zip(panels, ("plain", "residual"), strict=True):
+        rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
+        axis.set_title(f"{kind} networks")
+    panels[0].set_ylabel("error (%)")
+    rp.figures.line_key(panels[1])
+    drawings = {
+        "figure": rp.Drawing(
+            figure,
+            f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of several "
+            f"depths; {over}. Dashed: training error; bold: test error.",
+            "Error over iterations, one line a depth. " + _in_words(results),
+        )
+    }
+
+    figure, panels = rp.figures.new_figure(2)
+    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
+        rp.figures.error_against_depth(axis, results.table, column)
+        axis.set_title(f"final {title} error")
+    panels[0].set_ylabel("error (%)")
+    drawings["figure-depth"] = rp.Drawing(
+        figure,
+        f"Error after the last iteration against depth on {on}: mean ± std over seeds, a dot for each run.",
+        "Final error against depth for plain and residual networks. " + _in_words(results),
+    )
+
+    extremes = [min(options.depths), max(options.depths)]
+    chosen = histories[(histories["kind"] == "plain") & histories["depth"].isin(extremes)]
+    figure, panels = rp.figures.new_figure(2)
+    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
+        rp.figures.curves(axis, chosen, "depth", top=top, columns=(column,), label="{} layers")
+        axis.set_title(f"{title} error")
+    panels[0].set_ylabel("error (%)")
+    drawings["figure-1"] = rp.Drawing(
+        figure,
+        f"Plain networks of {extremes[0]} and {extremes[1]} layers on {on}, in the manner of Fig. 1: the deeper one is to be "
+        f"worse on the training set (left) and so on the test set (right); {over}.",
+        "Error over iterations of the shallowest and the deepest plain network. " + _in_words(results),
+    )
+    return drawings
+
+
+def tabulate(results: rp.Results):
+    """One row a network, in the manner of Table 6."""
+    import pandas
+
+    rows = []
+    on_cifar10 = results.options.data.partition(":")[0] == "cifar10"
+    for (kind, depth), group in results.table.groupby(["kind", "depth"], sort=False):
+        paper = PAPER_TEST_ERROR.get(depth) if kind == "residual" else None
+        note = "" if on_cifar10 else " (CIFAR-10)"
+        rows.append(
+            {
+                "network": f"{kind}-{depth}",
+                "parameters": f"{group['parameters'].iloc[0]:,.0f}",
+                "training error (%)": rp.mean_std(group["train_error"].tolist()),
+                "test error (%)": rp.mean_std(group["test_error"].tolist()),
+                "paper's test error (%)": f"{paper:.2f}{note}" if paper else "not printed" if kind == "plain" else "–",
+                "seeds": len(group),
+                "s a run": f"{group['seconds'].mean():,.0f}",
+            }
+        )
+    return pandas.DataFrame(rows).sort_values("network", key=lambda names: names.str.startswith("residual"), kind="stable")
+
+
+def _in_words(results: rp.Results) -> str:
+    """The figure's content for those who cannot see it."""
+    table = results.table.groupby(["kind", "depth"])["train_error"].mean()
+    said = [f"{kind} {depth} layers {error:.1f} %" for (kind, depth), error in table.items()]
+    return "Mean final training error: " + ", ".join(said) + "."
+
+
+study = rp.Study(
+    name="degradation",
+    title="Deeper plain networks degrade; residual networks do not",
+    description=(
+        "Trains plain networks and their residual twins over depth and compares training and test error "
+        "(claims C1 and C2; §4.2, Fig. 1 and 6, Table 6)."
+    ),
+    claims=(DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS),
+    presets={
+        "quick": rp.Options(preset="quick", data="digits", depths=(20, 32, 44, 56), seeds=(0, 1, 2), iterations=400),
+        "paper": rp.Options(
+            preset="paper", data="cifar10", depths=(20, 32, 44, 56, 110), seeds=(0, 1, 2), iterations=64_000
+        ),
+    },
+    plan=plan,
+    judge=judge,
+    draw=draw,
+    tabulate=tabulate,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(study.main())
