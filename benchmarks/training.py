@@ -162,7 +162,9 @@ def main() -> None:
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
     machine = environment(device)
-    print(f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads; ours in {precision}, batch {BATCH}")
+    print(
+        f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads; ours in {precision}, batch {BATCH}"
+    )
     record = {"environment": machine, "precision": precision, "batch": BATCH, "steps": options.steps, "networks": {}}
     for depth in options.depths:
         rounds = measure(depth, device, precision, options.rounds, options.steps, options.workers)

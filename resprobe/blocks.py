@@ -109,7 +109,9 @@ def register_block(name: str):
         if not (isinstance(cls, type) and issubclass(cls, Block)):
             raise UsageError(f"block (={name!r}) must be a subclass of resprobe.Block, not {cls!r}")
         if not isinstance(cls.weighted_layers, int) or cls.weighted_layers < 1:
-            raise UsageError(f"block (={name!r}): weighted_layers (={cls.weighted_layers!r}) must be a whole number ≥ 1")
+            raise UsageError(
+                f"block (={name!r}): weighted_layers (={cls.weighted_layers!r}) must be a whole number ≥ 1"
+            )
         return BLOCKS.register(name)(cls)
 
     return file_under_name

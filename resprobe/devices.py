@@ -34,7 +34,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """"fp32" or "bf16". "auto" is bf16 where the processor computes in it natively, else fp32."""
+    """ "fp32" or "bf16". "auto" is bf16 where the processor computes in it natively, else fp32."""
     if name not in PRECISIONS:
         raise not_accepted("precision", name, PRECISIONS)
     if name != "auto":

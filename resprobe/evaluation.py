@@ -65,7 +65,11 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise not_accepted("protocol", protocol, PROTOCOLS)
-    networks = list(network) if isinstance(network, Sequence | list | tuple) and not isinstance(network, nn.Module) else [network]
+    networks = (
+        list(network)
+        if isinstance(network, Sequence | list | tuple) and not isinstance(network, nn.Module)
+        else [network]
+    )
     if not networks:
         raise UsageError("evaluate needs at least one network")
     images: ImageSet | FolderSet
@@ -83,7 +87,9 @@ def evaluate(
                 raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
             chosen = Normalization.fit(fitted.sample(2000), "per-pixel-mean")
         members.append((member.to(device), chosen.to(device)))
-    views = {"single-view": _single_view, "ten-crop": _ten_crop, "multi-scale": _multi_scale}[protocol](images, batch_size)
+    views = {"single-view": _single_view, "ten-crop": _ten_crop, "multi-scale": _multi_scale}[protocol](
+        images, batch_size
+    )
 
     def scores(batch: Sequence[Tensor]) -> Tensor:
         """Mean softmax over members and views: log-probabilities [N, classes]."""

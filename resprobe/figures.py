@@ -16,7 +16,9 @@ PALETTE = "colorblind"
 """Distinguishable without colour vision; no figure uses colour as its only sign."""
 
 
-def new_figure(panels: int = 1, *, width: float = 5.2, height: float = 4.2, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    panels: int = 1, *, width: float = 5.2, height: float = 4.2, share_y: bool = True
+) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side. Made without pyplot, so that nothing is left open behind it."""
     with seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"):
         figure = Figure(figsize=(width * panels, height), layout="constrained")
@@ -116,7 +118,7 @@ def error_against_depth(axis: Axes, table: pandas.DataFrame, column: str, *, by:
         ends.append((float(mean.iloc[-1]), str(value), palette[value]))
     axis.set_xticks(sorted(table["depth"].unique()))
     axis.set_xlabel("depth (weighted layers)")
-    axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
+    axis.set_ylim(bottom=-0.02 * axis.get_ylim()[1])  # room for the marker of an error of 0
     label_ends(axis, ends)
 
 

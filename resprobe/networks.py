@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from torch import nn
 
 from resprobe.blocks import BLOCKS, Block
-from resprobe.errors import UsageError, nearest, not_accepted
+from resprobe.errors import UsageError, not_accepted
 from resprobe.initialization import INITIALIZATIONS, initialize
 from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
@@ -323,9 +323,8 @@ def imagenet_vgg(
 ) -> Network:
     """VGG-16 and VGG-19 (Fig. 3 left): the rivals of Tables 1, 3, 7 and 8. Input 224×224; dropout 0.5 in the head."""
     if depth not in _VGG_CONVOLUTIONS:
-        close = nearest(depth, _VGG_CONVOLUTIONS)
-        hint = f"; nearest: {close}" if close else ""
-        raise UsageError(f"depth (={depth}) of imagenet/vgg must be one of 16, 19{hint}")
+        close = min(_VGG_CONVOLUTIONS, key=lambda known: abs(known - depth))
+        raise UsageError(f"depth (={depth}) of imagenet/vgg must be one of 16, 19; nearest: {close}")
     layers, parts, channels = Layers(norm), OrderedDict(), in_channels
     for index, count in enumerate(_VGG_CONVOLUTIONS[depth]):
         out, stage = min(width * 2**index, width * 8), OrderedDict()

@@ -92,7 +92,9 @@ class Recipe:
         for name, low, high in (("pad", 0, None), ("flip", 0, 1), ("validation_fraction", 0, 0.9), ("momentum", 0, 1)):
             value = getattr(self, name)
             if value < low or (high is not None and value > high):
-                raise UsageError(f"{name} (={value!r}) must be ≥ {low}" + (f" and ≤ {high}" if high is not None else ""))
+                raise UsageError(
+                    f"{name} (={value!r}) must be ≥ {low}" + (f" and ≤ {high}" if high is not None else "")
+                )
         for name, accepted in (
             ("momentum_form", ("torch", "caffe")),
             ("weight_decay_on", ("all", "weights")),
@@ -117,7 +119,8 @@ class Recipe:
             iterations=iterations,
             milestones=tuple(round(milestone * ratio) for milestone in self.milestones),
             window=max(1, min(self.window, iterations // 40)),
-            evaluations=min(self.evaluations, iterations),
+            # Twenty points draw a curve; in a short training more would take longer than the training itself.
+            evaluations=min(self.evaluations, 20 if ratio < 1 else self.evaluations, iterations),
         )
 
 

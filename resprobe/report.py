@@ -90,7 +90,10 @@ def write_report(
     write_atomically(out / "report.html", _render("report.html", page).encode())
     # Last: a verdict that is there has its report beside it.
     write_atomically(out / "verdict.json", (json.dumps(record, indent=1, default=str) + "\n").encode())
-    print(f"\n{page['summary']}\n\nreport:  {out / 'report.html'}\nfigures: " + ", ".join(f"{out / name}.png" for name in drawings))
+    print(
+        f"\n{page['summary']}\n\nreport:  {out / 'report.html'}\nfigures: "
+        + ", ".join(f"{out / name}.png" for name in drawings)
+    )
     return record
 
 
@@ -141,4 +144,3 @@ def _render(template: str, page: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     return environment.get_template(template).render(page)
-

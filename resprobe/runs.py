@@ -212,10 +212,14 @@ def configure(
     else:
         spec = resolve(network, **options)
         if isinstance(network, str):
-            spec = resolve(spec, **{name: fit[name] for name in fit if name in dict(spec.options) and name not in options})
+            spec = resolve(
+                spec, **{name: fit[name] for name in fit if name in dict(spec.options) and name not in options}
+            )
     for name, needed in fit.items():
         if spec.get(name, needed) != needed:
-            raise UsageError(f"{name} (={spec.get(name)}) of {spec.name} does not fit data {loaded.name!r}, which has {needed}")
+            raise UsageError(
+                f"{name} (={spec.get(name)}) of {spec.name} does not fit data {loaded.name!r}, which has {needed}"
+            )
     recipe = recipe or default_recipe(loaded, depth=spec.depth)
     name = data if isinstance(data, str) else data.name
     return RunConfig(spec, name, data_identity(data), recipe, check_seed(seed), precision, start)
@@ -256,7 +260,9 @@ def train(
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
     loaded = load_data(data)
-    config = configure(network, data if isinstance(data, str) else loaded, recipe, seed=seed, precision=chosen_precision)
+    config = configure(
+        network, data if isinstance(data, str) else loaded, recipe, seed=seed, precision=chosen_precision
+    )
     made = [make_probe(probe) for probe in probes]
     names = [probe.name for probe in made]
     if len(set(names)) < len(names) or "" in names:
@@ -299,7 +305,9 @@ def _train_in_store(
             training.load_state(kept)
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
-    _write_json(path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name})
+    _write_json(
+        path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
+    )
     _write_json(path / "environment.json", environment(device))
     saved_at = time.monotonic()
 
@@ -375,7 +383,9 @@ def _write_network(training: Training, path: Path) -> None:
     tensors |= {f"running.{name}": tensor for name, tensor in training.running_statistics.items()}
     tensors |= {"normalization.mean": training.normalization.mean, "normalization.std": training.normalization.std}
     # Cloned, since the format refuses tensors that share memory, as tied weights do.
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     write_atomically(path / "network.safetensors", save(tensors))
 
 

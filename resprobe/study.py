@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import re
 import shlex
 import sys
@@ -129,6 +128,8 @@ class Study:
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""
         arguments = list(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
+            sys.stdout.reconfigure(errors="replace")
         with _notes_on_one_line():
             try:
                 options = self.parse(arguments)
@@ -136,7 +137,9 @@ class Study:
             except UsageError as error:
                 return _say(f"{error}", 2)
             except KeyboardInterrupt:
-                return _say("interrupted; finished runs and checkpoints are kept, the same command goes on from there", 1)
+                return _say(
+                    "interrupted; finished runs and checkpoints are kept, the same command goes on from there", 1
+                )
             except RuntimeError as error:
                 # A failed run says itself what was kept. Anything else is a bug, and a bug's traceback is wanted.
                 if type(error).__name__ not in ("SweepFailed", "TrainingDiverged"):
@@ -247,7 +250,7 @@ def _check_networks(specs: set[NetworkSpec]) -> None:
     from resprobe.networks import build
 
     kinds: dict[Any, NetworkSpec] = {}
-    for spec in sorted(specs, key=lambda spec: spec.depth or 0):
+    for spec in sorted(specs, key=lambda spec: (spec.depth or 0, spec.family)):
         kinds.setdefault((spec.family, spec.options), spec)
     for spec in kinds.values():
         build(spec)
@@ -288,7 +291,7 @@ def _parse_with_tyro(study: Study, defaults: Options, arguments: Sequence[str]) 
 def _one_line(box: str, defaults: Options) -> str:
     """What a box says of an error: value, what is accepted, nearest name."""
     lines = [line.strip(" │").strip() for line in box.splitlines()]
-    paragraphs = " ".join("\n" if set(line) <= set("─╭╮╰╯ ") else line for line in lines[1:]).split("\n")
+    paragraphs = " ".join("\n" if set(line) <= set("─╭╮╰╯- ") else line for line in lines[1:]).split("\n")
     text = next((paragraph.strip() for paragraph in paragraphs if paragraph.strip()), "unusable arguments")
     if unknown := re.search(r"^Unrecognized options: (\S+?),?(?: |$)", text):
         known = [f"--{option.name.replace('_', '-')}" for option in dataclasses.fields(defaults)]

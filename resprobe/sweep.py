@@ -266,4 +266,3 @@ class _Board:
     def _set_share(self, key: str, share: float) -> None:
         self.bar.update((share - self.share[key]) * self.work[key] / sum(self.work.values()))
         self.share[key] = share
-

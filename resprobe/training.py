@@ -210,7 +210,13 @@ class Training:
         speed = window * self.recipe.batch_size / max(1e-9, self.seconds - previous)
         test_error = None if math.isnan(row["test_error"]) else row["test_error"]
         return Progress(
-            self.iteration, self.recipe.iterations, row["train_loss"], row["train_error"], test_error, self.seconds, speed
+            self.iteration,
+            self.recipe.iterations,
+            row["train_loss"],
+            row["train_error"],
+            test_error,
+            self.seconds,
+            speed,
         )
 
     def _report_divergence(self) -> None:

@@ -51,7 +51,9 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
                 given = _zeros_from_centred(network, given)
         else:
             some = ", ".join(sorted(given)[:3]) or "none"
-            raise UsageError(f"the layout of the weights is not known (first keys: {some}); accepted: resprobe, torchvision, CIFAR")
+            raise UsageError(
+                f"the layout of the weights is not known (first keys: {some}); accepted: resprobe, torchvision, CIFAR"
+            )
         normalization = Normalization.channels(*_IMAGENET_STATISTICS)
     # Counters of batches seen are bookkeeping of the framework; old files lack them.
     given = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | given
@@ -65,7 +67,9 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     if path.is_dir() and (path / "network.safetensors").is_file():
         path = path / "network.safetensors"
     if not path.is_file():
-        raise UsageError(f"weights (={str(path)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder")
+        raise UsageError(
+            f"weights (={str(path)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -101,8 +105,12 @@ def _resnet_name(name: str) -> str:
 
 def _from_torchvision_vgg(network: Network, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`features.N` and `classifier.N` in order → our layers with weights, in order."""
-    ours = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
-    theirs = sorted({tuple(name.split(".")[:2]) for name in given}, key=lambda part: (part[0] == "classifier", int(part[1])))
+    ours = [
+        name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear)
+    ]
+    theirs = sorted(
+        {tuple(name.split(".")[:2]) for name in given}, key=lambda part: (part[0] == "classifier", int(part[1]))
+    )
     if len(ours) != len(theirs):
         raise UsageError(f"the weights have {len(theirs)} layers, {network.spec} has {len(ours)}; check depth and norm")
     names = {".".join(part): name for part, name in zip(theirs, ours, strict=True)}

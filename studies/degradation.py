@@ -51,10 +51,15 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     shallow, deep = min(results.options.depths), max(results.options.depths)
     if shallow == deep:
         reason = "two depths are needed to compare"
-        return [rp.Verdict(claim, "not tested", "one depth only", reason) for claim in (DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS)]
+        return [
+            rp.Verdict(claim, "not tested", "one depth only", reason)
+            for claim in (DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS)
+        ]
 
     def path(kind: str, column: str) -> str:
-        means = (rp.mean_std(results.values(column, kind=kind, depth=depth)) for depth in sorted(results.options.depths))
+        means = (
+            rp.mean_std(results.values(column, kind=kind, depth=depth)) for depth in sorted(results.options.depths)
+        )
         return " → ".join(means) + " %"
 
     def compare(kind: str, column: str, *, higher: int, lower: int) -> rp.Comparison:
@@ -151,7 +156,9 @@ def tabulate(results: rp.Results):
                 "s a run": f"{group['seconds'].mean():,.0f}",
             }
         )
-    return pandas.DataFrame(rows).sort_values("network", key=lambda names: names.str.startswith("residual"), kind="stable")
+    return pandas.DataFrame(rows).sort_values(
+        "network", key=lambda names: names.str.startswith("residual"), kind="stable"
+    )
 
 
 def _in_words(results: rp.Results) -> str:

@@ -82,7 +82,12 @@ class TensorBatches:
 
 
 def training_batches(
-    images: ImageSet | FolderSet, recipe: Recipe, seed: int, normalization: Normalization, device: torch.device, start: int
+    images: ImageSet | FolderSet,
+    recipe: Recipe,
+    seed: int,
+    normalization: Normalization,
+    device: torch.device,
+    start: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches `start`, `start + 1`, … of a run, on the device, normalized."""
     if isinstance(images, FolderSet):

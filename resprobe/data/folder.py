@@ -86,7 +86,9 @@ class FolderSet:
         """All images as one tensor, for small images of one size. Raises `UsageError` if they are not."""
         width, height = _open(self.files[0]).size
         if width * height * 3 * len(self) > _IN_MEMORY_BYTES:
-            raise UsageError(f"{len(self):,} images of {width}×{height} do not fit {_IN_MEMORY_BYTES >> 30} GiB of memory")
+            raise UsageError(
+                f"{len(self):,} images of {width}×{height} do not fit {_IN_MEMORY_BYTES >> 30} GiB of memory"
+            )
         images = []
         for path in self.files:
             pixels = _pixels(_open(path))
@@ -100,7 +102,10 @@ def open_folder(root: Path) -> Data:
     """`root` with `train/CLASS/*.jpg` and `val/CLASS/*.jpg` (or `test/`). Small images of one size come in memory."""
     if not root.is_dir():
         raise UsageError(f"data folder (={str(root)!r}) is not there; expected train/ and val/ with a folder a class")
-    train, test = root / "train", next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val")
+    train, test = (
+        root / "train",
+        next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val"),
+    )
     for part in (train, test):
         if not part.is_dir():
             raise UsageError(f"data folder (={str(root)!r}) has no {part.name}/; expected train/ and val/ (or test/)")

@@ -1,0 +1,79 @@
+"""Verdicts: each can come out each way, and none is given without a spread to judge by."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import resprobe as rp
+from resprobe.claims import MARGIN
+
+CLAIM = rp.Claim("C0", "a statement", "§0", "a number", "its opposite")
+
+
+def test_a_clear_difference_holds():
+    found = rp.compare([60.0, 62.0, 61.0], [1.0, 1.2, 0.9])
+    assert found.verdict == "holds"
+    assert found.p < 0.001
+    assert "one-sided Welch test p =" in str(found)
+    assert "n = 3 and 3 seeds" in str(found)
+
+
+def test_no_difference_fails_once_the_spread_excludes_an_effect():
+    found = rp.compare([5.00, 5.02, 4.98], [5.01, 4.99, 5.00])
+    assert found.verdict == "fails"
+    assert found.upper < MARGIN
+
+
+def test_the_opposite_order_fails():
+    assert rp.compare([1.0, 1.2, 0.9], [60.0, 62.0, 61.0]).verdict == "fails"
+
+
+def test_noise_is_inconclusive():
+    assert rp.compare([5.0, 9.0, 3.0], [4.0, 8.0, 6.0]).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize("seeds", [([60.0], [1.0]), ([60.0, 61.0], [1.0]), ([60.0], [1.0, 2.0])])
+def test_one_seed_is_never_enough(seeds):
+    found = rp.compare(*seeds)
+    assert found.verdict == "inconclusive"
+    assert "one seed has no spread to judge by" in str(found)
+
+
+def test_figures_without_any_spread_need_no_test():
+    assert rp.compare([2.0, 2.0], [1.0, 1.0]).verdict == "holds"
+    assert rp.compare([1.0, 1.0], [1.0, 1.0]).verdict == "fails"
+
+
+def test_limits_against_the_textbook():
+    # Welch's limit by hand: difference − t · √(s₁²/n₁ + s₂²/n₂), with the Welch–Satterthwaite degrees of freedom.
+    from scipy import stats
+
+    higher, lower = [5.0, 7.0, 6.0], [1.0, 2.0]
+    v1, v2 = 1.0 / 3, 0.5 / 2
+    freedom = (v1 + v2) ** 2 / (v1**2 / 2 + v2**2 / 1)
+    reach = stats.t.ppf(0.95, freedom) * math.sqrt(v1 + v2)
+    found = rp.compare(higher, lower)
+    assert found.lower == pytest.approx(4.5 - reach)
+    assert found.upper == pytest.approx(4.5 + reach)
+
+
+errors = st.lists(st.floats(0, 100, allow_subnormal=False).map(lambda value: round(value, 3)), min_size=2, max_size=5)
+
+
+@given(errors, errors)
+def test_a_claim_and_its_opposite_do_not_both_hold(one, other):
+    verdicts = {rp.compare(one, other).verdict, rp.compare(other, one).verdict}
+    assert verdicts != {"holds"}
+
+
+def test_mean_std():
+    assert rp.mean_std([6.0, 7.0]) == "6.50 ± 0.71"
+    assert rp.mean_std([6.0]) == "6.00"
+    assert rp.mean_std([]) == "–"
+
+
+def test_a_verdict_is_one_of_four_words():
+    with pytest.raises(rp.UsageError, match=r"verdict \(='hold'\) is unknown; accepted: holds, fails.*nearest: holds"):
+        rp.Verdict(CLAIM, "hold", "measured", "evidence")

@@ -1,0 +1,375 @@
+"""The degradation study: its verdicts follow the data, and its command line does what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+
+import resprobe as rp
+from studies.degradation import judge, plan, study
+
+ROOT = Path(__file__).parent.parent
+
+
+def results(errors: dict[tuple[str, int], list[float]]) -> rp.Results:
+    """A study's results with given training errors; test errors a point above."""
+    rows, histories = [], []
+    for (kind, depth), seeds in errors.items():
+        for seed, error in enumerate(seeds):
+            labels = {"kind": kind, "depth": depth, "seed": seed}
+            rows.append(labels | {"train_error": error, "test_error": error + 1, "parameters": 10, "seconds": 1.0})
+            for iteration in (1, 2):
+                histories.append(
+                    labels | {"iteration": iteration, "train_error": error, "test_error": error + 1 + 9 / iteration}
+                )
+    depths = tuple(sorted({depth for _, depth in errors}))
+    seeds = tuple(range(len(next(iter(errors.values())))))
+    options = rp.Options(data="digits", depths=depths, seeds=seeds)
+    return rp.Results(options, pandas.DataFrame(rows), pandas.DataFrame(histories), [])
+
+
+PAPER_LIKE = {
+    ("plain", 20): [9.4, 9.6, 9.5],
+    ("plain", 56): [13.4, 13.6, 13.5],
+    ("residual", 20): [8.7, 8.8, 8.6],
+    ("residual", 56): [6.9, 7.0, 6.8],
+}
+
+
+def verdicts(errors) -> dict[str, str]:
+    return {verdict.claim.id: verdict.verdict for verdict in judge(results(errors))}
+
+
+def test_errors_as_in_the_paper_confirm_both_claims():
+    assert verdicts(PAPER_LIKE) == {"C1": "holds", "C2": "holds"}
+
+
+def test_plain_networks_that_do_not_degrade_refute_the_first_claim():
+    assert verdicts(PAPER_LIKE | {("plain", 56): [9.3, 9.5, 9.4]})["C1"] == "fails"
+
+
+def test_residual_networks_that_do_not_gain_refute_the_second_claim():
+    assert verdicts(PAPER_LIKE | {("residual", 56): [9.9, 9.8, 10.0]})["C2"] == "fails"
+
+
+def test_one_seed_is_inconclusive():
+    assert set(verdicts({key: values[:1] for key, values in PAPER_LIKE.items()}).values()) == {"inconclusive"}
+
+
+def test_one_depth_is_not_tested():
+    shallow = {key: values for key, values in PAPER_LIKE.items() if key[1] == 20}
+    assert set(verdicts(shallow).values()) == {"not tested"}
+
+
+def test_the_evidence_has_the_numbers():
+    first, second = judge(results(PAPER_LIKE))
+    assert first.measured == "training error of plain networks 9.50 ± 0.10 → 13.50 ± 0.10 % at 20, 56 layers"
+    assert "plain-56 against plain-20: difference +4.00 points" in first.evidence
+    assert "ResNet-20 against ResNet-56: difference +1.80 points" in second.evidence
+
+
+def test_the_plan_pairs_every_network_with_its_twin():
+    planned = plan(rp.Options(depths=(20, 32), block="basic", shortcut="B"))
+    assert [(one.labels["kind"], one.network) for one in planned] == [
+        ("plain", "cifar/plain-20"),
+        ("residual", "cifar/resnet-20"),
+        ("plain", "cifar/plain-32"),
+        ("residual", "cifar/resnet-32"),
+    ]
+    assert planned[1].options == {"block": "basic", "shortcut": "B"}
+
+
+def test_figures_and_table_from_the_results():
+    ours = results(PAPER_LIKE)
+    drawings = study.draw(ours)
+    assert set(drawings) == {"figure", "figure-depth", "figure-1"}
+    for drawing in drawings.values():
+        assert "plain 56 layers 13.5 %" in drawing.alt
+    left, right = drawings["figure"].figure.axes
+    assert left.get_ylim() == right.get_ylim()  # one scale, or the panels cannot be compared
+    dashed = [line for line in left.lines if line.get_linestyle() == "--"]
+    assert [line.get_ydata()[-1] for line in dashed] == pytest.approx([9.5, 13.5])
+    bold = [line for line in left.lines if line.get_linewidth() > 2]
+    assert [line.get_ydata()[-1] for line in bold] == pytest.approx([15.0, 19.0])
+    table = study.tabulate(ours)
+    assert table["network"].tolist() == ["plain-20", "plain-56", "residual-20", "residual-56"]
+    assert table["paper's test error (%)"].tolist() == [
+        "not printed",
+        "not printed",
+        "8.75 (CIFAR-10)",
+        "6.97 (CIFAR-10)",
+    ]
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "studies.degradation", *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+SMALL = ("--depths", "8", "14", "--seeds", "0", "1", "--iterations", "20")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A small study, run once as a user would."""
+    folder = tmp_path_factory.mktemp("study")
+    return folder, run(*SMALL, cwd=folder)
+
+
+def test_a_study_ends_with_its_verdict_and_the_paths(done):
+    folder, process = done
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert "8 runs: 0 finished already, 8 to train" in process.stdout
+    assert "[8/8]" in process.stdout
+    assert "report:  results/degradation/report.html" in process.stdout
+    out = folder / "results" / "degradation"
+    assert {path.name for path in out.iterdir()} >= {
+        "report.html",
+        "report.md",
+        "results.csv",
+        "verdict.json",
+        "figure.png",
+        "figure.svg",
+    }
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_verdict_json_has_what_is_promised(done):
+    folder, _ = done
+    record = json.loads((folder / "results/degradation/verdict.json").read_text())
+    assert record["study"] == "degradation"
+    assert record["setting"] == "custom"
+    assert [claim["id"] for claim in record["claims"]] == ["C1", "C2"]
+    for claim in record["claims"]:
+        assert set(claim) >= {"id", "statement", "paper", "measured", "verdict", "evidence"}
+        assert claim["verdict"] in ("holds", "fails", "inconclusive", "not tested")
+    assert record["config"]["options"]["depths"] == [8, 14]
+    assert any(line.startswith("iterations: 20 instead of 64,000") for line in record["config"]["departures"])
+    assert record["environment"]["torch"]
+
+
+def test_results_csv_is_tidy(done):
+    folder, _ = done
+    table = pandas.read_csv(folder / "results/degradation/results.csv")
+    assert len(table) == 8
+    assert set(table.columns) >= {"kind", "depth", "seed", "train_error", "test_error", "parameters", "run"}
+    # Plain and option A have the same parameters (§4.2).
+    assert table.groupby("depth")["parameters"].nunique().tolist() == [1, 1]
+
+
+def test_the_report_is_one_self_contained_file(done):
+    folder, _ = done
+    html = (folder / "results/degradation/report.html").read_text()
+    assert 'src="data:image/png;base64,' in html
+    for outside in ('src="http', 'href="http', "<script"):
+        assert outside not in html
+    assert html.count('alt="') == 3
+    assert "custom setting" in html
+    assert "would refute it" in html
+
+
+def test_a_second_time_nothing_is_trained(done):
+    folder, _ = done
+    again = run(*SMALL, cwd=folder)
+    assert again.returncode == 0
+    assert "8 runs: 8 finished already, nothing to train" in again.stdout
+
+
+def test_a_wider_study_trains_what_is_missing_alone(done):
+    folder, _ = done
+    wider = run("--depths", "8", "14", "--seeds", "0", "1", "2", "--iterations", "20", cwd=folder)
+    assert "12 runs: 8 finished already, 4 to train" in wider.stdout
+
+
+STRANGER = """
+import resprobe as rp
+from torch import nn
+
+@rp.register_block("wide-middle")
+class WideMiddle(rp.Block):
+    weighted_layers = 2
+
+    def make_branch(self, in_channels, width, stride, layers):
+        return nn.Sequential(
+            layers.conv(in_channels, 2 * width, kernel=3, stride=stride), layers.norm(2 * width), nn.ReLU(),
+            layers.conv(2 * width, width, kernel=3), layers.norm(width),
+        )
+"""
+
+
+def test_a_strangers_block_gets_the_same_study(tmp_path):
+    (tmp_path / "my_block.py").write_text(STRANGER)
+    arguments = (
+        "--plugin",
+        "my_block.py",
+        "--block",
+        "wide-middle",
+        "--depths",
+        "8",
+        "--seeds",
+        "0",
+        "--iterations",
+        "4",
+    )
+    process = run(*arguments, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "[2/2]" in process.stdout
+    # An edited block is another block: its runs are not taken for the old one's.
+    (tmp_path / "my_block.py").write_text(STRANGER.replace("nn.ReLU()", "nn.ELU()"))
+    assert "2 runs: 0 finished already, 2 to train" in run(*arguments, cwd=tmp_path).stdout
+
+
+def test_the_example_plugins_shortcut_is_accepted(tmp_path):
+    process = run("--shortcut", "highway", "--depths", "8", "--seeds", "0", "--iterations", "4", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    table = pandas.read_csv(tmp_path / "results/degradation/results.csv").set_index("kind")
+    assert table.loc["residual", "parameters"] > table.loc["plain", "parameters"]
+
+
+WRONG_SHAPE = STRANGER.replace("layers.conv(2 * width, width, kernel=3), layers.norm(width)", "nn.MaxPool2d(2)")
+
+MISTAKES = [
+    (("--depths", "21"), "depth (=21) must be 6n+2 with block 'basic'; nearest are 20 and 26"),
+    (("--block", "basci"), "block (='basci') is unknown; accepted: basic, bottleneck, single; nearest: basic"),
+    (("--shortcut", "D"), "shortcut (='D') is unknown; accepted: A, A-centred, B, C, highway, none"),
+    (("--plugin", "absent.py"), "plugin (='absent.py') is not there: no file"),
+    (("--plugin", "broken.py"), "plugin (='broken.py') does not import: ZeroDivisionError: division by zero"),
+    (("--plugin", "no.such.module"), "plugin (='no.such.module') does not import: ModuleNotFoundError"),
+    (
+        ("--plugin", "wrong_shape.py", "--block", "wide-middle", "--depths", "8"),
+        "WideMiddle turns an input of (2, 16, 4, 4) into (2, 32, 2, 2); expected (2, 16, 4, 4)",
+    ),
+    (
+        ("--data", "folder:absent"),
+        "data folder (='absent') is not there; expected train/ and val/ with a folder a class",
+    ),
+    (("--data", "cifar10:broken.tar.gz"), "archive broken.tar.gz is damaged or not cifar-10-python.tar.gz: its MD5 is"),
+    (("--data", "digit"), "data (='digit') is unknown; accepted: cifar10, cifar100, digits, folder; nearest: digits"),
+    (("--runs", "a_file/runs"), "runs (='a_file/runs') cannot be written to: Not a directory"),
+    (("--out", "a_file/out"), "out (='a_file/out') cannot be written to: Not a directory"),
+    (("--seeds", "-1"), "seed (=-1) must be a whole number ≥ 0"),
+    (("--seeds", "0", "0"), "seeds (=0 0) must be given, each once"),
+    (("--iterations", "0"), "iterations (=0) must be a whole number ≥ 1"),
+    (("--iterations", "many"), "--iterations (='many') cannot be read; accepted: a whole number"),
+    (("--depths", "deep"), "--depths (='deep') cannot be read; accepted: whole numbers"),
+    (("--preset", "qick"), "--preset (='qick') is unknown; accepted: quick, paper; nearest: quick"),
+    (("--precision", "fp16"), "--precision (='fp16') is unknown; accepted: auto, fp32, bf16"),
+    (("--dephts", "20"), "option (='--dephts') is unknown; accepted: --preset"),
+    (("--concurrency", "0"), "concurrency (='0') must be 'auto' or a whole number ≥ 1"),
+    (("--device", "gpu"), "device (='gpu') is unknown; accepted: auto, cpu, cuda, mps"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"), MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+@pytest.mark.usefixtures("clean_registries")
+def test_a_mistake_gets_one_line_and_leaves_nothing(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "wrong_shape.py").write_text(WRONG_SHAPE)
+    (tmp_path / "broken.tar.gz").write_bytes(b"not an archive")
+    (tmp_path / "a_file").write_text("")
+    before = {path.name for path in tmp_path.iterdir()}
+    assert study.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert text in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    made = {path.name for path in tmp_path.iterdir()} - before
+    assert made <= {"results"}
+    assert not [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
+
+
+def test_cuda_without_cuda(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert study.main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: device (='cuda') is not available on this machine; accepted here: auto"
+    )
+
+
+def test_mistakes_exit_with_2_and_help_with_0(tmp_path):
+    wrong = run("--depths", "21", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: depth (=21) must be 6n+2 with block 'basic'; nearest are 20 and 26\n"
+    helped = run("--help", cwd=tmp_path)
+    assert helped.returncode == 0
+    assert "--depths" in helped.stdout
+    assert "20 32 44 56" in helped.stdout  # the preset's own values
+    assert "64000" in run("--preset", "paper", "--help", cwd=tmp_path).stdout
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, studies.degradation; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_run_that_diverges_exits_with_1_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    """One network of the sweep has weights that overflow; the other is trained to its end."""
+    from resprobe import sweep
+    from resprobe.errors import TrainingDiverged
+
+    monkeypatch.chdir(tmp_path)
+    trained = sweep._train
+
+    def diverge(job, *others):
+        if "plain" in job.config.network.family:
+            raise TrainingDiverged("cifar/plain-8, seed 0: the loss is not finite at iteration 3")
+        return trained(job, *others)
+
+    monkeypatch.setattr(sweep, "_train", diverge)
+    arguments = ["--depths", "8", "--seeds", "0", "--iterations", "4", "--concurrency", "1"]
+    assert study.main(arguments) == 1
+    said = capsys.readouterr()
+    assert "error: 1 of 2 runs failed: cifar/plain-8, seed 0: the loss is not finite at iteration 3" in said.err
+    assert "the same command goes on from there" in said.err
+    assert "[2/2] cifar/resnet-8, seed 0: training error" in said.out
+    assert not (tmp_path / "results/degradation/verdict.json").exists()
+    monkeypatch.setattr(sweep, "_train", trained)
+    assert study.main(arguments) == 0
+    assert "2 runs: 1 finished already, 1 to train" in capsys.readouterr().out
+
+
+def test_the_setting_is_the_presets_only_if_what_is_measured_is():
+    quick, paper = study.presets["quick"], study.presets["paper"]
+    assert study.setting(quick) == "quick"
+    assert study.setting(paper) == "paper"
+    assert (
+        study.setting(study.parse(["--preset", "paper", "--data", "cifar10:some/where", "--device", "cpu"])) == "paper"
+    )
+    assert study.setting(study.parse(["--seeds", "0"])) == "custom"
+    assert study.setting(study.parse(["--preset", "paper", "--iterations", "2000"])) == "custom"
+
+
+def test_plugins_can_be_given_several_times():
+    assert study.parse(["--plugin", "a.py", "--plugin", "b"]).plugin == ("a.py", "b")
+
+
+def test_the_list_of_studies_shows_claims_and_last_verdicts(done):
+    folder, _ = done
+    listed = subprocess.run(
+        [sys.executable, "-m", "studies"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    record = json.loads((folder / "results/degradation/verdict.json").read_text())
+    assert "python -m studies.degradation" in listed
+    for claim in record["claims"]:
+        assert f"{claim['id']}   {claim['verdict']} (custom)" in listed
