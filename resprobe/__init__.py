@@ -26,7 +26,7 @@ _PUBLIC = {
     "resprobe.weights": ("load_weights",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_MODULES = ("figures", "probes", "recipes")
+_MODULES = ("figures", "networks", "probes", "recipes")
 
 __all__ = sorted([*_HOME, *_MODULES])
 

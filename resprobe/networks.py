@@ -131,7 +131,8 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
                 block.check_shapes()
             except UsageError as error:
                 raise UsageError(f"{spec.name}, {name}: {error}") from error.__cause__
-    initialize(result, str(spec.get("init", "he")))
+    if spec.get("init") is not None:  # a stranger's family without that option initializes its networks itself
+        initialize(result, str(spec["init"]))
     return result
 
 
@@ -281,7 +282,7 @@ def imagenet_resnet(
     if depth not in counts:
         every = sorted(known for table in _IMAGENET_BLOCKS.values() for known in table)
         fit = f"; with block {block!r}: {', '.join(map(str, counts))}" if depth in every else ""
-        raise UsageError(f"depth (={depth}) of imagenet/resnet must be one of {', '.join(map(str, every))}{fit}")
+        raise UsageError(f"depth (={depth}) of ImageNet networks must be one of {', '.join(map(str, every))}{fit}")
     layers = Layers(norm, stride_in)
     stem = nn.Sequential(
         OrderedDict(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -40,6 +41,54 @@ def at(iterations: Iterable[int]) -> Schedule:
     return frozenset(iterations).__contains__
 
 
+def unwrap(network: nn.Module) -> nn.Module:
+    """The module itself, beneath `torch.compile` and `DistributedDataParallel`: what a probe is attached to.
+
+    Raises `UsageError` for `DataParallel`, which runs copies of the module that live for one pass.
+    """
+    while True:
+        if isinstance(network, nn.DataParallel):
+            raise UsageError(
+                "a probe cannot be attached to DataParallel, whose copies live for one pass; attach it to its .module "
+                "on one device, or use DistributedDataParallel"
+            )
+        if isinstance(network, nn.parallel.DistributedDataParallel):
+            network = network.module
+        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
+            network = network._orig_mod  # type: ignore[assignment]
+        else:
+            return network
+
+
+class _Uncompiled:
+    """While one is held, compiled networks run their modules as written: compiled code knows no hook that comes later.
+
+    Compiled code is kept, and used again once the last holder has let go.
+    """
+
+    _holders = 0
+    _stance: Any = None
+
+    def __init__(self) -> None:
+        if _Uncompiled._holders == 0:
+            _Uncompiled._stance = torch.compiler.set_stance("force_eager")
+            _Uncompiled._stance.__enter__()
+        _Uncompiled._holders += 1
+
+    def remove(self) -> None:
+        _Uncompiled._holders -= 1
+        if _Uncompiled._holders == 0:
+            _Uncompiled._stance.__exit__(None, None, None)
+
+    @staticmethod
+    def needed(network: nn.Module) -> bool:
+        """Whether `network`, or a part of it, was compiled: by `torch.compile(...)` or by its own `.compile()`."""
+        return any(
+            "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+            for module in network.modules()
+        )
+
+
 class Probe:
     """A measurement. A subclass adds hooks in `hook`, reduces what they see on the device, and gives a `table`.
 
@@ -51,7 +100,7 @@ class Probe:
     schedule: Schedule = staticmethod(every(1))  # type: ignore[assignment]
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | _Uncompiled] = []
 
     def hook(self, network: nn.Module) -> Iterable[RemovableHandle]:
         """Registers hooks on `network` and returns their handles; raises `UsageError` for what it cannot measure."""
@@ -72,11 +121,16 @@ class Probe:
         """Takes back what `state` gave."""
 
     def attach(self, network: nn.Module) -> None:
-        """Attaches to `network`; nothing is left attached if that fails half-way."""
+        """Attaches to `network`, or what `unwrap` finds in it; nothing is left attached if that fails half-way.
+
+        While a probe is attached to a compiled network, everything compiled in this process runs uncompiled.
+        """
         if self._handles:
             raise UsageError(f"probe {self.name or type(self).__name__} is attached already; detach it first")
         try:
-            for handle in self.hook(network):
+            if _Uncompiled.needed(network):
+                self._handles.append(_Uncompiled())
+            for handle in self.hook(unwrap(network)):
                 self._handles.append(handle)
         except BaseException:
             self.detach()

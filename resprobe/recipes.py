@@ -118,6 +118,7 @@ class Recipe:
             self,
             iterations=iterations,
             milestones=tuple(round(milestone * ratio) for milestone in self.milestones),
+            warm_up_iterations=self.warm_up_iterations and max(1, round(self.warm_up_iterations * ratio)),
             window=max(1, min(self.window, iterations // 40)),
             # Twenty points draw a curve; in a short training more would take longer than the training itself.
             evaluations=min(self.evaluations, 20 if ratio < 1 else self.evaluations, iterations),

@@ -152,16 +152,11 @@ class RunStore:
 
     def find(self, config: RunConfig, probes: Sequence[str] = ()) -> Run | None:
         """The finished run, if it is there with the tables of these probes."""
-        import pandas
-
         path = self.folder(config)
         try:
             metrics = json.loads((path / "result.json").read_text())["metrics"]
-            # As exact as it was written: pandas' default parser is off by a bit here and there.
-            history = pandas.read_csv(path / "history.csv", float_precision="round_trip")
-            tables = {
-                name: pandas.read_csv(path / "probes" / f"{name}.csv", float_precision="round_trip") for name in probes
-            }
+            history = _read_table(path / "history.csv")
+            tables = {name: _read_table(path / "probes" / f"{name}.csv") for name in probes}
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
@@ -373,6 +368,19 @@ def _write_history(path: Path, training: Training) -> None:
     import pandas
 
     write_atomically(path / "history.csv", pandas.DataFrame(training.rows).to_csv(index=False).encode())
+
+
+def _read_table(path: Path) -> pandas.DataFrame:
+    """A table as it was written, to the last bit: pandas' own parser rounds some numbers differently."""
+    import pandas
+
+    table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    for column in table:
+        for kind in (int, float):
+            with contextlib.suppress(ValueError, TypeError):
+                table[column] = table[column].map(kind)
+                break
+    return table
 
 
 def _write_network(training: Training, path: Path) -> None:

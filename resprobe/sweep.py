@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -157,8 +158,9 @@ def _train_in_processes(
                     failures[job.config.key] = error
                     board.failed(job, error)
     except BaseException:
+        workers_left = list((pool._processes or {}).values())  # there is no public way to stop what is running
         pool.shutdown(wait=False, cancel_futures=True)
-        for process in list((pool._processes or {}).values()):
+        for process in workers_left:
             process.terminate()
         raise
     finally:
@@ -174,6 +176,9 @@ def _listen(news: Any, board: _Board) -> None:
 
 def _start_worker(news: Any, threads: int, plugins: Sequence[str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C reaches the whole process group; only the parent acts on it, and tells its workers once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _stop)
     flush_denormals()
     torch.set_num_threads(threads)
     for plugin in plugins:
@@ -189,8 +194,20 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def _stop(*_: object) -> None:
+    """A worker that trains is interrupted, and keeps a checkpoint; one that waits for work just ends."""
+    if _worker.get("training"):
+        raise KeyboardInterrupt
+    os._exit(0)
+
+
 def _train_in_worker(job: Job, root: str, device: str) -> dict[str, float]:
-    return _train(job, RunStore(root), torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
+    _worker["training"] = True
+    try:
+        store = RunStore(root)
+        return _train(job, store, torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
+    finally:
+        _worker["training"] = False
 
 
 def _cores() -> int:

@@ -77,11 +77,13 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UsageError(
-            f"weights (={str(path)!r}) cannot be read without running code: {' '.join(str(error).split())[:200]}"
-        ) from error
+        raise UsageError(f"weights (={str(path)!r}) cannot be read without running code: {_one_line(error)}") from error
     except Exception as error:  # safetensors has an exception of its own
-        raise UsageError(f"weights (={str(path)!r}) cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise UsageError(f"weights (={str(path)!r}) cannot be read: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _unwrap(given: object) -> dict[str, Tensor]:
@@ -114,7 +116,13 @@ def _from_torchvision_vgg(network: Network, given: Mapping[str, Tensor]) -> dict
     if len(ours) != len(theirs):
         raise UsageError(f"the weights have {len(theirs)} layers, {network.spec} has {len(ours)}; check depth and norm")
     names = {".".join(part): name for part, name in zip(theirs, ours, strict=True)}
-    return {names[name.rpartition(".")[0]] + "." + name.rpartition(".")[2]: value for name, value in given.items()}
+    result = {names[name.rpartition(".")[0]] + "." + name.rpartition(".")[2]: value for name, value in given.items()}
+    for name in list(result):
+        mean = re.sub(r"\.conv(\d+)\.bias$", r".norm\1.running_mean", name)
+        # Our normalized convolutions have no bias; one before a normalization only moves the mean that is subtracted.
+        if mean in result and mean != name:
+            result[mean] = result[mean] - result.pop(name)
+    return result
 
 
 def _zeros_from_centred(network: Network, given: dict[str, Tensor]) -> dict[str, Tensor]:

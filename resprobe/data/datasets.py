@@ -80,9 +80,7 @@ def digits(path: str | None = None) -> Data:
 @register_dataset("folder", identity=folder_identity)
 def folder(path: str | None = None) -> Data:
     """Class folders of images, `folder:PATH` with PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or test/)."""
-    if path is None:
-        raise UsageError("data (='folder') needs a path: folder:PATH")
-    return open_folder(Path(path))
+    return open_folder(path)
 
 
 # The official archives (Krizhevsky 2009), as torchvision knows them too.

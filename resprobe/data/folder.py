@@ -98,8 +98,9 @@ class FolderSet:
         return ImageSet(torch.stack(images), self.labels)
 
 
-def open_folder(root: Path) -> Data:
-    """`root` with `train/CLASS/*.jpg` and `val/CLASS/*.jpg` (or `test/`). Small images of one size come in memory."""
+def open_folder(path: str | None) -> Data:
+    """`path` with `train/CLASS/*.jpg` and `val/CLASS/*.jpg` (or `test/`). Small images of one size come in memory."""
+    root = _given(path)
     if not root.is_dir():
         raise UsageError(f"data folder (={str(root)!r}) is not there; expected train/ and val/ with a folder a class")
     train, test = (
@@ -123,11 +124,17 @@ def open_folder(root: Path) -> Data:
 
 def folder_identity(path: str | None) -> str:
     """A folder is what its files are: a digest of their relative paths and sizes. Where it stands does not matter."""
-    root = Path(path or "")
+    root = _given(path)
     digest = hashlib.sha256()
     for file in sorted(entry for entry in root.rglob("*") if entry.suffix.lower() in EXTENSIONS):
         digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\n".encode())
     return f"folder:{digest.hexdigest()[:16]}"
+
+
+def _given(path: str | None) -> Path:
+    if path is None:
+        raise UsageError("data (='folder') needs a path: folder:PATH")
+    return Path(path)
 
 
 def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:

@@ -1,0 +1,372 @@
+"""Gradient norms along a network (§4.1): do plain networks fail because gradients vanish?
+
+    with rp.attach(network, "gradient-norms") as probe:
+        F.cross_entropy(network(images), labels).backward()
+    probe.table()
+
+    rp.train("cifar/plain-56", "cifar10:PATH", probes=["gradient-norms"]).tables["gradient-norms"]
+
+§4.1 says of plain networks with batch normalization that "backward propagated gradients exhibit healthy norms". The probe
+measures two things: the gradient of each layer's weights, and the gradient that reaches each block's output.
+
+One row a layer and one a block, for every measurement:
+
+| column | meaning | unit |
+| --- | --- | --- |
+| `iteration` | of the training, from 0; a running count from 0 where there is no training | |
+| `layer` | name of the layer or block in the network | |
+| `kind` | `conv`, `linear`, `norm`, `other` (any other module's weights) or `block` | |
+| `stage` | n where the name says `stageN` or, in torchvision's ResNets, `layerN`; 0 outside the stages | |
+| `block` | name of the block that the layer is in, or that the row is of; empty outside blocks | |
+| `position` | order in the forward pass from 1, layers and blocks counted apart | |
+| `call` | 0; for a block that is used several times in one pass, which use | |
+| `gradient_norm` | ‖∇W‖₂, the gradient of the loss for the layer's weights | loss / weight |
+| `weight_norm` | ‖W‖₂ | weight |
+| `gradient_to_weight` | ‖∇W‖₂ / ‖W‖₂; infinite for weights that are all zero | loss / weight² |
+| `output_gradient_norm` | ‖∂L/∂y‖₂ for the block's output y, over the whole batch | loss / response |
+| `output_gradient_rms` | √N · ‖∂L/∂y‖₂ for N images | loss / response |
+
+If the loss L is a mean over images, N · ∂L/∂yᵢ is the gradient of image i's own loss, and `output_gradient_rms` the root
+mean square of its norm over the images: that figure compares between batch sizes, `output_gradient_norm` does not.
+W is the layer's `weight`, without its bias. What has no gradient (frozen, or not used) has NaN.
+
+When gradients are read: in a training, when they are complete and before the optimizer uses them. Elsewhere, if a backward
+pass has come since the last reading: at `table()`, and when the `with` block is left without an exception. A loop of one's
+own with several steps inside the `with` block calls `probe.read()` after each backward pass.
+
+Gradients that are accumulated over several passes are measured as accumulated: ∇W is `.grad` as it stands, and a block's
+‖∂L/∂y‖₂ is the root of the sum of squares over the passes since the `.grad` were last None. (Gradients set to zero
+instead of None look like accumulated ones: call `probe.read()` after each step.) Under autocast the norms of half-precision
+gradients are computed in float32. With a loss that a `GradScaler` has scaled, call `probe.read()` after `unscale_`.
+
+`torch.compile`: the probe attaches to the module as written, which runs uncompiled while the probe is attached.
+`DistributedDataParallel`: it attaches to `.module`. ∇W is then the gradient averaged over the processes, ∂L/∂y that of
+this process's own images; each process has a table of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import pandas
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.utils.hooks import RemovableHandle
+from torchvision.models import resnet
+
+import resprobe as rp
+
+KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv": (_ConvNd,),
+    "linear": (nn.Linear, nn.Bilinear),
+    "norm": (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+}
+BLOCKS = (rp.Block, resnet.BasicBlock, resnet.Bottleneck)
+"""Classes whose modules are measured as blocks unless others are named."""
+_STAGE = re.compile(r"(?:stage|layer)(\d+)")
+
+COLUMNS = (
+    *("iteration", "layer", "kind", "stage", "block", "position", "call"),
+    *("gradient_norm", "weight_norm", "gradient_to_weight", "output_gradient_norm", "output_gradient_rms"),
+)
+
+
+class Row(NamedTuple):
+    """What a row is of. Its figures are kept apart, so that a long table costs 8 bytes a figure."""
+
+    layer: str
+    kind: str
+    stage: int
+    block: str
+    position: int
+    call: int
+
+
+class Part(NamedTuple):
+    """A layer's weights, or a block."""
+
+    name: str
+    kind: str
+    stage: int
+    block: str
+    module: nn.Module
+    weight: nn.Parameter | None
+
+
+@rp.register_probe("gradient-norms")
+class GradientNorms(rp.Probe):
+    """The norms of gradients per layer and per block; the module's docstring says what they are.
+
+    `schedule`: the iterations of a training to measure at (`rp.probes.every`, `logarithmic`, `at`); by default ten in
+    every power of ten. `blocks`: the modules whose output gradient is measured, by their names in the network or by
+    class; by default the blocks of resprobe's and torchvision's residual networks. Raises `UsageError` for a name that
+    is not there, a block whose output is not a tensor, sparse gradients, and weights that have no shape yet.
+    """
+
+    name = "gradient-norms"
+
+    def __init__(
+        self,
+        schedule: rp.probes.Schedule | None = None,
+        *,
+        blocks: Iterable[str | type[nn.Module]] = BLOCKS,
+    ):
+        super().__init__()
+        self.schedule = schedule or rp.probes.logarithmic()
+        self.blocks = tuple(blocks)
+        self._layouts: list[tuple[Row, ...]] = []
+        self._measured: list[tuple[int, int]] = []  # iteration, index of the layout
+        self._figures = array("d")
+        self._network: nn.Module | None = None
+        self._order: dict[nn.Module, int] = {}
+        self._on_tensors: list[RemovableHandle] = []
+        self._forget()
+
+    # -- watching ------------------------------------------------------------------------------------------------
+
+    def hook(self, network: nn.Module) -> Iterator[RemovableHandle]:
+        self._network, self._exception = network, sys.exc_info()[1]
+        self._layers, self._blocks = self._find(network)
+        self._forget()
+        self._pass = self._fresh_since = 0
+        yield network.register_forward_pre_hook(self._begin_pass)
+        yield network.register_forward_hook(self._end_pass)
+        for block in self._blocks:
+            yield block.module.register_forward_hook(self._watch_block(block.name))
+        modules = {part.module: None for part in (*self._layers, *self._blocks)}
+        if self._order.keys() != modules.keys():
+            self._order = {}
+            for module in modules:
+                yield module.register_forward_hook(self._note_order)
+
+    def detach(self) -> None:
+        try:
+            # Left by an exception, perhaps in the middle of a backward pass, there is nothing whole to read.
+            if self._network is not None and sys.exc_info()[1] is self._exception:
+                self.read()
+        finally:
+            super().detach()
+            self._forget()
+            self._network = self._exception = None
+            self._layers = self._blocks = []
+
+    def _find(self, network: nn.Module) -> tuple[list[Part], list[Part]]:
+        """The layers and the blocks, in the order in which the network lists them."""
+        classes = tuple(each for each in self.blocks if isinstance(each, type))
+        names = {each for each in self.blocks if isinstance(each, str)}
+        layers: list[Part] = []
+        blocks: list[Part] = []
+        met: set[nn.Module] = set()
+
+        def walk(module: nn.Module, name: str, block: str, stage: int) -> None:
+            if module in met:  # a module that goes by two names is one layer
+                return
+            met.add(module)
+            if name in names or isinstance(module, classes):
+                block = name
+                blocks.append(Part(name, "block", stage, name, module, None))
+            if module._parameters:
+                layers.extend(Part(*each, module, weight) for *each, weight in _weights(module, name, stage, block))
+            for child_name, child in module._modules.items():
+                if child is not None:
+                    found = _STAGE.fullmatch(child_name)
+                    inside = f"{name}.{child_name}" if name else child_name
+                    walk(child, inside, block, int(found[1]) if found else stage)
+
+        walk(network, "", "", 0)
+        for missing in names - {block.name for block in blocks}:
+            raise rp.UsageError(
+                f"blocks (={missing!r}) is no module of the network; its modules have names like "
+                f"{', '.join(repr(name) for name, _ in list(network.named_modules())[1:4])}"
+            )
+        return layers, blocks
+
+    def _forget(self) -> None:
+        """Drops what was seen of passes and not read."""
+        for handle in self._on_tensors:
+            handle.remove()
+        self._on_tensors.clear()
+        self._seen: dict[tuple[str, int], list[tuple[int, int, Tensor]]] = {}  # block and call → pass, images, norm
+        self._calls: dict[str, int] = {}
+        self._pending = False
+
+    def _begin_pass(self, network: nn.Module, inputs: Any) -> None:
+        self._calls = {}
+        self._pass += 1
+
+    def _end_pass(self, network: nn.Module, inputs: Any, output: Any) -> None:
+        number = self._pass
+
+        def backward_begins(gradient: Tensor) -> None:
+            self._pending = True
+            # Where one backward call goes through several passes, those behind the first that is met belong to it.
+            if number > self._fresh_since and all(layer.weight.grad is None for layer in self._layers):
+                self._fresh_since = self._pass
+                for use, passes in self._seen.items():
+                    self._seen[use] = [each for each in passes if each[0] >= number]
+
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                self._on_tensors.append(tensor.register_hook(backward_begins))
+
+    def _watch_block(self, name: str) -> Callable[..., None]:
+        # A hook on the output itself, not a full backward hook on the module: that one hands the output on as a view,
+        # on which an in-place ReLU behind the block fails. A tensor's hook that is there before an operation in place
+        # is given the gradient for the values before it, which are the block's output.
+        def watch_output(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise rp.UsageError(
+                    f"{self.name} cannot measure block {name!r} ({type(module).__name__}): its output is a "
+                    f"{type(output).__name__}, not a tensor; name other modules by `blocks=`"
+                )
+            if output.requires_grad:
+                call = self._calls[name] = self._calls.get(name, -1) + 1
+                self._on_tensors.append(output.register_hook(self._take_norm(name, call, self._pass)))
+
+        return watch_output
+
+    def _take_norm(self, name: str, call: int, number: int) -> Callable[[Tensor], None]:
+        def take_norm(gradient: Tensor) -> None:
+            norm = torch.linalg.vector_norm(gradient.detach(), dtype=_accurate(gradient))
+            images = len(gradient) if gradient.ndim else 1
+            self._seen.setdefault((name, call), []).append((number, images, norm))
+
+        return take_norm
+
+    def _note_order(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._order.setdefault(module, len(self._order))
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def after_backward(self, network: nn.Module, iteration: int) -> None:
+        self.read(iteration)
+
+    def read(self, iteration: int | None = None) -> None:
+        """Reads the gradients as they are now; does nothing if no backward pass has come since the last reading.
+
+        `iteration` is what the rows are filed under; None: one more than the last. This is the one wait for the device.
+        """
+        if not self._pending:
+            return
+        weights = [layer.weight.detach() for layer in self._layers]
+        gradients = [layer.weight.grad for layer in self._layers]
+        for layer, gradient in zip(self._layers, gradients, strict=True):
+            if gradient is not None and gradient.layout != torch.strided:
+                raise rp.UsageError(f"{self.name} cannot measure {layer.name!r}: its gradient is {gradient.layout}")
+        calls = {block.name: 1 for block in self._blocks}
+        for name, call in self._seen:
+            calls[name] = max(calls[name], call + 1)
+        uses = [(block, call) for block in self._blocks for call in range(calls[block.name])]
+        seen = [self._seen.get((block.name, call), []) for block, call in uses]
+        figures = iter(
+            _to_host(
+                _norms(weights)
+                + _norms([gradient for gradient in gradients if gradient is not None])
+                + [norm for passes in seen for _, _, norm in passes]
+            )
+        )
+        values, nan = array("d"), math.nan
+        weight_norms = [next(figures) for _ in weights]
+        for own, gradient in zip(weight_norms, gradients, strict=True):
+            norm = nan if gradient is None else next(figures)
+            ratio = norm / own if own else (math.inf if norm > 0 else nan)
+            values.extend((norm, own, ratio, nan, nan))
+        for passes in seen:
+            norm = math.hypot(*(next(figures) for _ in passes)) if passes else nan
+            images = sum(each[1] for each in passes)
+            values.extend((nan, nan, nan, norm, math.sqrt(images) * norm))
+
+        layout = self._layout(uses)
+        if layout not in self._layouts:
+            self._layouts.append(layout)
+        if iteration is None:
+            iteration = self._measured[-1][0] + 1 if self._measured else 0
+        self._measured.append((iteration, self._layouts.index(layout)))
+        self._figures.extend(values)
+        self._forget()
+
+    def _layout(self, uses: list[tuple[Part, int]]) -> tuple[Row, ...]:
+        """What the rows of one measurement are of. Positions are from 1; what did not run in the first pass is last."""
+        position = {}
+        for parts in (self._layers, self._blocks):
+            ordered = sorted(parts, key=lambda part: self._order.get(part.module, math.inf))
+            position.update({part.name: number for number, part in enumerate(ordered, start=1)})
+        layers = [Row(*layer[:4], position[layer.name], 0) for layer in self._layers]
+        return (*layers, *(Row(*block[:4], position[block.name], call) for block, call in uses))
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def table(self) -> pandas.DataFrame:
+        """All that was measured; the module's docstring explains the columns."""
+        self.read()
+        figures, rows = iter(self._figures), []
+        for iteration, layout in self._measured:
+            for row in self._layouts[layout]:
+                rows.append((iteration, *row, *(next(figures) for _ in range(5))))
+        return pandas.DataFrame(rows, columns=list(COLUMNS))
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "layouts": [[list(row) for row in layout] for layout in self._layouts],
+            "measured": torch.tensor(self._measured, dtype=torch.int64).reshape(-1, 2),
+            "figures": torch.tensor(self._figures, dtype=torch.float64),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._layouts = [tuple(Row(*row) for row in layout) for layout in state["layouts"]]
+        self._measured = [(iteration, layout) for iteration, layout in state["measured"].tolist()]
+        self._figures = array("d", state["figures"].tolist())
+
+
+def _weights(module: nn.Module, name: str, stage: int, block: str) -> Iterator[tuple[Any, ...]]:
+    """Name, kind, stage, block and weights of the layer that a module is; of every parameter, if it is no known layer."""
+    kind = next((kind for kind, classes in KINDS.items() if isinstance(module, classes)), "other")
+    for parameter_name, parameter in module._parameters.items():
+        if parameter is None or (kind != "other" and parameter_name != "weight"):
+            continue
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise rp.UsageError(
+                f"gradient-norms cannot measure {name!r}: its weights have no shape yet; run a forward pass first"
+            )
+        own = name if kind != "other" else f"{name}.{parameter_name}" if name else parameter_name
+        yield own, kind, stage, block, parameter
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    """2-norms on the device; one launch for all tensors of a kind where the device can."""
+    norms: dict[int, Tensor] = {}
+    for dtype in {tensor.dtype for tensor in tensors}:
+        same = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+        of_these = torch._foreach_norm([tensors[index] for index in same], 2, dtype=_accurate(tensors[same[0]]))
+        norms.update(zip(same, of_these, strict=True))
+    return [norms[index] for index in range(len(tensors))]
+
+
+def _to_host(scalars: list[Tensor]) -> list[float]:
+    """All figures in one transfer."""
+    if not scalars:
+        return []
+    device = scalars[0].device
+    dtype = torch.float64 if any(scalar.dtype == torch.float64 for scalar in scalars) else torch.float32
+    return torch.stack([scalar.to(device, dtype) for scalar in scalars]).tolist()
+
+
+def _accurate(tensor: Tensor) -> torch.dtype:
+    """The precision to sum squares in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in a network's output: itself, or those in a tuple, list or dict."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict | list | tuple):
+        for each in output.values() if isinstance(output, dict) else output:
+            yield from _tensors(each)

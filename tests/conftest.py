@@ -1,0 +1,77 @@
+"""What all tests share: the real data where it is there, devices, and how much hypothesis tries."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from resprobe.devices import flush_denormals
+from resprobe.registry import Registry
+
+# Before torch's first parallel operation, else only the main thread flushes: deep plain networks would crawl.
+# Denormal floats are then zero, so hypothesis draws floats only with `allow_subnormal=False`.
+torch.set_num_threads(min(2, torch.get_num_threads()))
+flush_denormals()
+
+# A fixed seed where a failure must be met again by a rerun; fresh examples on a developer's machine.
+settings.register_profile(
+    "resprobe",
+    deadline=None,
+    max_examples=50,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("resprobe")
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data: $RESPROBE_DATA, else ../shared/data beside the checkout."""
+    folder = Path(os.environ.get("RESPROBE_DATA") or _ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data: there is no {folder}; set RESPROBE_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the whole of CIFAR-10 as cifar-10-batches-py/, decoded from its lossless shards."""
+    unpack = shared_data / "cifar10" / "cifar10_unpack.py"
+    if not unpack.is_file():
+        pytest.skip(f"needs the real CIFAR-10: there is no {unpack}; set RESPROBE_DATA to its folder's parent")
+    folder = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, unpack, "py", folder / "cifar-10-batches-py"], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def clean_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the test registers is forgotten after it."""
+    from resprobe import data, initialization, networks, normalization, probes, shortcuts
+    from resprobe.blocks import BLOCKS
+
+    for registry in (
+        BLOCKS,
+        data.DATASETS,
+        initialization.INITIALIZATIONS,
+        networks.NETWORKS,
+        normalization.NORMALIZATIONS,
+        probes.PROBES,
+        shortcuts.SHORTCUTS,
+    ):
+        assert isinstance(registry, Registry)
+        registry.names()  # the installed plugins first: they register once a process
+        monkeypatch.setattr(registry, "_things", dict(registry._things))

@@ -1,0 +1,713 @@
+"""Data: what is read, what is augmented, and that neither depends on when or where."""
+
+import dataclasses
+import hashlib
+import shutil
+import tarfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+import resprobe as rp
+from resprobe.data import TensorBatches, data_identity, datasets, training_batches
+from resprobe.recipes import cifar_paper, imagenet_paper
+
+# From Python 3.12 on, a loader's workers are frowned upon beside torch's threads.
+with_workers = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+CPU = torch.device("cpu")
+NO_CHANGE = rp.Normalization.channels((0.0,), (1.0,))
+
+
+def random_images(count: int, channels: int = 1, height: int = 4, width: int = 5, seed: int = 0) -> rp.ImageSet:
+    """Images of which no two crops are equal; each one's label is its index."""
+    random = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(1, 256, (count, channels, height, width), dtype=torch.uint8, generator=random)
+    return rp.ImageSet(pixels, torch.arange(count))
+
+
+def variants(image: Tensor, border: Tensor, pad: int, flips: bool = True) -> dict[tuple[int, int, int], Tensor]:
+    """Every crop of a normalized image in a border, and its mirror image: §4.2 spelled out in loops."""
+    channels, height, width = image.shape
+    canvas = border.view(channels, 1, 1).repeat(1, height + 2 * pad, width + 2 * pad)
+    canvas[:, pad : pad + height, pad : pad + width] = image
+    found = {}
+    for top in range(2 * pad + 1):
+        for left in range(2 * pad + 1):
+            crop = canvas[:, top : top + height, left : left + width]
+            found[top, left, 0] = crop
+            if flips:
+                found[top, left, 1] = crop.flip(-1)
+    return found
+
+
+def recognized(image: Tensor, candidates: dict[tuple[int, int, int], Tensor]) -> tuple[int, int, int]:
+    """Which of the candidates an augmented image is."""
+    matches = [which for which, candidate in candidates.items() if torch.allclose(candidate, image, atol=1e-5)]
+    assert len(matches) == 1, f"the image is {len(matches)} of {len(candidates)} crops"
+    return matches[0]
+
+
+@pytest.fixture(scope="module")
+def digits() -> rp.Data:
+    return rp.load_data("digits")
+
+
+class TestDigits:
+    def test_sizes(self, digits):
+        assert digits.train.images.shape == (1437, 1, 8, 8)
+        assert digits.test.images.shape == (360, 1, 8, 8)
+        assert (digits.in_channels, digits.num_classes, digits.classes) == (1, 10, tuple("0123456789"))
+        assert digits.validation is None
+
+    def test_classes_have_the_same_share_of_both_parts(self, digits):
+        train, test = digits.train.labels.bincount(), digits.test.labels.bincount()
+        assert train.sum() + test.sum() == 1797
+        expected = (train + test) * 360 / 1797
+        assert ((test - expected).abs() < 1).all()
+
+    def test_parts_are_the_embedded_digits_each_once(self, digits):
+        from sklearn.datasets import load_digits
+
+        theirs = sorted(np.round(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images)
+        ours = sorted(image.numpy().tobytes() for part in (digits.train, digits.test) for image in part.images)
+        assert ours == theirs
+
+    def test_split_is_always_the_same(self, digits):
+        again = rp.load_data("digits")
+        assert torch.equal(again.train.images, digits.train.images)
+        assert torch.equal(again.test.labels, digits.test.labels)
+
+    def test_identity(self, digits):
+        assert data_identity("digits") == data_identity(digits) == digits.identity == "digits"
+
+    def test_take_no_path(self):
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data("digits:somewhere")
+        assert str(error.value) == "data (='digits:somewhere') takes no path: the digits are embedded"
+
+
+class TestNames:
+    def test_unknown_name_gets_the_nearest_one(self):
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data("cifar-10")
+        assert str(error.value) == (
+            f"data (='cifar-10') is unknown; accepted: {', '.join(rp.DATASETS.names())}; nearest: cifar10"
+        )
+
+    @pytest.mark.parametrize("data", ["", None, 3])
+    def test_unusable_name(self, data):
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data(data)
+        assert str(error.value) == f"data (={data!r}) must be NAME or NAME:PATH"
+
+    @pytest.mark.usefixtures("clean_registries")
+    def test_strangers_data(self):
+        images = random_images(3)
+
+        @rp.register_dataset("mine", identity=lambda path: f"mine from {path}")
+        def mine(path):
+            return rp.Data("mine", f"mine from {path}", images, images, ("a", "b", "c"))
+
+        data = rp.load_data("mine:C:/there")
+        assert data.train is images
+        assert data_identity("mine:C:/there") == data.identity == "mine from C:/there"
+        assert data_identity("mine") == "mine from None"
+        assert rp.load_data(data) is data
+
+
+class TestImageSet:
+    def test_refuses_other_images(self):
+        with pytest.raises(rp.UsageError) as error:
+            rp.ImageSet(torch.zeros(2, 3, 4, 4), torch.zeros(2))
+        assert str(error.value) == "images must be uint8 [N, C, H, W], not torch.float32 of shape (2, 3, 4, 4)"
+        with pytest.raises(rp.UsageError, match=r"not torch.uint8 of shape \(2, 4, 4\)$"):
+            rp.ImageSet(torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2))
+
+    def test_refuses_labels_of_another_number(self):
+        with pytest.raises(rp.UsageError) as error:
+            rp.ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3))
+        assert str(error.value) == "labels must have shape (2,), not (3,)"
+
+    def test_views_are_the_images_in_order(self):
+        images = random_images(7)
+        batches = list(images.views(3))
+        assert [len(labels) for _, labels in batches] == [3, 3, 1]
+        assert torch.equal(torch.cat([pixels for pixels, _ in batches]), images.images)
+        assert torch.equal(torch.cat([labels for _, labels in batches]), images.labels)
+
+
+class TestHoldOut:
+    def test_cifar_split_is_45k_and_5k(self):
+        whole = rp.ImageSet(torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8), torch.arange(50_000))
+        data = rp.Data("d", "d", whole, random_images(2), ("a",))
+        split = data.hold_out(0.1)
+        assert (len(split.train), len(split.validation)) == (45_000, 5_000)
+        together = torch.cat([split.train.labels, split.validation.labels])
+        assert torch.equal(together.sort().values, whole.labels)
+        assert split.test is data.test
+        torch.manual_seed(1)
+        assert torch.equal(data.hold_out(0.1).validation.labels, split.validation.labels)
+
+    def test_nothing_held_out(self):
+        data = rp.Data("d", "d", random_images(5), random_images(2), ("a",))
+        assert data.hold_out(0) is data
+
+    def test_images_keep_their_labels(self):
+        whole = random_images(20)
+        split = rp.Data("d", "d", whole, whole, ("a",)).hold_out(0.25)
+        assert (len(split.train), len(split.validation)) == (15, 5)
+        for part in (split.train, split.validation):
+            assert torch.equal(part.images, whole.images[part.labels])
+
+
+class TestNormalization:
+    @pytest.mark.parametrize("count", [1, 7, 1500])  # more than one chunk
+    def test_per_pixel_mean_is_numpys(self, count):
+        images = random_images(count, channels=3).images
+        fitted = rp.Normalization.fit(images, "per-pixel-mean")
+        expected = images.numpy().astype(np.float64).mean(0) / 255
+        np.testing.assert_allclose(fitted.mean.numpy(), expected, rtol=1e-6)
+        assert torch.equal(fitted.std, torch.ones(3, 1, 1))
+        np.testing.assert_allclose(fitted(images).numpy(), images.numpy() / 255 - expected, atol=1e-6)
+
+    @pytest.mark.parametrize("count", [1, 7, 1500])
+    def test_channel_statistics_are_numpys(self, count):
+        images = random_images(count, channels=3).images
+        fitted = rp.Normalization.fit(images, "channel-mean-std")
+        pixels = images.numpy().astype(np.float64) / 255
+        mean, std = pixels.mean((0, 2, 3)).reshape(3, 1, 1), pixels.std((0, 2, 3)).reshape(3, 1, 1)
+        np.testing.assert_allclose(fitted.mean.numpy(), mean, rtol=1e-6)
+        np.testing.assert_allclose(fitted.std.numpy(), std, rtol=1e-6)
+        np.testing.assert_allclose(fitted(images).numpy(), (pixels - mean) / std, atol=1e-5)
+
+    def test_constant_channel_stays_finite(self):
+        images = torch.full((3, 1, 2, 2), 9, dtype=torch.uint8)
+        assert rp.Normalization.fit(images, "channel-mean-std")(images).isfinite().all()
+
+    def test_mean_image_is_resampled_for_another_size(self):
+        fitted = rp.Normalization.per_pixel_mean(torch.tensor([[[0.0, 1.0], [0.0, 1.0]]]))
+        assert torch.equal(fitted.mean_at((2, 2)), fitted.mean)
+        wide = fitted.mean_at((2, 4))
+        assert torch.equal(wide, torch.tensor([[[0.0, 0.25, 0.75, 1.0]] * 2]))
+        channels = rp.Normalization.channels((0.5,), (2.0,))
+        assert channels.mean_at((9, 9)) is channels.mean
+
+
+BATCHES = st.fixed_dictionaries(
+    {"count": st.integers(1, 6), "batch_size": st.integers(1, 14), "seed": st.integers(0, 3)}
+)
+
+
+class TestTensorBatches:
+    @settings(max_examples=30)
+    @given(
+        BATCHES,
+        st.integers(0, 2),
+        st.integers(1, 3),
+        st.sampled_from(["mean", "black"]),
+        st.sampled_from(["per-pixel-mean", "channel-mean-std"]),
+        st.integers(0, 5),
+    )
+    def test_every_output_is_a_crop_or_mirrored_crop_of_its_own_image(
+        self, sizes, pad, channels, pad_value, kind, iteration
+    ):
+        images = random_images(sizes["count"], channels)
+        recipe = dataclasses.replace(cifar_paper(), batch_size=sizes["batch_size"], pad=pad, pad_value=pad_value)
+        # Fitted on other images, else the border could be mistaken for a pixel.
+        normalization = rp.Normalization.fit(random_images(50, channels, seed=1).images, kind)
+        batches = TensorBatches(images, recipe, sizes["seed"], normalization)
+        pixels, labels = batches(iteration)
+        assert pixels.shape == (sizes["batch_size"], channels, 4, 5)
+        assert (pixels.dtype, labels.dtype) == (torch.float32, torch.int64)
+        normalized = normalization(images.images)
+        colour = normalization.mean.mean((1, 2)) if pad_value == "black" else torch.zeros(channels)
+        border = -colour / normalization.std.view(-1)
+        drawn = batches.choices(iteration).tolist()
+        for image, label, (index, *choice) in zip(pixels, labels.tolist(), drawn, strict=True):
+            assert label == index  # a label stays with its image
+            assert recognized(image, variants(normalized[label], border, pad)) == tuple(choice)
+
+    @given(BATCHES)
+    def test_epochs_are_permutations_end_to_end(self, sizes):
+        count, batch_size = sizes["count"], sizes["batch_size"]
+        recipe = dataclasses.replace(cifar_paper(), batch_size=batch_size)
+        batches = TensorBatches(random_images(count), recipe, sizes["seed"], NO_CHANGE)
+        labels = torch.cat([batches(iteration)[1] for iteration in range(3 * count)])
+        assert len(labels) == 3 * count * batch_size
+        for epoch in labels.view(-1, count):
+            assert torch.equal(epoch.sort().values, torch.arange(count))
+
+    def test_epochs_differ(self):
+        batches = TensorBatches(random_images(20), dataclasses.replace(cifar_paper(), batch_size=20), 0, NO_CHANGE)
+        assert not torch.equal(batches(0)[1], batches(1)[1])
+
+    @given(BATCHES, st.lists(st.integers(0, 20), min_size=1, max_size=6))
+    def test_batch_is_a_function_of_seed_and_iteration(self, sizes, order):
+        images = random_images(sizes["count"])
+        recipe = dataclasses.replace(cifar_paper(), batch_size=sizes["batch_size"])
+        used = TensorBatches(images, recipe, sizes["seed"], NO_CHANGE)
+        for iteration in order:  # forwards, backwards, twice
+            torch.manual_seed(iteration)  # the global generator is of no concern
+            fresh = TensorBatches(images, recipe, sizes["seed"], NO_CHANGE)
+            for one, other in zip(used(iteration), fresh(iteration), strict=True):
+                assert torch.equal(one, other)
+
+    def test_seeds_differ(self):
+        recipe = dataclasses.replace(cifar_paper(), batch_size=20)
+        one, other = (TensorBatches(random_images(20), recipe, seed, NO_CHANGE) for seed in (0, 1))
+        assert not torch.equal(one.choices(0), other.choices(0))
+
+    def test_offsets_and_flips_are_drawn_per_image(self):
+        batches = TensorBatches(random_images(64), dataclasses.replace(cifar_paper(), batch_size=64), 0, NO_CHANGE)
+        _, top, left, flipped = batches.choices(0).T
+        assert len(set(top.tolist())) == len(set(left.tolist())) == 9
+        assert set(flipped.tolist()) == {0, 1}
+        assert len({*zip(top.tolist(), left.tolist(), strict=True)}) > 32
+
+    def test_all_variants_of_an_image_are_reached(self):
+        images = random_images(1)
+        batches = TensorBatches(images, dataclasses.replace(cifar_paper(), batch_size=200, pad=1), 0, NO_CHANGE)
+        candidates = variants(images.images[0] / 255, torch.zeros(1), 1)
+        assert {recognized(image, candidates) for image in batches(0)[0]} == set(candidates)
+        assert len(candidates) == 9 * 2
+
+    def test_all_81_times_2_variants_of_the_paper_are_drawn_equally_often(self):
+        batches = TensorBatches(random_images(162), dataclasses.replace(cifar_paper(), batch_size=16_200), 0, NO_CHANGE)
+        _, top, left, flipped = batches.choices(0).T
+        counts = torch.bincount((top * 9 + left) * 2 + flipped, minlength=162)
+        assert len(counts) == 162
+        # 100 expected each: χ² with 161 degrees of freedom is below 230 in all but 3 of 10,000 cases.
+        assert counts.min() > 0
+        assert ((counts - 100) ** 2 / 100).sum() < 230
+
+    @pytest.mark.parametrize(("flip", "mirrored"), [(0.0, 0), (1.0, 30)])
+    def test_flip_is_a_probability(self, flip, mirrored):
+        recipe = dataclasses.replace(cifar_paper(), batch_size=30, flip=flip)
+        assert TensorBatches(random_images(5), recipe, 0, NO_CHANGE).choices(0)[:, 3].sum() == mirrored
+
+    def test_no_augmentation_leaves_images_as_they_are(self):
+        images = random_images(6)
+        recipe = dataclasses.replace(cifar_paper(), batch_size=6, augmentation="none")
+        pixels, labels = TensorBatches(images, recipe, 0, NO_CHANGE)(3)
+        torch.testing.assert_close(pixels, images.images[labels] / 255)
+
+    def test_mean_border_is_zero_and_black_border_the_colour_of_black(self):
+        images = rp.ImageSet(torch.full((1, 2, 2, 2), 255, dtype=torch.uint8), torch.zeros(1, dtype=torch.long))
+        normalization = rp.Normalization.channels((0.25, 0.5), (0.5, 2.0))
+        recipe = dataclasses.replace(cifar_paper(), batch_size=400, pad=2)
+        for pad_value, border in (("mean", (0.0, 0.0)), ("black", (-0.5, -0.25))):
+            batches = TensorBatches(images, dataclasses.replace(recipe, pad_value=pad_value), 0, normalization)
+            pixels, corner = batches(0)[0], batches.choices(0)[:, 1:3].eq(0).all(1)
+            outside = pixels[corner]  # the crop of the upper left corner shows nothing but the border
+            assert len(outside) > 0
+            assert torch.equal(outside, torch.tensor(border).view(2, 1, 1).expand_as(outside))
+            inside = pixels[batches.choices(0)[:, 1:3].eq(2).all(1)]
+            torch.testing.assert_close(inside, torch.tensor((1.5, 0.25)).view(2, 1, 1).expand_as(inside))
+
+    def test_run_goes_on_where_it_stopped(self):
+        recipe = dataclasses.replace(cifar_paper(iterations=9), batch_size=4)
+        images = random_images(6)
+        whole = list(training_batches(images, recipe, 5, NO_CHANGE, CPU, 0))
+        rest = list(training_batches(images, recipe, 5, NO_CHANGE, CPU, 6))
+        assert (len(whole), len(rest)) == (9, 3)
+        for (pixels, labels), (later_pixels, later_labels) in zip(whole[6:], rest, strict=True):
+            assert torch.equal(pixels, later_pixels)
+            assert torch.equal(labels, later_labels)
+
+    def test_images_in_memory_have_no_scale_to_crop_at(self):
+        with pytest.raises(rp.UsageError) as error:
+            next(training_batches(random_images(3), imagenet_paper(), 0, NO_CHANGE, CPU, 0))
+        assert str(error.value) == (
+            "augmentation (='scale-crop') needs image files, as from folder:PATH; images in memory accept pad-crop, none"
+        )
+
+
+def write_images(root: Path, sizes: dict[str, tuple[int, int]], parts=("train", "val"), seed: int = 0) -> Path:
+    """`root/PART/CLASS/FILE` of noise for each `CLASS/FILE` and its (width, height)."""
+    random = np.random.default_rng(seed)
+    for part in parts:
+        for name, (width, height) in sizes.items():
+            file = root / part / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file)
+    return root
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "small", {"cat/1.png": (8, 6), "cat/2.png": (8, 6), "dog/1.png": (8, 6)})
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "large", {"cat/1.png": (90, 70), "cat/2.jpg": (70, 90), "dog/1.PNG": (80, 80)})
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(rp.UsageError) as error:
+        rp.load_data(f"folder:{root}")
+    return str(error.value)
+
+
+class TestFolder:
+    def test_small_images_of_one_size_come_in_memory(self, small):
+        data = rp.load_data(f"folder:{small}")
+        assert isinstance(data.train, rp.ImageSet)
+        assert isinstance(data.test, rp.ImageSet)
+        assert data.train.images.shape == (3, 3, 6, 8)
+        assert data.train.labels.tolist() == [0, 0, 1]
+        assert (data.name, data.classes, data.in_channels) == ("folder-small", ("cat", "dog"), 3)
+        for part, images in (("train", data.train), ("val", data.test)):
+            with Image.open(small / part / "dog" / "1.png") as image:
+                assert np.array_equal(images.images[2].permute(1, 2, 0).numpy(), np.array(image))
+
+    def test_larger_images_are_streamed(self, large):
+        data = rp.load_data(f"folder:{large}")
+        assert isinstance(data.train, rp.FolderSet)
+        assert [file.name for file in data.train.files] == ["1.png", "2.jpg", "1.PNG"]
+        assert data.train.labels.tolist() == [0, 0, 1]
+        pixels, labels = next(iter(data.test.views(8)))
+        assert (pixels.shape, pixels.dtype) == ((3, 3, 224, 224), torch.uint8)
+        assert labels.tolist() == [0, 0, 1]
+
+    def test_centre_view_is_the_resized_centre(self, tmp_path):
+        write_images(tmp_path, {"a/1.png": (300, 256)})
+        view = next(iter(rp.load_data(f"folder:{tmp_path}").test.views(1)))[0][0]
+        with Image.open(tmp_path / "val" / "a" / "1.png") as image:  # its shorter side is 256 already
+            expected = np.array(image)[16 : 16 + 224, 38 : 38 + 224]
+        assert np.array_equal(view.permute(1, 2, 0).numpy(), expected)
+
+    @with_workers
+    def test_views_by_workers_come_in_order(self, tmp_path):
+        write_images(tmp_path, {f"a/{index:02}.png": (70, 70) for index in range(40)})
+        data = rp.load_data(f"folder:{tmp_path}")
+        many = torch.cat([pixels for pixels, _ in data.test.views(8, 16)])  # 40 files: with workers
+        parts = (data.test.select(torch.arange(start, start + 20)) for start in (0, 20))
+        few = torch.cat([pixels for part in parts for pixels, _ in part.views(8, 16)])  # 20 each: without
+        assert torch.equal(many, few)
+
+    def test_test_folder_will_do_for_val(self, small):
+        (small / "val").rename(small / "test")
+        assert len(rp.load_data(f"folder:{small}").test) == 3
+
+    def test_sample_is_spread_evenly_over_the_files(self, large):
+        train = rp.load_data(f"folder:{large}").train
+        repeated = rp.FolderSet(train.files * 3, train.labels.repeat(3), size=8)
+        views = {index: repeated.select(torch.tensor([index])).sample(1)[0] for index in range(9)}
+        sample = repeated.sample(5)  # not the first five
+        assert len(sample) == 5
+        for view, index in zip(sample, (0, 1, 3, 5, 7), strict=True):
+            assert torch.equal(view, views[index])
+        assert len(repeated.sample(100)) == 9
+
+    def test_hold_out_of_files(self, large):
+        split = rp.load_data(f"folder:{large}").hold_out(1 / 3)
+        assert (len(split.train), len(split.validation)) == (2, 1)
+        assert {*split.train.files, *split.validation.files} == {*rp.load_data(f"folder:{large}").train.files}
+
+    def test_needs_a_path(self):
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data("folder")
+        assert str(error.value) == "data (='folder') needs a path: folder:PATH"
+
+    def test_missing_folder(self, tmp_path):
+        root = tmp_path / "absent"
+        assert refusal(root) == (
+            f"data folder (={str(root)!r}) is not there; expected train/ and val/ with a folder a class"
+        )
+
+    @pytest.mark.parametrize("part", ["train", "val"])
+    def test_missing_part(self, small, part):
+        shutil.rmtree(small / part)
+        assert refusal(small) == f"data folder (={str(small)!r}) has no {part}/; expected train/ and val/ (or test/)"
+
+    def test_no_class_folders(self, tmp_path):
+        (tmp_path / "train").mkdir()
+        (tmp_path / "val").mkdir()
+        assert refusal(tmp_path) == f"data folder (={str(tmp_path / 'train')!r}) has no class folders"
+
+    def test_unknown_class(self, small):
+        (small / "val" / "cow").mkdir()
+        (small / "val" / "bee").mkdir()
+        assert refusal(small) == f"{small / 'val'} has classes that {small / 'train'} has not: bee, cow"
+
+    @pytest.mark.parametrize("part", ["train", "val"])
+    def test_no_images(self, small, part):
+        for file in (small / part).rglob("*.png"):
+            file.rename(file.with_suffix(".txt"))
+        assert refusal(small) == (
+            f"data folder (={str(small / part)!r}) holds no images (.jpg, .jpeg, .png, .bmp, .webp)"
+        )
+
+    @pytest.mark.parametrize("name", ["train/cat/1.png", "train/dog/1.png", "val/cat/2.png"])
+    def test_file_that_is_no_image(self, small, name):
+        (small / name).write_text("not an image")
+        assert (
+            refusal(small) == f"image {small / name} cannot be read: cannot identify image file {str(small / name)!r}"
+        )
+
+    @pytest.mark.parametrize("name", ["train/cat/1.png", "val/dog/1.png"])
+    def test_truncated_image(self, small, name):
+        whole = (small / name).read_bytes()
+        (small / name).write_bytes(whole[: len(whole) // 2])
+        assert refusal(small).startswith(f"image {small / name} cannot be read: ")
+
+    @pytest.mark.parametrize("name", ["train/cat/1.png", "val/dog/1.png"])
+    def test_damaged_image(self, small, name):
+        damaged = bytearray((small / name).read_bytes())
+        damaged[41:49] = bytes(8)
+        (small / name).write_bytes(damaged)
+        assert refusal(small).startswith(f"image {small / name} cannot be read: ")
+
+    def test_unreadable_image_among_streamed_ones(self, large):
+        file = large / "val" / "cat" / "2.jpg"
+        file.write_bytes(file.read_bytes()[:200])
+        views = rp.load_data(f"folder:{large}").test.views(8)
+        with pytest.raises(rp.UsageError, match=rf"^image {file} cannot be read: "):
+            next(iter(views))
+
+    def test_small_images_of_two_sizes(self, small):
+        file = small / "train" / "dog" / "1.png"
+        Image.new("RGB", (9, 6)).save(file)
+        assert refusal(small) == f"{file} is 9×6, the first image 8×6"
+
+    def test_streamed_images_cannot_be_padded(self, large):
+        with pytest.raises(rp.UsageError) as error:
+            next(training_batches(rp.load_data(f"folder:{large}").train, cifar_paper(), 0, NO_CHANGE, CPU, 0))
+        assert str(error.value) == (
+            "augmentation (='pad-crop') needs images of one size in memory; these files are too large or differ in "
+            "size; accepted: scale-crop, none"
+        )
+
+    def test_identity_is_independent_of_the_place(self, small, tmp_path):
+        moved = tmp_path / "elsewhere" / "renamed"
+        shutil.copytree(small, moved)
+        identity = data_identity(f"folder:{small}")
+        assert identity == data_identity(f"folder:{moved}") == rp.load_data(f"folder:{moved}").identity
+        assert identity.startswith("folder:")
+        (moved / "notes.txt").write_text("no image")
+        assert data_identity(f"folder:{moved}") == identity
+
+    def test_identity_changes_with_a_files_size_name_and_number(self, small):
+        file = small / "val" / "dog" / "1.png"
+        identities = [data_identity(f"folder:{small}")]
+        file.write_bytes(file.read_bytes() + b"\0")
+        identities.append(data_identity(f"folder:{small}"))
+        file = file.rename(file.with_name("2.png"))
+        identities.append(data_identity(f"folder:{small}"))
+        shutil.copy(file, file.with_name("3.png"))
+        identities.append(data_identity(f"folder:{small}"))
+        assert len(set(identities)) == 4
+
+
+class TestScaleCrop:
+    """§3.4: the stream of a folder is a function of (seed, position)."""
+
+    RECIPE = dataclasses.replace(imagenet_paper(iterations=6), batch_size=2, scale=(20, 30), crop=16)
+
+    def stream(self, root: Path, start: int = 0, seed: int = 0, **changes) -> list[tuple[Tensor, Tensor]]:
+        recipe, images = dataclasses.replace(self.RECIPE, **changes), rp.load_data(f"folder:{root}").train
+        return list(
+            training_batches(images, recipe, seed, rp.Normalization.channels((0.5,) * 3, (2.0,) * 3), CPU, start)
+        )
+
+    def test_shapes(self, large):
+        batches = self.stream(large)
+        assert len(batches) == 6
+        for pixels, labels in batches:
+            assert (pixels.shape, pixels.dtype, labels.shape) == ((2, 3, 16, 16), torch.float32, (2,))
+
+    @pytest.mark.parametrize("start", [1, 4])
+    def test_does_not_depend_on_where_it_started(self, large, start):
+        whole, rest = self.stream(large), self.stream(large, start)
+        assert len(rest) == 6 - start
+        for (pixels, labels), (later_pixels, later_labels) in zip(whole[start:], rest, strict=True):
+            assert torch.equal(pixels, later_pixels)
+            assert torch.equal(labels, later_labels)
+
+    @with_workers
+    def test_does_not_depend_on_workers(self, tmp_path):
+        write_images(tmp_path, {f"a/{index:02}.png": (70, 70) for index in range(7)})
+        by_workers = self.stream(tmp_path, batch_size=36, iterations=1)
+        without = self.stream(tmp_path, batch_size=6, iterations=6)
+        assert torch.equal(by_workers[0][0], torch.cat([pixels for pixels, _ in without]))
+
+    def test_seeds_differ(self, large):
+        assert not torch.equal(self.stream(large)[0][0], self.stream(large, seed=1)[0][0])
+
+    def test_epochs_are_permutations_with_fresh_crops(self, large):
+        pixels, labels = (torch.cat(parts) for parts in zip(*self.stream(large), strict=True))
+        for epoch in labels.view(-1, 3):
+            assert epoch.sort().values.tolist() == [0, 0, 1]
+        assert len({image.numpy().tobytes() for image in pixels}) == 12
+
+    def test_colour_noise_is_one_shift_an_image(self, large):
+        plain, noisy = self.stream(large, colour="none"), self.stream(large)
+        for (without, _), (with_noise, _) in zip(plain, noisy, strict=True):
+            shift = with_noise - without
+            assert (shift.amax((2, 3)) - shift.amin((2, 3)) < 1e-6).all()
+            assert (shift.abs().amax((1, 2, 3)) > 1e-5).all()
+            assert not torch.allclose(shift[0], shift[1])
+
+    def test_crop_is_inside_the_image_at_its_scale(self, tmp_path):
+        # A ramp from left to right: a crop's slope tells the scale it was taken at.
+        ramp = np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (100, 1, 3))
+        for part in ("train", "val"):
+            (tmp_path / part / "a").mkdir(parents=True)
+            Image.fromarray(ramp).save(tmp_path / part / "a" / "1.png")
+        scales = []
+        for pixels, _ in self.stream(tmp_path, iterations=40, colour="none"):
+            row = (pixels * 2 + 0.5)[:, 0, 8] * 255  # undone: grey levels
+            slope = (row[:, 12] - row[:, 4]).abs() / 8  # 2 grey levels a pixel of 100: 200 / scale a pixel
+            scales += (200 / slope).tolist()
+            assert row.min() >= 0
+            assert row.max() <= 198
+        assert 19 < min(scales) < 22
+        assert 28 < max(scales) < 32
+
+    def test_without_augmentation_crops_are_centre_views(self, large):
+        for pixels, labels in self.stream(large, augmentation="none", colour="none"):
+            assert len(labels) == len(pixels) == 2
+        images = rp.load_data(f"folder:{large}").train
+        views = torch.cat([view for view, _ in images.views(8, 16)])
+        expected = {((view.float() / 255 - 0.5) / 2).numpy().tobytes() for view in views}
+        assert {image.contiguous().numpy().tobytes() for image in pixels} <= expected
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No ./data, and an empty cache, whose path this is."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("RESPROBE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class TestCifar:
+    def test_missing_path(self, tmp_path):
+        where = str(tmp_path / "absent")
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data(f"cifar10:{where}")
+        assert str(error.value) == (
+            f"data path (={where!r}) is not there; cifar10:PATH is cifar-10-python.tar.gz, the folder "
+            "cifar-10-batches-py, or a folder with either"
+        )
+
+    def test_folder_without_it(self, tmp_path):
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data(f"cifar100:{tmp_path}")
+        assert str(error.value) == (
+            f"data path (={str(tmp_path)!r}) holds neither cifar-100-python/ nor cifar-100-python.tar.gz"
+        )
+
+    @pytest.mark.parametrize("name_the_folder", [True, False])
+    def test_damaged_archive(self, tmp_path, name_the_folder):
+        archive = tmp_path / "cifar-10-python.tar.gz"
+        archive.write_bytes(b"abc")
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data(f"cifar10:{tmp_path if name_the_folder else archive}")
+        assert str(error.value) == (
+            f"archive {archive} is damaged or not cifar-10-python.tar.gz: its MD5 is "
+            "900150983cd24fb0d6963f7d28e17f72, expected c58f30108f718f92721af3b95e74349a"
+        )
+
+    @pytest.mark.parametrize("inside", [True, False])
+    def test_empty_folder(self, tmp_path, inside):
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data(f"cifar10:{folder if inside else tmp_path}")
+        assert str(error.value) == (
+            f"cifar10 in {folder} is incomplete or damaged (a file is missing or its MD5 differs); "
+            "unpack cifar-10-python.tar.gz there again"
+        )
+
+    @pytest.mark.parametrize(("name", "official"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
+    def test_failed_download_says_what_to_put_where(self, nowhere, monkeypatch, name, official):
+        def fail(root, download):
+            assert (Path(root), download) == (nowhere, True)
+            raise URLError("no route to host")
+
+        monkeypatch.setattr(f"torchvision.datasets.{official}", fail)
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data(name)
+        archive, md5, _ = datasets._CIFAR[name]
+        assert str(error.value) == (
+            f"{name} is not here and its download failed (URLError: <urlopen error no route to host>); put {archive} "
+            f"(MD5 {md5}) into {nowhere} or ./data, or name its place with --data {name}:PATH"
+        )
+
+    def test_identity_does_not_depend_on_the_place(self):
+        assert data_identity("cifar10:anywhere") == data_identity("cifar10") == "cifar10"
+        assert data_identity("cifar100:anywhere") == "cifar100"
+
+
+@pytest.fixture(scope="module")
+def cifar10(cifar10_folder: Path) -> rp.Data:
+    return rp.load_data(f"cifar10:{cifar10_folder}")
+
+
+class TestRealCifar:
+    def test_sizes_and_classes(self, cifar10):
+        assert cifar10.train.images.shape == (50_000, 3, 32, 32)
+        assert cifar10.test.images.shape == (10_000, 3, 32, 32)
+        assert cifar10.train.labels.bincount().tolist() == [5_000] * 10
+        assert cifar10.test.labels.bincount().tolist() == [1_000] * 10
+        assert cifar10.classes == (
+            *("airplane", "automobile", "bird", "cat", "deer"),
+            *("dog", "frog", "horse", "ship", "truck"),
+        )
+        assert (cifar10.name, cifar10.identity, cifar10.num_classes) == ("cifar10", "cifar10", 10)
+
+    def test_mean_colour_is_the_known_one(self, cifar10):
+        fitted = rp.Normalization.fit(cifar10.train.images, "channel-mean-std")
+        assert fitted.mean.view(-1).tolist() == pytest.approx([0.4914, 0.4822, 0.4465], abs=5e-5)
+        assert fitted.std.view(-1).tolist() == pytest.approx([0.2470, 0.2435, 0.2616], abs=5e-5)
+
+    def test_batches_folder_itself_may_be_named(self, cifar10, cifar10_folder):
+        again = rp.load_data(f"cifar10:{cifar10_folder / 'cifar-10-batches-py'}")
+        assert torch.equal(again.test.images, cifar10.test.images)
+
+    def test_copies_in_the_cache_and_in_data_are_found(self, cifar10, cifar10_folder, nowhere):
+        nowhere.symlink_to(cifar10_folder)
+        assert torch.equal(rp.load_data("cifar10").test.labels, cifar10.test.labels)
+        nowhere.unlink()
+        Path("data").symlink_to(cifar10_folder)
+        assert torch.equal(rp.load_data("cifar10").test.labels, cifar10.test.labels)
+
+    def test_archive(self, cifar10, cifar10_folder, tmp_path, monkeypatch):
+        archive = tmp_path / "cifar-10-python.tar.gz"  # the official one's compression is not to be had again
+        with tarfile.open(archive, "w") as tar:
+            tar.add(cifar10_folder / "cifar-10-batches-py", "cifar-10-batches-py")
+        with archive.open("rb") as stream:
+            md5 = hashlib.file_digest(stream, "md5").hexdigest()
+        monkeypatch.setitem(datasets._CIFAR, "cifar10", (archive.name, md5, "cifar-10-batches-py"))
+        data = rp.load_data(f"cifar10:{archive}")
+        assert torch.equal(data.train.labels, cifar10.train.labels)
+        assert [path.name for path in tmp_path.iterdir()] == [archive.name]
+
+    @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+    @pytest.mark.parametrize("missing", [True, False])
+    def test_damaged_batch(self, cifar10_folder, tmp_path, name, missing):
+        folder = tmp_path / "cifar-10-batches-py"
+        folder.mkdir()
+        for file in (cifar10_folder / "cifar-10-batches-py").iterdir():
+            (folder / file.name).symlink_to(file)
+        whole = (folder / name).read_bytes()
+        (folder / name).unlink()
+        if not missing:
+            (folder / name).write_bytes(whole[:-1])
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data(f"cifar10:{tmp_path}")
+        assert str(error.value) == (
+            f"cifar10 in {folder} is incomplete or damaged (a file is missing or its MD5 differs); "
+            "unpack cifar-10-python.tar.gz there again"
+        )

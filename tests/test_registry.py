@@ -1,0 +1,156 @@
+"""Names for things: found, missed, refused, forgotten, and told apart by their source."""
+
+import functools
+import hashlib
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+import resprobe as rp
+from resprobe.registry import Registry
+
+
+def apple():
+    return "apple"
+
+
+def banana():
+    return "banana"
+
+
+@pytest.fixture
+def fruits() -> Registry:
+    registry = Registry("fruit")
+    registry.register("banana")(banana)
+    registry.register("apple")(apple)
+    return registry
+
+
+@pytest.fixture
+def strange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A stranger's importable module, `strange_fruit.py`."""
+    (tmp_path / "strange_fruit.py").write_text("def cherry():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "strange_fruit", raising=False)
+    yield importlib.import_module("strange_fruit")
+    sys.modules.pop("strange_fruit", None)
+
+
+def test_registered_things_are_found_under_their_names_in_alphabetical_order(fruits):
+    assert fruits["apple"] is apple
+    assert fruits.names() == ("apple", "banana")
+    assert "banana" in fruits
+    assert "cherry" not in fruits
+
+
+def test_decorator_returns_what_it_decorates(fruits):
+    assert fruits.register("apple")(apple) is apple
+
+
+def test_unknown_name_gets_the_nearest_one(fruits):
+    with pytest.raises(rp.UsageError) as error:
+        fruits["Aple"]
+    assert str(error.value) == "fruit (='Aple') is unknown; accepted: apple, banana; nearest: apple"
+
+
+def test_no_name_is_suggested_when_none_comes_close(fruits):
+    with pytest.raises(rp.UsageError) as error:
+        fruits["zzz"]
+    assert str(error.value) == "fruit (='zzz') is unknown; accepted: apple, banana"
+
+
+def test_empty_registry_says_so():
+    with pytest.raises(rp.UsageError) as error:
+        Registry("fruit")["apple"]
+    assert str(error.value) == "fruit (='apple') is unknown; accepted: none are registered"
+
+
+def test_second_thing_under_a_name_is_refused_and_the_first_stays(fruits):
+    with pytest.raises(rp.UsageError) as error:
+        fruits.register("apple")(banana)
+    assert str(error.value) == f"fruit (='apple') is already registered by {__name__}.apple; choose another name"
+    assert fruits["apple"] is apple
+
+
+@pytest.mark.parametrize("name", ["", "two words", "tab\t", None, 3])
+def test_unusable_names_are_refused(fruits, name):
+    with pytest.raises(rp.UsageError) as error:
+        fruits.register(name)
+    assert str(error.value) == f"fruit name (={name!r}) must be a non-empty string without spaces"
+
+
+def test_reimport_of_the_same_definition_is_tolerated(fruits, strange):
+    fruits.register("cherry")(strange.cherry)
+    first = strange.cherry
+    again = importlib.reload(strange).cherry
+    assert again is not first
+    fruits.register("cherry")(again)
+    assert fruits["cherry"] is again
+
+
+def test_equal_qualified_name_from_another_file_is_refused(fruits, strange, tmp_path):
+    fruits.register("cherry")(strange.cherry)
+    elsewhere = tmp_path / "elsewhere.py"
+    elsewhere.write_text("def cherry():\n    return 2\n")
+    other = rp.load_plugin(str(elsewhere))
+    other.cherry.__module__ = "strange_fruit"
+    with pytest.raises(rp.UsageError, match="is already registered by strange_fruit.cherry"):
+        fruits.register("cherry")(other.cherry)
+
+
+def test_temporary_name_is_gone_after_the_block(fruits):
+    with fruits.temporary("cherry", apple) as thing:
+        assert thing is fruits["cherry"] is apple
+    assert "cherry" not in fruits
+
+
+def test_temporary_name_is_gone_after_an_exception(fruits):
+    with pytest.raises(RuntimeError, match="inside"), fruits.temporary("cherry", apple):
+        raise RuntimeError("inside")
+    assert "cherry" not in fruits
+
+
+def test_temporary_does_not_replace_another_thing(fruits):
+    with pytest.raises(rp.UsageError, match="already registered"), fruits.temporary("apple", banana):
+        pass
+    assert fruits["apple"] is apple
+
+
+def test_temporary_leaves_what_was_there_before(fruits):
+    with fruits.temporary("apple", apple):
+        pass
+    assert fruits["apple"] is apple
+
+
+def test_own_things_have_no_fingerprint():
+    assert rp.BLOCKS.fingerprint("basic") is None
+    assert rp.SHORTCUTS.fingerprint("A") is None
+    assert rp.NETWORKS.fingerprint("cifar/resnet") is None
+
+
+def test_fingerprint_of_a_strangers_thing_is_its_files_digest(fruits, strange, tmp_path):
+    fruits.register("cherry")(strange.cherry)
+    file = tmp_path / "strange_fruit.py"
+    before = fruits.fingerprint("cherry")
+    assert before == hashlib.sha256(file.read_bytes()).hexdigest()
+    file.write_text(file.read_text() + "\n# edited\n")
+    assert fruits.fingerprint("cherry") == hashlib.sha256(file.read_bytes()).hexdigest() != before
+
+
+def test_fingerprint_looks_through_decorators(fruits, strange, tmp_path):
+    fruits.register("cherry")(functools.wraps(strange.cherry)(lambda: 3))
+    assert fruits.fingerprint("cherry") == hashlib.sha256((tmp_path / "strange_fruit.py").read_bytes()).hexdigest()
+
+
+def test_fingerprint_of_something_without_a_file_says_where_it_comes_from(fruits):
+    namespace = {"__name__": "notebook"}
+    exec("def typed_in(): pass", namespace)
+    fruits.register("typed-in")(namespace["typed_in"])
+    assert fruits.fingerprint("typed-in") == "unknown source of notebook.typed_in"
+
+
+def test_fingerprint_of_an_unknown_name_is_refused(fruits):
+    with pytest.raises(rp.UsageError, match="nearest: apple"):
+        fruits.fingerprint("appel")

@@ -1,0 +1,177 @@
+"""Sweeps: several runs at a time are the same runs; one failure does not take the others down; nothing is orphaned."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import resprobe as rp
+from resprobe import sweep
+from resprobe.runs import configure
+from resprobe.sweep import Job, SweepFailed, parse_concurrency, run_all
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def jobs(*depths: int, iterations: int = 8, seeds: tuple[int, ...] = (0,)) -> list[Job]:
+    recipe = rp.default_recipe(rp.load_data("digits"), iterations)
+    return [
+        Job(configure(f"cifar/resnet-{depth}", "digits", recipe, seed=seed, width=4))
+        for depth in depths
+        for seed in seeds
+    ]
+
+
+def weights(run: rp.Run) -> dict[str, torch.Tensor]:
+    return run.network.state_dict()
+
+
+def test_runs_come_back_in_the_order_of_their_jobs(tmp_path, capsys):
+    asked = jobs(14, 8, 20)
+    runs = run_all(asked, rp.RunStore(tmp_path), device=CPU, concurrency=1)
+    assert [run.config.network.depth for run in runs] == [14, 8, 20]
+    said = capsys.readouterr().out
+    assert said.startswith("3 runs: 0 finished already, 3 to train\n")
+    # The longest first: no worker is left alone with one at the end.
+    assert said.index("cifar/resnet-20") < said.index("cifar/resnet-14") < said.index("cifar/resnet-8")
+    assert "[3/3] cifar/resnet-8, seed 0: training error" in said
+
+
+def test_side_by_side_gives_the_same_weights_as_one_by_one(tmp_path):
+    asked = jobs(8, 14)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as each worker has; sums are ordered by the number of threads
+    try:
+        alone = run_all(asked, rp.RunStore(tmp_path / "alone"), device=CPU, concurrency=1)
+    finally:
+        torch.set_num_threads(threads)
+    cores = len(os.sched_getaffinity(0))
+    together = run_all(asked, rp.RunStore(tmp_path / "together"), device=CPU, concurrency=max(2, cores))
+    for one, other in zip(alone, together, strict=True):
+        assert one.metrics["train_error"] == other.metrics["train_error"]
+        for name, tensor in weights(one).items():
+            assert torch.equal(tensor, weights(other)[name]), name
+
+
+def test_a_job_asked_for_twice_is_trained_once(tmp_path, monkeypatch):
+    asked = jobs(8)
+    trained = []
+    real = sweep._train
+    monkeypatch.setattr(sweep, "_train", lambda job, *others: trained.append(job) or real(job, *others))
+    runs = run_all([*asked, *asked], rp.RunStore(tmp_path), device=CPU)
+    assert len(trained) == 1
+    assert runs[0].metrics == runs[1].metrics
+
+
+BLOCK = """
+import resprobe as rp
+import torch
+
+@rp.register_block("explodes")
+class Explodes(rp.Block):
+    weighted_layers = 2
+
+    def make_branch(self, in_channels, width, stride, layers):
+        return torch.nn.Sequential(layers.conv(in_channels, width, stride=stride), Overflow(), layers.conv(width, width))
+
+class Overflow(torch.nn.Module):
+    def forward(self, x):
+        return x * float("inf") if self.training else x
+"""
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_a_failed_run_does_not_take_the_others_down(tmp_path, capsys):
+    plugin = tmp_path / "explodes.py"
+    plugin.write_text(BLOCK)
+    rp.load_plugin(str(plugin))
+    recipe = rp.default_recipe(rp.load_data("digits"), 8)
+    bad = Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="explodes"))
+    asked = [bad, *jobs(8, 14)]
+    store = rp.RunStore(tmp_path / "runs")
+    with pytest.raises(
+        SweepFailed, match=r"1 of 3 runs failed: cifar/resnet-8, seed 0: the loss is not finite at iteration 1, "
+    ):
+        run_all(asked, store, device=CPU, concurrency=2, plugins=[str(plugin)])
+    assert store.find(bad.config) is None
+    assert all(store.find(job.config) is not None for job in asked[1:])
+    said = capsys.readouterr().out
+    assert "first in stage1.0.branch.1" in said
+
+
+def test_concurrency_texts():
+    assert parse_concurrency("auto") is None
+    assert parse_concurrency("3") == 3
+    for wrong in ("0", "-1", "many", "1.5", ""):
+        with pytest.raises(rp.UsageError, match=r"concurrency \(='.*'\) must be 'auto' or a whole number ≥ 1"):
+            parse_concurrency(wrong)
+
+
+LONG = """
+import sys, torch
+import resprobe as rp
+from resprobe.runs import configure
+from resprobe.sweep import Job, run_all
+
+if __name__ == "__main__":
+    recipe = rp.default_recipe(rp.load_data("digits"), 100_000)
+    jobs = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4)) for seed in (0, 1)]
+    run_all(jobs, rp.RunStore(sys.argv[1]), device=torch.device("cpu"), concurrency=2)
+"""
+
+
+def children(parent: int) -> set[int]:
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                    found.add(int(entry.name))
+            except (OSError, ValueError):
+                continue
+    return found
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(how, tmp_path):
+    script = tmp_path / "long.py"
+    script.write_text(LONG)
+    parent = subprocess.Popen(
+        [sys.executable, script, tmp_path / "runs"],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while len(list(tmp_path.glob("runs/*/config.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        workers = children(parent.pid)
+        assert len(workers) >= 2
+        parent.send_signal(how)
+        parent.wait(timeout=60)
+        deadline = time.monotonic() + 30
+        while any(map(alive, workers)) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not any(map(alive, workers))
+        if how == signal.SIGINT:  # asked to stop, not killed: what was done is kept
+            assert list(tmp_path.glob("runs/*/checkpoint.pt"))
+    finally:
+        parent.kill()
+        parent.wait()

@@ -1,0 +1,351 @@
+"""Published weights: recognised by their keys, the same function in our networks, and no code run."""
+
+import collections
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+import resprobe as rp
+from resprobe.evaluation import evaluate
+
+
+def lively(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Eval mode, with normalizations that do something, so that a misplaced tensor shows."""
+    torch.manual_seed(seed)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
+
+
+class CommonBlock(nn.Module):
+    """The block of the common CIFAR implementation: option A with its zeros on both sides."""
+
+    def __init__(self, before: int, after: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.stride, self.added = stride, after - before
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        if self.stride != 1 or self.added:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
+        return (out + x).relu()
+
+
+class CommonResNet(nn.Module):
+    """Its network, with the names that its published state dicts have."""
+
+    def __init__(self, n: int, width: int = 16):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        for stage in range(3):
+            out = width << stage
+            first = CommonBlock(out if stage == 0 else out // 2, out, 1 if stage == 0 else 2)
+            layer = nn.Sequential(first, *(CommonBlock(out, out, 1) for _ in range(n - 1)))
+            self.add_module(f"layer{stage + 1}", layer)
+        self.linear = nn.Linear(4 * width, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.linear(x.mean((2, 3)))
+
+
+def refusal(network: rp.Network, weights: object) -> str:
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(rp.UsageError) as error:
+        rp.load_weights(network, weights)
+    assert "\n" not in str(error.value)
+    for name, value in network.state_dict().items():  # a refusal changes nothing
+        assert torch.equal(value, before[name]), name
+    assert network.normalization is None
+    return str(error.value)
+
+
+class TestTorchvision:
+    @pytest.mark.parametrize(
+        ("name", "ours", "options"),
+        [
+            ("resnet18", "imagenet/resnet-18", {"shortcut": "B", "stride_in": "3x3"}),
+            ("resnet18", "imagenet/resnet-18", {"shortcut": "B"}),  # basic blocks have no 1×1 to take the stride
+            ("resnet50", "imagenet/resnet-50", {"stride_in": "3x3"}),
+            ("vgg16", "imagenet/vgg-16", {}),
+        ],
+    )
+    def test_outputs_are_torchvisions(self, name, ours, options):
+        torch.manual_seed(0)
+        theirs = lively(getattr(torchvision.models, name)(**({"init_weights": False} if name == "vgg16" else {})))
+        with torch.device("meta"):  # our own weights would be drawn for nothing
+            network = rp.build(ours, **options)
+        network = rp.load_weights(network.to_empty(device="cpu"), theirs.state_dict()).eval()
+        images = torch.randn(2, 3, 96, 64)
+        with torch.no_grad():
+            expected = theirs(images)
+            torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        assert expected.std() > 0
+        assert network.normalization.mean.view(-1).tolist() == pytest.approx([0.485, 0.456, 0.406])
+        assert network.normalization.std.view(-1).tolist() == pytest.approx([0.229, 0.224, 0.225])
+
+    def test_normalized_vgg_absorbs_the_biases_that_ours_has_not(self):
+        # Slim, since torchvision's widths take half a gigabyte; the layers keep their names.
+        with torch.device("meta"):
+            network = rp.build("imagenet/vgg-16", norm="batch", width=2, num_classes=3)
+        plan = [2, 2, "M", 4, 4, "M", 8, 8, 8, "M", 16, 16, 16, "M", 16, 16, 16, "M"]
+        features = torchvision.models.vgg.make_layers(plan, batch_norm=True)
+        theirs = torchvision.models.VGG(features, num_classes=3, init_weights=False)
+        theirs.classifier = nn.Sequential(
+            nn.Linear(16 * 49, 128),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(128, 128),
+            nn.ReLU(),
+            nn.Dropout(),
+            nn.Linear(128, 3),
+        )
+        lively(theirs)
+        before = {name: value.clone() for name, value in theirs.state_dict().items()}
+        network = rp.load_weights(network.to_empty(device="cpu"), theirs.state_dict()).eval()
+        images = torch.randn(2, 3, 64, 64)
+        torch.testing.assert_close(network(images), theirs(images), rtol=1e-4, atol=1e-5)
+        for name, value in theirs.state_dict().items():  # what was given stays as it was
+            assert torch.equal(value, before[name]), name
+
+    def test_vgg_of_another_depth_or_norm(self):
+        with torch.device("meta"):
+            network, theirs = rp.build("imagenet/vgg-16"), torchvision.models.vgg19()
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_weights(network, theirs.state_dict())
+        assert str(error.value) == f"the weights have 19 layers, {network.spec} has 16; check depth and norm"
+
+    def test_bottlenecks_must_have_their_stride_in_the_3x3(self):
+        with torch.device("meta"):
+            network, theirs = rp.build("imagenet/resnet-50"), torchvision.models.resnet50()
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_weights(network, theirs.state_dict())
+        assert str(error.value) == (
+            "torchvision's bottleneck weights were trained with the stride in the 3×3 convolution; build the network "
+            "with stride_in=\"3x3\", not stride_in (='1x1')"
+        )
+
+    def test_another_shortcut_is_named_with_a_way_out(self):
+        with torch.device("meta"):
+            network, theirs = rp.build("imagenet/resnet-18"), torchvision.models.resnet18()
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_weights(network, theirs.state_dict())
+        assert str(error.value) == (
+            f"the weights do not fit {network.spec}: 18 tensors have no place, first stage2.0.shortcut.0.weight; "
+            "the shortcut options differ: try another shortcut, A, B or C"
+        )
+
+
+class TestCommonCifar:
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    @pytest.mark.parametrize("wrapping", [None, "state_dict", "model"])
+    @pytest.mark.parametrize("suffix", [".th", ".pt", None])
+    def test_outputs_are_the_common_implementations(self, tmp_path, prefix, wrapping, suffix):
+        theirs = lively(CommonResNet(3)).double()
+        weights = {prefix + name: value for name, value in theirs.state_dict().items()}
+        if wrapping:
+            weights = {wrapping: weights, "best_prec1": 92.6, "epoch": 3}
+        if suffix:
+            torch.save(weights, tmp_path / f"weights{suffix}")
+            weights = tmp_path / f"weights{suffix}"
+        network = rp.load_weights(rp.build("cifar/resnet-20", shortcut="A-centred").double(), weights).eval()
+        images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        torch.testing.assert_close(network(images), theirs(images), rtol=1e-12, atol=1e-12)
+        assert network.normalization.mean.view(-1).tolist() == pytest.approx([0.485, 0.456, 0.406])
+
+    @pytest.mark.parametrize(("n", "width"), [(1, 4), (2, 6), (3, 5), (3, 16)])
+    def test_trailing_zeros_give_the_same_function(self, n, width):
+        theirs = lively(CommonResNet(n, width)).double()
+        network = rp.build(f"cifar/resnet-{6 * n + 2}", width=width).double()
+        rp.load_weights(network, theirs.state_dict()).eval()
+        images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+        torch.testing.assert_close(network(images), theirs(images), rtol=1e-12, atol=1e-12)
+        # It is the permutation that does it: as they stand, the weights make another function.
+        centred = rp.load_weights(rp.build(network.spec, shortcut="A-centred").double(), theirs.state_dict())
+        network.load_state_dict(centred.state_dict())
+        assert not torch.allclose(network(images), theirs(images))
+
+    def test_counters_that_old_files_lack_are_not_missed(self):
+        weights = {
+            name: value for name, value in CommonResNet(1).state_dict().items() if "num_batches_tracked" not in name
+        }
+        network = rp.load_weights(rp.build("cifar/resnet-8", shortcut="A-centred"), weights)
+        assert torch.equal(network.stem.conv.weight, weights["conv1.weight"])
+
+    def test_weights_of_another_depth(self):
+        network = rp.build("cifar/resnet-14", width=4)
+        assert refusal(network, CommonResNet(3, 4).state_dict()) == (
+            f"the weights do not fit {network.spec}: 36 tensors have no place, first stage1.2.branch.conv1.weight"
+        )
+        network = rp.build("cifar/resnet-14", width=4, shortcut="A-centred")
+        assert refusal(network, CommonResNet(1, 4).state_dict()) == (
+            f"the weights do not fit {network.spec}: 30 tensors are missing, first stage1.1.branch.conv1.weight"
+        )
+
+    def test_weights_of_another_width(self):
+        network = rp.build("cifar/resnet-8", width=8, shortcut="A-centred")
+        assert refusal(network, CommonResNet(1, 4).state_dict()).startswith(
+            f"the weights do not fit {network.spec}: 36 shapes differ, "
+            "first stem.conv.weight is (4, 3, 3, 3), the network's (8, 3, 3, 3)"
+        )
+
+    def test_weights_of_a_wider_network_into_a_narrower_one_with_trailing_zeros(self):
+        network = rp.build("cifar/resnet-8", width=8)
+        assert "shapes differ, first stem.conv.weight is (16, 3, 3, 3)" in refusal(
+            network, CommonResNet(1).state_dict()
+        )
+
+    def test_option_b_is_told_apart(self):
+        network = rp.build("cifar/resnet-8", width=4, shortcut="B")
+        assert refusal(network, CommonResNet(1, 4).state_dict()) == (
+            f"the weights do not fit {network.spec}: 10 tensors are missing, first stage2.0.shortcut.0.weight; "
+            "the shortcut options differ: try another shortcut, A, B or C"
+        )
+
+
+class TestOwnLayout:
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_comes_back_as_it_was(self, tmp_path, suffix):
+        network = lively(rp.build("cifar/resnet-8", shortcut="B"))
+        file = tmp_path / f"weights{suffix}"
+        (save_file if suffix == ".safetensors" else torch.save)(network.state_dict(), file)
+        other = rp.build(network.spec)
+        assert rp.load_weights(other, str(file)) is other
+        for name, value in other.state_dict().items():
+            assert torch.equal(value, network.state_dict()[name]), name
+        assert other.normalization is None  # the file does not say with what it was trained
+
+    def test_run_folder_brings_its_normalization(self, tmp_path):
+        network = lively(rp.build("cifar/resnet-8", width=4))
+        mean, std = torch.rand(3, 32, 32), torch.ones(3, 1, 1)
+        tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
+        save_file({**tensors, "normalization.mean": mean, "normalization.std": std}, tmp_path / "network.safetensors")
+        other = rp.load_weights(rp.build(network.spec), tmp_path).eval()
+        assert torch.equal(other.normalization.mean, mean)
+        assert torch.equal(other.normalization.std, std)
+        images = torch.randn(1, 3, 32, 32)
+        assert torch.equal(other(images), network(images))
+
+    def test_other_shortcut_is_named(self):
+        network = rp.build("cifar/resnet-8", shortcut="C")
+        assert refusal(network, rp.build("cifar/resnet-8").state_dict()) == (
+            f"the weights do not fit {network.spec}: 15 tensors are missing, first stage1.0.shortcut.0.weight; "
+            "the shortcut options differ: try another shortcut, A, B or C"
+        )
+
+    def test_every_kind_of_mismatch_is_named_at_once(self):
+        network = rp.build("cifar/resnet-8")
+        weights = network.state_dict()
+        del weights["stage1.0.branch.norm1.bias"]
+        weights["fc.weight"], weights["extra.weight"] = torch.zeros(100, 64), torch.zeros(3)
+        assert refusal(network, weights) == (
+            f"the weights do not fit {network.spec}: 1 tensors are missing, first stage1.0.branch.norm1.bias; "
+            "1 tensors have no place, first extra.weight; "
+            "1 shapes differ, first fc.weight is (100, 64), the network's (10, 64)"
+        )
+
+
+class TestUnreadable:
+    def test_unknown_layout(self):
+        text = refusal(rp.build("cifar/resnet-8"), {"encoder.weight": torch.zeros(1), "decoder.weight": torch.zeros(1)})
+        assert text == (
+            "the layout of the weights is not known (first keys: decoder.weight, encoder.weight); accepted: resprobe, "
+            "torchvision, CIFAR"
+        )
+
+    def test_no_tensors(self):
+        assert refusal(rp.build("cifar/resnet-8"), {"epoch": 3}) == (
+            "the layout of the weights is not known (first keys: none); accepted: resprobe, torchvision, CIFAR"
+        )
+
+    def test_missing_file(self, tmp_path):
+        where = tmp_path / "absent.pth"
+        assert refusal(rp.build("cifar/resnet-8"), where) == (
+            f"weights (={str(where)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
+        )
+
+    def test_folder_of_no_run(self, tmp_path):
+        assert refusal(rp.build("cifar/resnet-8"), tmp_path).startswith(f"weights (={str(tmp_path)!r}) are not there; ")
+
+    @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 half an archive"])
+    @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+    def test_damaged_file(self, tmp_path, content, suffix):
+        file = tmp_path / f"damaged{suffix}"
+        file.write_bytes(content)
+        assert re.match(
+            rf"weights \(='{re.escape(str(file))}'\) cannot be read(: | without running code: )\S",
+            refusal(rp.build("cifar/resnet-8"), file),
+        )
+
+    def test_truncated_file(self, tmp_path):
+        network = rp.build("cifar/resnet-8")
+        file = tmp_path / "truncated.pth"
+        torch.save(network.state_dict(), file)
+        file.write_bytes(file.read_bytes()[:-2000])
+        assert refusal(network, file).startswith(f"weights (={str(file)!r}) cannot be read without running code: ")
+
+    @pytest.mark.parametrize("thing", [torch.zeros(3), [torch.zeros(3)]])
+    def test_file_of_something_else(self, tmp_path, thing):
+        torch.save(thing, tmp_path / "thing.pth")
+        assert refusal(rp.build("cifar/resnet-8"), tmp_path / "thing.pth") == (
+            f"weights must be a state dict, a mapping of names to tensors, not {type(thing).__name__}"
+        )
+
+    @pytest.mark.parametrize("wrapped", [True, False])
+    def test_code_in_a_pickle_is_not_run(self, tmp_path, wrapped):
+        witness, file = tmp_path / "witness", tmp_path / "evil.pth"
+
+        class Evil:
+            def __reduce__(self):
+                return Path.touch, (witness,)
+
+        evil = collections.OrderedDict({"conv1.weight": Evil()})
+        if wrapped:
+            torch.save({"state_dict": evil}, file)
+        else:
+            file.write_bytes(pickle.dumps(evil, protocol=2))
+        text = refusal(rp.build("cifar/resnet-8"), file)
+        assert text.startswith(f"weights (={str(file)!r}) cannot be read without running code: ")
+        assert not witness.exists()
+        with file.open("rb") as stream:  # the witness would have seen it
+            torch.load(stream, weights_only=False) if wrapped else pickle.load(stream)
+        assert witness.exists()
+
+    def test_whole_pickled_network_is_refused(self, tmp_path):
+        torch.save(rp.build("cifar/resnet-8"), tmp_path / "network.pth")
+        assert "cannot be read without running code: " in refusal(rp.build("cifar/resnet-8"), tmp_path / "network.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("depth", "shortcut", "errors"),
+    [
+        (20, "A-centred", 827),
+        (20, "A", 827),
+        (32, "A-centred", 737),
+        (44, "A-centred", 690),
+        (56, "A-centred", 661),
+    ],
+)
+def test_published_weights_make_exactly_their_errors(shared_data, cifar10_folder, depth, shortcut, errors):
+    files = sorted((shared_data / "weights" / "akamaster").glob(f"resnet{depth}*.th"))
+    if not files:
+        pytest.skip(
+            f"needs the published weights: there is no {shared_data / 'weights' / 'akamaster'}/resnet{depth}*.th"
+        )
+    network = rp.load_weights(rp.build(f"cifar/resnet-{depth}", shortcut=shortcut), files[0])
+    result = evaluate(network, f"cifar10:{cifar10_folder}", device="cpu")
+    assert (result.images, result.errors, result.error) == (10_000, errors, errors / 100)

@@ -1,0 +1,97 @@
+"""Networks, data and recipes that train in milliseconds, and comparisons to the last bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resprobe.data import Data, load_data
+from resprobe.networks import NetworkSpec, build
+from resprobe.recipes import Recipe
+from resprobe.training import Training
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(
+    "tiny",
+    iterations=12,
+    batch_size=16,
+    learning_rate=0.05,
+    milestones=(5, 9),
+    augmentation="none",
+    window=3,
+    evaluations=2,
+)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread is fastest for tiny networks, and splits sums alike in every process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def spec(family: str = "cifar/resnet", **options: Any) -> NetworkSpec:
+    return NetworkSpec(family, 8, tuple({"width": 4, "in_channels": 1, "num_classes": 10, **options}.items()))
+
+
+def network(family: str = "cifar/resnet", seed: int = 0, **options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(spec(family, **options))
+
+
+def digits(train: int = 160, test: int = 60) -> Data:
+    whole = load_data("digits")
+    parts = whole.train.select(torch.arange(train)), whole.test.select(torch.arange(test))
+    return replace(whole, train=parts[0], test=parts[1], identity=f"digits {train} {test}")
+
+
+def recipe(**changes: Any) -> Recipe:
+    return replace(RECIPE, **changes)
+
+
+def training(net: nn.Module | None = None, data: Data | None = None, *, device=CPU, **changes: Any) -> Training:
+    """A training of a tiny network on a few digits. `changes` are of the recipe, or `seed`, `precision`, `probes`."""
+    own = {name: changes.pop(name) for name in ("seed", "precision", "probes") if name in changes}
+    return Training(net or network(), data or digits(), recipe(**changes), device=device, **own)
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    """Equal to the last bit, NaN equal to NaN; what a clock showed is passed over."""
+    assert isinstance(one, dict) or type(one) is type(other), where
+    if isinstance(one, Tensor):
+        assert one.dtype == other.dtype, where
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
+    elif isinstance(one, dict):
+        names = [name for name in one if name not in ("seconds", "images_per_second")]
+        assert names == [name for name in other if name not in ("seconds", "images_per_second")], where
+        for name in names:
+            assert_same(one[name], other[name], f"{where}/{name}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{where}/{index}")
+    else:
+        assert one == other or (isinstance(one, float) and math.isnan(one) and math.isnan(other)), (where, one, other)
+
+
+def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def hook_count(net: nn.Module) -> int:
+    """All hooks on all modules and parameters."""
+    tables = [table for module in net.modules() for name, table in vars(module).items() if name.endswith("_hooks")]
+    of_tensors = [parameter._backward_hooks or {} for parameter in net.parameters()]
+    of_tensors += [parameter._post_accumulate_grad_hooks or {} for parameter in net.parameters()]
+    return sum(map(len, tables)) + sum(map(len, of_tensors))
