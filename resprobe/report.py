@@ -61,7 +61,7 @@ def write_report(
             "options": dataclasses.asdict(results.options),
             "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
             "departures": _departures(results, recipes),
-            "seconds_of_training": float(results.table["seconds"].sum()),
+            "seconds_of_training": sum(run.metrics["seconds"] for run in results.runs),
             "seconds_of_study": round(seconds, 1),
         },
         "environment": environment,
@@ -71,7 +71,10 @@ def write_report(
         images[name] = render(drawing.figure, "png")
         write_atomically(out / f"{name}.png", images[name])
         write_atomically(out / f"{name}.svg", render(drawing.figure, "svg"))
-    write_atomically(out / "results.csv", results.table.to_csv(index=False).encode())
+    tables = {"results": results.table, "measurements": results.measurements}
+    for name, content in tables.items():
+        if content is not None and len(content):
+            write_atomically(out / f"{name}.csv", content.to_csv(index=False).encode())
     page = {
         "study": study,
         "record": record,
@@ -82,9 +85,9 @@ def write_report(
         "drawings": drawings,
         "images": {name: base64.b64encode(png).decode() for name, png in images.items()},
         "summary": summary(study, verdicts, setting, results),
-        "how_sure": _how_sure(results),
+        "how_sure": study.how_sure or _how_sure(results),
         "environment": {name: value for name, value in environment.items() if value is not None},
-        "duration": _duration(record["config"]["seconds_of_training"]),
+        "duration": _duration(record["config"]["seconds_of_training"]) if results.runs else None,
     }
     write_atomically(out / "report.md", _render("report.md", page).encode())
     write_atomically(out / "report.html", _render("report.html", page).encode())
@@ -100,14 +103,15 @@ def write_report(
 def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Results) -> str:
     """The verdict in one paragraph."""
     said = " ".join(f"{verdict.claim.id} {verdict.verdict}: {verdict.measured}." for verdict in verdicts)
-    return f"{study.title} ({_SETTINGS[setting]}; data: {results.options.data.partition(':')[0]}). {said}"
+    data = f"; data: {results.options.data.partition(':')[0]}" if results.runs else ""
+    return f"{study.title} ({_SETTINGS[setting]}{data}). {said}"
 
 
 def _departures(results: Results, recipes: dict[str, Recipe]) -> list[str]:
     """What is not as in the paper, each once: data, recipe."""
     found = []
     data = results.options.data.partition(":")[0]
-    if data != "cifar10":
+    if results.runs and data != "cifar10":
         found.append(f"data: {data} instead of CIFAR-10")
     for recipe in recipes.values():
         found += [line for line in departures(recipe) if line not in found]

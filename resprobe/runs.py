@@ -293,6 +293,8 @@ def _train_in_store(
 ) -> Run:
     path = store.folder(config)
     checkpoint = path / "checkpoint.pt"
+    for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
+        left.unlink(missing_ok=True)
     training = _prepare(config, network, data, device, probes)
     kept = load_checkpoint(checkpoint)
     if kept is not None:
@@ -403,9 +405,15 @@ def _load_network(config: RunConfig, path: Path) -> nn.Module:
 
 
 def _read_weights(network: nn.Module, path: Path) -> nn.Module:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(path / "network.safetensors")
+    try:
+        tensors = load_file(path / "network.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"the weights in {path} are missing or damaged ({error}); delete that folder and the run is made again"
+        ) from error
     prefix = "network."
     network.load_state_dict({name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)})
     if isinstance(network, Network):

@@ -73,11 +73,15 @@ _NOT_THE_SETTING = {"preset", "device", "precision", "concurrency", "plugin", "o
 
 @dataclass(frozen=True)
 class Planned:
-    """A network that a study needs, run once for each seed, with the labels its rows carry in the table."""
+    """A network that a study needs, run once for each seed, with the labels its rows carry in the table.
+
+    `options` are the network's; `probes` name those that watch its training.
+    """
 
     labels: Mapping[str, Any]
     network: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    probes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,17 @@ class Results:
     """What a study's claims and figures are made from.
 
     `table`: one row a run: the labels, seed, the run's metrics (errors in percent), its folder. `histories`: one row a
-    log point of a run, with the same labels.
+    log point of a run, with the same labels. `runs` are in the order of `table`. `measurements`: what the study's
+    `measure` gave, if it has one. `device` and `precision` are those to measure with.
     """
 
     options: Options
     table: pandas.DataFrame
     histories: pandas.DataFrame
     runs: Sequence[Run]
+    measurements: pandas.DataFrame | None = None
+    device: str = "cpu"
+    precision: str = "fp32"
 
     def values(self, column: str, **labels: Any) -> list[float]:
         """A column's values over seeds for the rows with these labels, in order of seed."""
@@ -112,8 +120,10 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Study:
-    """One file of `studies/`: `plan` says which networks it needs, `judge` what they mean, `draw` shows them, and
-    `tabulate` puts them beside the paper's numbers. `main` does the rest."""
+    """One file of `studies/`: `plan` says which networks must be trained, `measure` looks at them where their training
+    is not the whole story, `judge` says what that means, `draw` shows it, and `tabulate` puts it beside the paper's
+    numbers. `main` does the rest. `how_sure` replaces the report's words on seeds where a study does not rest on them.
+    """
 
     name: str
     title: str
@@ -124,6 +134,8 @@ class Study:
     draw: Callable[[Results], Mapping[str, Drawing]]
     tabulate: Callable[[Results], pandas.DataFrame]
     description: str = ""
+    measure: Callable[[Results], pandas.DataFrame] | None = None
+    how_sure: str = ""
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""
@@ -224,24 +236,29 @@ def _gather(study: Study, options: Options) -> tuple[Results, dict[str, Recipe],
         recipe = default_recipe(data, options.iterations, resolve(one.network, **one.options).depth)
         for seed in options.seeds:
             config = configure(one.network, data, recipe, seed=seed, precision=precision, **one.options)
-            labelled.append((dict(one.labels) | {"seed": seed}, dataclasses.replace(config, data=options.data)))
-    _check_networks({config.network for _, config in labelled})
+            job = Job(dataclasses.replace(config, data=options.data), one.probes)
+            labelled.append((dict(one.labels) | {"seed": seed}, job))
+    _check_networks({job.config.network for _, job in labelled})
     # Nothing is written before everything that was asked for is known to make sense.
     check_writable(Path(options.out), "out")
     store = RunStore(options.runs)
-    runs = run_all(
-        [Job(config) for _, config in labelled],
-        store,
-        device=device,
-        concurrency=concurrency,
-        plugins=options.plugin,
-    )
-    rows, histories = [], []
-    for (labels, config), run in zip(labelled, runs, strict=True):
-        rows.append(labels | run.metrics | {"network": config.network.name, "run": config.folder_name})
+    jobs = [job for _, job in labelled]
+    runs = run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin)
+    rows, histories = [], [pandas.DataFrame()]
+    for (labels, job), run in zip(labelled, runs, strict=True):
+        rows.append(labels | run.metrics | {"network": job.config.network.name, "run": job.config.folder_name})
         histories.append(run.history.assign(**labels))
-    results = Results(options, pandas.DataFrame(rows), pandas.concat(histories, ignore_index=True), runs)
-    recipes = {config.recipe.name: config.recipe for _, config in labelled}
+    results = Results(
+        options,
+        pandas.DataFrame(rows),
+        pandas.concat(histories, ignore_index=True),
+        runs,
+        device=str(device),
+        precision=precision,
+    )
+    if study.measure is not None:
+        results = dataclasses.replace(results, measurements=study.measure(results))
+    recipes = {job.config.recipe.name: job.config.recipe for job in jobs}
     return results, recipes, environment(device) | {"precision": precision}
 
 

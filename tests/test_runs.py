@@ -1,0 +1,876 @@
+"""Runs are found again by what they are, whatever happened to the process that made them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import RECIPE, assert_same, digits, hook_count, network, one_thread, recipe, spec
+from torch import nn
+
+import resprobe as rp
+from resprobe import checkpoints
+from resprobe import runs as runs_module
+from resprobe.blocks import BLOCKS, BasicBlock
+from resprobe.checkpoints import StorageError
+from resprobe.errors import TrainingDiverged, UsageError
+from resprobe.evaluation import evaluate
+from resprobe.runs import RunConfig, RunStore, configure, default_recipe
+from resprobe.training import Training
+
+
+@pytest.fixture(autouse=True, scope="module")
+def single_thread():
+    with one_thread():
+        yield
+
+
+def train(folder, net=None, data="digits", chosen=RECIPE, **options) -> rp.Run:
+    options = {"device": "cpu", "precision": "fp32", "progress": False, "runs": folder, **options}
+    return rp.train(net or spec(), data, chosen, **options)
+
+
+def config(folder=None, **changes) -> RunConfig:
+    return replace(configure(spec(), "digits", RECIPE), **changes)
+
+
+def tensors(run: rp.Run) -> dict[str, torch.Tensor]:
+    return load_file(run.path / "network.safetensors")
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """From the call on, training is a failure."""
+
+    def forbid():
+        def fail(*arguments, **options):
+            raise AssertionError("it was trained again")
+
+        monkeypatch.setattr(Training, "run", fail)
+
+    return forbid
+
+
+class Norms(rp.Probe):
+    """The gradient's norm, and a figure with many digits."""
+
+    name = "norms"
+    schedule = staticmethod(rp.probes.every(4))
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def hook(self, network):
+        yield network.register_forward_hook(lambda *_: None)
+
+    def after_backward(self, network, iteration):
+        norm = sum(float(parameter.grad.square().sum()) for parameter in network.parameters())
+        self.rows.append({"iteration": iteration, "norm": norm, "third": norm / 3})
+
+    def table(self):
+        return pandas.DataFrame(self.rows)
+
+    def state(self):
+        return self.rows
+
+    def load_state(self, state):
+        self.rows = list(state)
+
+
+class Norms2(Norms):
+    name = "norms2"
+
+
+# -- found again -------------------------------------------------------------------------------------------------
+
+
+def test_the_second_call_finds_what_the_first_trained(tmp_path, no_training):
+    first = train(tmp_path)
+    assert list(first.history.iteration) == [3, 6, 9, 12]
+    no_training()
+    second = train(tmp_path)
+    assert second.metrics == first.metrics
+    pandas.testing.assert_frame_equal(second.history, first.history, check_exact=True)
+    assert second.path == first.path == RunStore(tmp_path).folder(first.config)
+    assert second.config == first.config
+    assert RunStore(tmp_path).find(first.config).metrics == first.metrics
+    assert RunStore(tmp_path).find(first.config, ["norms"]) is None, "it has no such table"
+    assert RunStore(tmp_path).find(replace(first.config, seed=9)) is None
+
+
+def test_what_is_in_a_runs_folder(tmp_path):
+    run = train(tmp_path, chosen=recipe(name="mine"))
+    names = ["config.json", "environment.json", "history.csv", "lock", "network.safetensors", "result.json"]
+    assert sorted(os.listdir(run.path)) == names
+    assert run.path.name.startswith("cifar-resnet-8_A_digits_12it_seed0_")
+    assert run.path.name.endswith(run.config.key)
+    told = json.loads((run.path / "config.json").read_text())
+    assert told["recipe_name"] == "mine"
+    assert told["data_given"] == "digits"
+    assert told["network"]["options"] == [list(pair) for pair in run.config.network.options]
+    assert json.loads((run.path / "environment.json").read_text())["torch"] in torch.__version__
+    assert os.listdir(tmp_path) == [run.path.name]
+
+
+def test_nothing_is_kept_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train(None)
+    assert run.path is None
+    assert os.listdir(tmp_path) == []
+    kept = train(tmp_path)
+    assert_same(run.metrics, kept.metrics)
+    assert_same(dict(run.network.state_dict()), dict(kept.network.state_dict()))
+
+
+def test_the_network_is_read_again_and_gives_equal_outputs(tmp_path):
+    first = train(tmp_path, seed=2)
+    second = train(tmp_path, seed=2)
+    images = rp.load_data("digits").test.images
+    assert second.network is second.network
+    assert second.network is not first.network
+    assert_same(dict(second.network.state_dict()), dict(first.network.state_dict()))
+    for one, other in zip(first.network.modules(), second.network.modules(), strict=True):
+        assert (one.training, other.training) == (False, False)
+    with torch.no_grad():
+        one, other = (run.network(run.network.normalization(images)) for run in (first, second))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    tested = evaluate(second.network, "digits", device="cpu")
+    assert tested.error == pytest.approx(first.metrics["test_error"])
+    assert {parameter.device.type for parameter in second.network.parameters()} == {"cpu"}
+
+
+def test_the_running_statistics_are_kept_beside_the_precise_ones(tmp_path):
+    run = train(tmp_path)
+    stored = tensors(run)
+    precise, running = (stored[f"{part}.stem.norm.running_mean"] for part in ("network", "running"))
+    assert not torch.equal(precise, running)
+    assert torch.equal(precise, run.network.stem.norm.running_mean)
+    twin = train(None, chosen=recipe(bn_test_statistics="running"))
+    assert torch.equal(twin.network.stem.norm.running_mean, running)
+    assert twin.metrics["test_error"] == run.metrics["test_error_running"]
+
+
+def test_reading_a_network_draws_no_random_numbers_and_runs_no_code(tmp_path, monkeypatch):
+    train(tmp_path)
+    found = RunStore(tmp_path).find(config())
+
+    def never(*arguments, **options):
+        raise AssertionError("a pickle was read")
+
+    monkeypatch.setattr("pickle.load", never)
+    monkeypatch.setattr("pickle.loads", never)
+    monkeypatch.setattr(torch, "load", never)
+    before = torch.get_rng_state()
+    assert isinstance(found.network, rp.Network)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_initial_weights_are_the_seeds(tmp_path):
+    starts = []
+
+    class Start(rp.Probe):
+        name = "start"
+        schedule = staticmethod(rp.probes.at([0]))
+
+        def after_backward(self, network, iteration):
+            starts.append({name: tensor.clone() for name, tensor in network.named_parameters()})
+
+        def table(self):
+            return pandas.DataFrame()
+
+    for seed in (3, 3, 4):
+        torch.rand(2)
+        train(None, seed=seed, probes=[Start()])
+    expected = dict(network(seed=3).named_parameters())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in starts[0].items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in starts[1].items())
+    assert not torch.equal(starts[2]["fc.weight"], starts[0]["fc.weight"])
+
+
+# -- keys --------------------------------------------------------------------------------------------------------
+
+CHANGED_RECIPE = {
+    "iterations": 13,
+    "batch_size": 17,
+    "learning_rate": 0.06,
+    "milestones": (5, 10),
+    "decay": 9.0,
+    "plateau": 3,
+    "warm_up_rate": 0.01,
+    "warm_up_until": 79.0,
+    "warm_up_iterations": 5,
+    "momentum": 0.8,
+    "momentum_form": "caffe",
+    "nesterov": True,
+    "weight_decay": 2e-4,
+    "weight_decay_on": "weights",
+    "bn_batch": 8,
+    "bn_test_statistics": "running",
+    "augmentation": "pad-crop",
+    "pad": 3,
+    "pad_value": "black",
+    "flip": 0.25,
+    "scale": (256, 300),
+    "crop": 200,
+    "colour": "pca",
+    "normalization": "channel-mean-std",
+    "validation_fraction": 0.1,
+    "window": 4,
+    "evaluations": 3,
+}
+
+
+def test_every_field_of_a_recipe_but_its_name_is_tried():
+    assert set(CHANGED_RECIPE) == set(asdict(RECIPE)) - {"name"}
+
+
+@pytest.mark.parametrize("name", CHANGED_RECIPE)
+def test_any_change_of_the_recipe_is_another_run(name):
+    changed = config(recipe=recipe(**{name: CHANGED_RECIPE[name]}))
+    assert changed.key != config().key
+    assert changed.folder_name != config().folder_name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"precision": "bf16"},
+        {"start": "0123456789abcdef"},
+        {"data_identity": "other"},
+        {"network": rp.NetworkSpec("cifar/resnet", 14, spec().options)},
+        {"network": rp.NetworkSpec("cifar/plain", 8, spec().options)},
+        {"network": spec(width=5)},
+        {"network": spec(shortcut="B")},
+        {"network": spec(norm="group")},
+    ],
+    ids=str,
+)
+def test_any_change_of_what_a_run_is_is_another_run(changes):
+    assert config(**changes).key != config().key
+
+
+def test_what_a_run_is_called_and_where_its_data_are_does_not_matter():
+    assert config(recipe=recipe(name="another")).key == config().key
+    assert config(data="digits:/elsewhere").key == config().key
+    assert config().key == config().key
+    assert len(config().key) == 12
+
+
+@settings(max_examples=30)
+@given(
+    one=st.tuples(st.integers(0, 3), st.sampled_from([4, 5]), st.sampled_from(["fp32", "bf16"]), st.integers(1, 3)),
+    other=st.tuples(st.integers(0, 3), st.sampled_from([4, 5]), st.sampled_from(["fp32", "bf16"]), st.integers(1, 3)),
+)
+def test_keys_are_equal_exactly_where_runs_are(one, other):
+    def key(parts):
+        seed, width, precision, iterations = parts
+        chosen = recipe(iterations=iterations)
+        return config(seed=seed, network=spec(width=width), precision=precision, recipe=chosen).key
+
+    assert (key(one) == key(other)) == (one == other)
+
+
+def test_two_copies_of_a_folder_are_one_data_set(tmp_path, no_training):
+    from PIL import Image
+
+    for copy in ("here", "there"):
+        for part in ("train", "val"):
+            for index, label in enumerate("ab"):
+                folder = tmp_path / copy / part / label
+                folder.mkdir(parents=True)
+                for number in range(3):
+                    Image.new("RGB", (8, 8), (80 * index, 10 * number, 0)).save(folder / f"{number}.png")
+    chosen = recipe(batch_size=4, iterations=3, window=1)
+    first = train(tmp_path / "runs", "cifar/plain-8", f"folder:{tmp_path / 'here'}", chosen)
+    no_training()
+    second = train(tmp_path / "runs", "cifar/plain-8", f"folder:{tmp_path / 'there'}", chosen)
+    assert second.metrics == first.metrics
+    assert (tmp_path / "there" / "train" / "a" / "0.png").write_bytes(b"another size")
+    with pytest.raises(UsageError, match=r"0\.png"):
+        train(tmp_path / "runs", "cifar/plain-8", f"folder:{tmp_path / 'there'}", chosen)
+
+
+def test_data_of_ones_own_are_known_by_their_identity(tmp_path, no_training):
+    mine, other = digits(), digits(train=150)
+    first = train(tmp_path, data=mine)
+    assert first.metrics["train_images"] == 160
+    assert first.config.key not in (configure(spec(), "digits", RECIPE).key, configure(spec(), other, RECIPE).key)
+    assert configure(spec(), rp.load_data("digits"), RECIPE).key == configure(spec(), "digits", RECIPE).key
+    no_training()
+    assert train(tmp_path, data=mine).metrics == first.metrics
+    with pytest.raises(AssertionError, match="it was trained again"):
+        train(tmp_path, data=other)
+
+
+BLOCK = """
+import resprobe as rp
+from resprobe.blocks import BasicBlock
+
+@rp.register_block("strange")
+class Strange(BasicBlock):
+    \"\"\"A block of a stranger's.\"\"\"
+    number = 1
+"""
+
+
+def strange_key(file: Path, source: str) -> str:
+    """The key of a run with the block that `source` defines."""
+    file.write_text(source)
+    rp.load_plugin(str(file))
+    try:
+        return configure(spec(block="strange"), "digits", RECIPE).key
+    finally:
+        BLOCKS._things.pop("strange")
+        for name in [name for name, module in sys.modules.items() if getattr(module, "__file__", "") == str(file)]:
+            del sys.modules[name]
+
+
+def test_a_strangers_block_is_known_by_its_source(tmp_path):
+    one = strange_key(tmp_path / "one.py", BLOCK)
+    assert strange_key(tmp_path / "two.py", BLOCK) == one, "where the file is does not matter"
+    assert strange_key(tmp_path / "three.py", BLOCK.replace("number = 1", "number = 2")) != one
+    with BLOCKS.temporary("strange", BasicBlock):
+        assert configure(spec(block="strange"), "digits", RECIPE).key != one
+
+
+# -- networks that were handed over built ------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """A network of no family."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.fc, self.norm = nn.Linear(64, 10), nn.BatchNorm1d(10)
+        with torch.no_grad():
+            self.fc.weight *= scale
+
+    def forward(self, x):
+        return self.norm(self.fc(x.flatten(1)))
+
+
+@pytest.mark.parametrize("make", [network, Own])
+def test_a_built_network_is_trained_in_place_and_found_in_place(tmp_path, no_training, make):
+    first, before = make(), make()
+    run = train(tmp_path, first)
+    assert run.network is first
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), before.parameters(), strict=True))
+    no_training()
+    second = make()
+    again = train(tmp_path, second)
+    assert again.network is second
+    assert again.metrics == run.metrics
+    assert_same(dict(second.state_dict()), dict(first.state_dict()))
+    assert not first.training
+    assert not second.training
+    if make is network:
+        assert torch.equal(second.normalization.mean, first.normalization.mean)
+        one, other = (evaluate(net, "digits", device="cpu") for net in (first, second))
+        assert (one.errors, one.loss) == (other.errors, pytest.approx(other.loss, rel=1e-6))
+
+
+def test_a_built_network_is_known_by_its_weights_and_what_learns(tmp_path):
+    assert configure(Own(), "digits", RECIPE).key == configure(Own(), "digits", RECIPE).key
+    keys = [configure(net, "digits", RECIPE).key for net in (Own(), Own(1.5), network(), network(seed=1))]
+    frozen = Own()
+    frozen.fc.weight.requires_grad_(False)
+    keys += [configure(frozen, "digits", RECIPE).key, config().key]
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_strangers_network_is_known_by_its_source(tmp_path, monkeypatch):
+    source = (
+        "from torch import nn\nclass Mine(nn.Linear):\n    def forward(self, x): return super().forward(x.flatten(1))\n"
+    )
+    keys = []
+    for index, text in enumerate([source, source, source.replace("flatten(1)", "flatten(1) * 2")]):
+        module = f"strangers_network_{index}"
+        (tmp_path / f"{module}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        made = __import__(module).Mine(64, 10)
+        nn.init.zeros_(made.weight)
+        nn.init.zeros_(made.bias)
+        keys.append(configure(made, "digits", RECIPE).key)
+        del sys.modules[module]
+    assert keys[0] == keys[1] != keys[2]
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "0", True, None])
+def test_a_seed_is_a_whole_number_from_0_on(tmp_path, seed):
+    with pytest.raises(UsageError) as caught:
+        train(tmp_path, seed=seed)
+    assert str(caught.value) == f"seed (={seed!r}) must be a whole number ≥ 0"
+    with pytest.raises(UsageError, match="must be a whole number ≥ 0"):
+        config(seed=seed)
+    assert list(tmp_path.rglob("result.json")) == []
+
+
+def test_a_network_that_does_not_fit_the_data_is_refused_before_training(tmp_path, no_training):
+    no_training()
+    with pytest.raises(UsageError) as caught:
+        train(tmp_path, rp.NetworkSpec("cifar/resnet", 8, (("width", 4), ("in_channels", 3), ("num_classes", 10))))
+    assert str(caught.value) == "in_channels (=3) of cifar/resnet-8 does not fit data 'digits', which has 1"
+
+
+@pytest.mark.parametrize("probes", [[Norms(), Norms()], [rp.Probe()]])
+def test_probes_need_a_name_each(tmp_path, probes):
+    names = ", ".join(repr(probe.name) for probe in probes)
+    with pytest.raises(UsageError) as caught:
+        train(tmp_path, probes=probes)
+    assert str(caught.value) == f"probes ({names}) must have a name each, and each its own"
+
+
+def test_the_default_recipe_is_the_papers_but_for_the_digits():
+    assert default_recipe(rp.load_data("digits")).name == "digits-quick"
+    assert default_recipe(rp.load_data("digits"), 40).iterations == 40
+    cifar = replace(digits(), name="cifar10")
+    assert default_recipe(cifar) == rp.recipes.cifar_paper()
+    assert default_recipe(cifar, depth=110) == rp.recipes.cifar_paper(depth=110)
+    assert configure("cifar/resnet-8", "digits").recipe == rp.recipes.digits_quick()
+
+
+def test_a_progress_function_is_told_and_the_bar_shows(tmp_path, capfd):
+    told = []
+    train(tmp_path / "one", progress=told.append)
+    assert [news.iteration for news in told] == [3, 6, 9, 12]
+    assert capfd.readouterr() == ("", "")
+    train(tmp_path / "two", progress=True)
+    shown = capfd.readouterr().err
+    assert "cifar/resnet-8 seed 0" in shown
+    assert "12/12" in shown
+    assert "images/s" in shown
+
+
+# -- probes ------------------------------------------------------------------------------------------------------
+
+
+def test_tables_of_probes_are_kept_and_found(tmp_path, no_training):
+    first = train(tmp_path, probes=[Norms()])
+    assert list(first.tables) == ["norms"]
+    assert list(first.tables["norms"].iteration) == [0, 4, 8]
+    assert hook_count(first.network) == 0
+    no_training()
+    second = train(tmp_path, probes=[Norms()])
+    pandas.testing.assert_frame_equal(second.tables["norms"], first.tables["norms"], check_exact=True)
+    assert train(tmp_path).tables == {}, "who asks for no table gets none"
+
+
+def test_a_run_without_the_table_is_made_again_and_is_the_same(tmp_path):
+    first = train(tmp_path)
+    second = train(tmp_path, probes=[Norms()])
+    assert len(second.tables["norms"]) == 3
+    assert_same(second.metrics, first.metrics)
+    third = train(tmp_path, probes=[Norms(), Norms2()])
+    assert list(third.tables) == ["norms", "norms2"]
+    assert_same(dict(third.network.state_dict()), dict(first.network.state_dict()))
+
+
+# -- interruptions in this process -------------------------------------------------------------------------------
+
+
+def stop_at(iteration: int, error: BaseException | None = None):
+    def watch(news):
+        if news.iteration == iteration:
+            raise error or KeyboardInterrupt
+
+    return watch
+
+
+def result_of(run: rp.Run) -> dict:
+    history = run.history.drop(columns="seconds").to_dict("list")
+    return {"tensors": tensors(run), "metrics": run.metrics, "history": history}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> dict:
+    return result_of(train(tmp_path_factory.mktemp("whole"), probes=[Norms()]))
+
+
+def test_an_interrupt_keeps_a_checkpoint_and_the_next_call_goes_on(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, progress=stop_at(6))
+    folder = RunStore(tmp_path).folder(config())
+    assert (folder / "checkpoint.pt").exists()
+    assert not (folder / "result.json").exists()
+    assert checkpoints.load_checkpoint(folder / "checkpoint.pt")["iteration"] == 6
+    told = []
+    run = train(tmp_path, progress=told.append)
+    assert [news.iteration for news in told] == [9, 12], "what was done is not done again"
+    assert_same(result_of(run), whole)
+    assert not list(folder.glob("checkpoint*"))
+
+
+def test_an_interrupt_before_the_first_log_point_begins_again(tmp_path, whole, monkeypatch):
+    real = Training.step
+
+    def interrupted(self, images, labels):
+        if self.iteration == 1:
+            raise KeyboardInterrupt
+        return real(self, images, labels)
+
+    monkeypatch.setattr(Training, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path)
+    monkeypatch.setattr(Training, "step", real)
+    assert_same(result_of(train(tmp_path)), whole)
+
+
+def test_tables_go_on_after_an_interruption(tmp_path):
+    undisturbed = train(tmp_path / "one", probes=[Norms()])
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "two", probes=[Norms()], progress=stop_at(6))
+    resumed = train(tmp_path / "two", probes=[Norms()])
+    pandas.testing.assert_frame_equal(resumed.tables["norms"], undisturbed.tables["norms"], check_exact=True)
+
+
+def test_a_run_begun_without_the_probe_begins_again_and_says_so(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, progress=stop_at(6))
+    with pytest.warns(UserWarning, match="was begun without the probes asked for now; it begins again$"):
+        run = train(tmp_path, probes=[Norms()])
+    assert list(run.tables["norms"].iteration) == [0, 4, 8]
+    assert_same(result_of(run), whole)
+
+
+def test_divergence_names_the_run_and_keeps_the_last_good_weights(tmp_path):
+    huge = recipe(learning_rate=1e30, warm_up_rate=0.01, warm_up_iterations=7, milestones=())
+    for _ in range(2):  # from the start, and from the checkpoint
+        with pytest.raises(TrainingDiverged) as caught:
+            train(tmp_path, chosen=huge, seed=3)
+        text = str(caught.value)
+        assert text.startswith(
+            "cifar/resnet-8, seed 3: the loss is not finite at iteration 9, learning rate 1e+30, first in"
+        )
+        folder = RunStore(tmp_path).folder(config(recipe=huge, seed=3))
+        assert text.endswith(f"; the weights of iteration 6, the last good ones, are kept in {folder}")
+        kept = checkpoints.load_checkpoint(folder / "checkpoint.pt")
+        assert kept["iteration"] == 6
+        assert all(torch.isfinite(tensor).all() for tensor in kept["network"].values())
+    assert not (folder / "result.json").exists()
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"metrics": {"test_er', b"[]", b"3", b'{"other": 1}', b"\xff\xfe\x00"], ids=repr
+)
+def test_a_damaged_result_is_said_and_made_again(tmp_path, whole, content):
+    run = train(tmp_path)
+    (run.path / "result.json").write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged") as caught:
+        again = train(tmp_path)
+    assert str(caught[0].message).startswith(f"the result in {run.path} is damaged (")
+    assert str(caught[0].message).endswith("; the run is made again")
+    assert_same(result_of(again), whole)
+    assert RunStore(tmp_path).find(run.config).metrics == again.metrics
+
+
+def test_a_damaged_history_is_said_and_made_again(tmp_path, whole):
+    run = train(tmp_path)
+    (run.path / "history.csv").write_bytes(b"")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert_same(result_of(train(tmp_path)), whole)
+
+
+def test_a_missing_history_is_made_again(tmp_path, whole):
+    run = train(tmp_path)
+    (run.path / "history.csv").unlink()
+    assert_same(result_of(train(tmp_path)), whole)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, whole, monkeypatch, both):
+    monkeypatch.setattr(runs_module, "_CHECKPOINT_SECONDS", 0)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, progress=stop_at(9))
+    folder = RunStore(tmp_path).folder(config())
+    files = [folder / "checkpoint.pt", folder / "checkpoint.pt.previous"]
+    # What was saved before the interruption is the same log point: let the one before be an earlier one.
+    assert checkpoints.load_checkpoint(files[0])["iteration"] == 9
+    for file in files[: 2 if both else 1]:
+        content = file.read_bytes()
+        file.write_bytes(content[:-100] + bytes(100))
+    told = []
+    with pytest.warns(UserWarning, match="is damaged and was passed over") as caught:
+        run = train(tmp_path, progress=told.append)
+    assert [str(warning.message) for warning in caught] == [
+        f"checkpoint {file} is damaged and was passed over" for file in files[: 2 if both else 1]
+    ]
+    assert told[0].iteration == (3 if both else 12)
+    assert_same(result_of(run), whole)
+
+
+# -- places that cannot be written -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("below", ["file", "file/runs", "file/deeper/runs"])
+def test_a_folder_that_cannot_be_is_said_before_training(tmp_path, no_training, below):
+    (tmp_path / "file").write_text("mine")
+    no_training()
+    with pytest.raises(StorageError) as caught:
+        train(tmp_path / below)
+    assert str(caught.value).startswith(f"runs (={str(tmp_path / below)!r}) cannot be written to: ")
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_read_only_folder_is_said_before_training(tmp_path, no_training, monkeypatch):
+    real = Path.open
+
+    def read_only(self, mode="r", *arguments, **options):
+        if "w" in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(self, mode, *arguments, **options)
+
+    no_training()
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(StorageError) as caught:
+        train(tmp_path)
+    assert str(caught.value) == f"runs (={str(tmp_path)!r}) cannot be written to: Read-only file system"
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("failing", range(9))
+def test_a_full_disk_half_way_leaves_nothing_half_written(tmp_path, whole, monkeypatch, failing):
+    """The disk is full from the `failing`-th file on, then it is not."""
+    monkeypatch.setattr(runs_module, "_CHECKPOINT_SECONDS", 0)
+    store, real, calls = RunStore(tmp_path), os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 2 * failing:  # a file's and its folder's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError) as caught:
+        train(store)
+    assert str(caught.value).startswith(f"cannot write {tmp_path}")
+    assert str(caught.value).endswith(": No space left on device; nothing was half-written")
+    monkeypatch.setattr(os, "fsync", real)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("result.json"))
+    told = []
+    run = train(store, progress=told.append)
+    saved = max(0, (failing - 2 + 1) // 2)  # after two descriptions, a checkpoint and a history a log point
+    assert [news.iteration for news in told] == [3, 6, 9, 12][min(saved, 4) :]
+    assert_same(result_of(run), whole)
+
+
+# -- processes ---------------------------------------------------------------------------------------------------
+
+LONG = replace(RECIPE, iterations=40, milestones=(20, 30), window=1, evaluations=4, momentum_form="caffe")
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts processes that have imported everything, in milliseconds, and ends those that are left."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs a server of forks")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "resprobe.runs",
+            "pandas",
+            "sklearn.datasets",
+            "sklearn.model_selection",
+            "torch._dynamo",
+            "pytest",
+            "hypothesis",
+        ]
+    )
+    started = []
+
+    def start(target, *arguments):
+        process = context.Process(target=target, args=arguments, daemon=True)
+        process.start()
+        started.append(process)
+        return process
+
+    start.context = context
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def in_another_process(folder: str, queue, pause: float, chosen: rp.Recipe) -> None:
+    """Trains slowly, with a checkpoint at every log point; says what it did."""
+    torch.set_num_threads(1)
+    runs_module._CHECKPOINT_SECONDS = 0
+    iterations = []
+
+    def watch(news):
+        iterations.append(news.iteration)
+        queue.put(("at", os.getpid(), news.iteration))
+        time.sleep(pause)
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        run = train(folder, chosen=chosen, progress=watch, probes=[Norms()])
+    queue.put(("done", os.getpid(), (iterations, run.metrics, [str(warning.message) for warning in told])))
+
+
+def hold_the_lock(folder: str, chosen: rp.Recipe, queue) -> None:
+    with RunStore(folder).lock(config(recipe=chosen), print):
+        queue.put("held")
+        time.sleep(600)
+
+
+def quiet_lock(folder, chosen) -> bool:
+    """True if the lock of a run is free."""
+    told = []
+
+    class Waited(Exception):
+        pass
+
+    def tell(text):
+        told.append(text)
+        raise Waited
+
+    try:
+        with RunStore(folder).lock(config(recipe=chosen), tell):
+            return True
+    except Waited:
+        assert "another process trains cifar-resnet-8_A_digits" in told[0]
+        assert told[0].endswith("; waiting for it")
+        return False
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, processes):
+    undisturbed = train(tmp_path / "undisturbed", chosen=LONG, probes=[Norms()])
+    chance, kills, reached = random.Random(), 0, []
+    folder = tmp_path / "killed"
+    result = RunStore(folder).folder(undisturbed.config) / "result.json"
+    while kills < 5:
+        queue = processes.context.Queue()
+        process = processes(in_another_process, str(folder), queue, 0.002, LONG)
+        first = queue.get(timeout=60)
+        # Somewhere in the next few iterations, whatever is being computed or written there.
+        time.sleep(chance.uniform(0, 0.1))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL or result.exists()
+        reached.append(first)
+        if result.exists():
+            break
+        kills += 1
+    assert kills >= 2, "it was killed in the middle at least twice"
+    starts = [iteration for what, _, iteration in reached if what == "at"]
+    assert starts[0] == 1
+    assert starts == sorted(starts)
+    assert starts[-1] > 1, "some process went on where another was killed"
+    last = train(folder, chosen=LONG, probes=[Norms()])
+    assert (last.path / "network.safetensors").read_bytes() == (undisturbed.path / "network.safetensors").read_bytes()
+    assert_same(result_of(last), result_of(undisturbed))
+    pandas.testing.assert_frame_equal(last.tables["norms"], undisturbed.tables["norms"], check_exact=True)
+    assert not list(last.path.glob("checkpoint*"))
+
+
+def test_of_two_processes_that_want_the_same_run_one_trains(tmp_path, processes):
+    queue = processes.context.Queue()
+    both = [processes(in_another_process, str(tmp_path), queue, 0.005, LONG) for _ in range(2)]
+    done = {}
+    while len(done) < 2:
+        what, pid, told = queue.get(timeout=60)
+        if what == "done":
+            done[pid] = told
+    for process in both:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    (one, one_metrics, one_told), (other, other_metrics, other_told) = sorted(
+        done.values(), key=lambda entry: len(entry[0])
+    )
+    assert one == []
+    assert other == list(range(1, 41))
+    assert one_metrics == other_metrics
+    assert other_told == []
+    assert len(one_told) <= 1
+    assert all("another process trains" in text for text in one_told)
+
+
+def test_the_second_waits_and_says_so(tmp_path, processes):
+    queue, second = processes.context.Queue(), processes.context.Queue()
+    processes(in_another_process, str(tmp_path), queue, 0.02, LONG)
+    assert queue.get(timeout=60)[0] == "at", "the first trains"
+    processes(in_another_process, str(tmp_path), second, 0, LONG)
+    what, _, (iterations, metrics, told) = second.get(timeout=60)
+    assert what == "done"
+    assert iterations == []
+    assert metrics["iterations"] == 40
+    assert len(told) == 1
+    assert told[0].startswith("another process trains cifar-resnet-8_A_digits_40it_seed0_")
+    assert told[0].endswith("; waiting for it")
+
+
+def test_a_lock_whose_holder_was_killed_is_free(tmp_path, processes):
+    queue = processes.context.Queue()
+    holder = processes(hold_the_lock, str(tmp_path), RECIPE, queue)
+    assert queue.get(timeout=60) == "held"
+    assert not quiet_lock(tmp_path, RECIPE)
+    holder.kill()
+    holder.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert train(tmp_path).metrics["iterations"] == 12
+
+
+# -- on a card ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_on_cuda_is_interrupted_taken_up_and_found(tmp_path, no_training, precision):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, device="cuda", precision=precision, progress=stop_at(6))
+    run = train(tmp_path, device="cuda", precision=precision)
+    assert math.isfinite(run.metrics["test_loss"])
+    assert {parameter.device.type for parameter in run.network.parameters()} == {"cpu"}
+    no_training()
+    found = train(tmp_path, device="cpu", precision=precision)
+    assert found.metrics == run.metrics, "the device is not part of what a run is"
+    assert_same(dict(found.network.state_dict()), dict(run.network.state_dict()))
+
+
+def test_damaged_weights_are_named_with_what_to_do(tmp_path):
+    run = train(tmp_path)
+    (run.path / "network.safetensors").write_bytes(b"\x00" * 100)
+    found = train(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"the weights in .* are missing or damaged .*; delete that folder and the run is"
+    ):
+        _ = found.network
+
+
+def test_scratch_files_of_a_killed_process_are_cleared(tmp_path):
+    folder = RunStore(tmp_path).folder(config())
+    folder.mkdir()
+    left = folder / ".checkpoint.pt.incoming.4711.tmp"
+    left.write_bytes(b"half")
+    assert train(tmp_path).path == folder
+    assert not left.exists()
