@@ -15,8 +15,9 @@ of the block's effect on f came by which summand:
   Σ ∂f/∂z · z, but for rounding: a relative 1e-4 of the absolute contributions in float32. One forward and backward pass.
 - `conductance` (Dhamdhere, Sundararajan and Yan 2018): ∫ ∂f/∂z · dF and ∫ ∂f/∂z · dshortcut along the straight path from
   a baseline image to the image. Every path through the network crosses every block, so they add up to the logit's
-  difference to the baseline's, but for the steps of the integral: compare the columns `total` and `logit`. The integral
-  is a trapezoid sum over all blocks at once; captum's LayerConductance is the same integral by rectangles, block by block.
+  difference to the baseline's, but for the steps of the integral: compare the columns `total` and `logit` (in 64 steps,
+  within 3 % of the absolute contributions on the networks of the tests). The integral is a trapezoid sum over all blocks
+  at once; captum's LayerConductance is the same integral by rectangles, block by block.
 
 One row a block:
 
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
 METHODS = ("gradient-x-activation", "conductance")
 STEPS = 64
 """Intervals of the path from the baseline to the image."""
-POINTS = 64
+BATCH = 64
 """Images, or points on paths, per pass."""
 
 _MEASURES = (
@@ -91,14 +92,17 @@ def branch_and_shortcut(
     method: str = "gradient-x-activation",
     steps: int = STEPS,
     baseline: Tensor | float = 0.0,
+    batch_size: int = BATCH,
     per_image: bool = False,
 ) -> pandas.DataFrame:
     """How much of each block's effect on a logit runs through its branch and how much through its shortcut.
 
     `images`: [N, C, H, W], normalized as the network takes them. `targets`: the classes whose logits are explained, [N]
     or one for all; None: the predicted ones. `steps` and `baseline` are of the conductance: an image, or one value for
-    all pixels; 0 is the mean image where the mean was subtracted. Columns: see the module; with `per_image`, one row a
-    block and image instead, with `image` and `target_class` in the place of `images`, and no `_std`.
+    all pixels; 0 is the mean image where the mean was subtracted. `batch_size`: images per pass, or points on their
+    paths, of which one image's go together; a pass holds the values and gradients of all branches and shortcuts.
+    Columns: see the module; with `per_image`, one row a block and image instead, with `image` and `target_class` in the
+    place of `images`, and no `_std`.
 
     Raises `UsageError` for a network without known blocks, and for a block that cannot be measured.
     """
@@ -109,10 +113,10 @@ def branch_and_shortcut(
     images, baseline = twin.take(images), _as_baseline(baseline, images)
     sums = twin.tap_blocks(images[:1])
     classes = twin.classes(images, targets)
-    points = POINTS if method == "gradient-x-activation" else max(1, POINTS // (steps + 1))
+    count = max(1, batch_size if method == "gradient-x-activation" else batch_size // (steps + 1))
     rows = []
-    for start in range(0, len(images), points):
-        part, part_classes = images[start : start + points], classes[start : start + points]
+    for start in range(0, len(images), count):
+        part, part_classes = images[start : start + count], classes[start : start + count]
         if method == "conductance":
             path = _path(part, baseline.to(part), steps)
             measured = _measure(twin, sums, path.flatten(0, 1), part_classes.repeat(steps + 1))
@@ -140,7 +144,7 @@ class Attribution(rp.Probe):
     """`branch_and_shortcut` as a probe: `probe.explain(images, targets)` while it is attached, then `probe.table()`.
 
     In a training it explains the `images` it was made with, at the iterations of `schedule`; by default ten in every
-    power of ten. `method`, `steps` and `baseline` are those of `branch_and_shortcut`.
+    power of ten. `method`, `steps`, `baseline` and `batch_size` are those of `branch_and_shortcut`.
     """
 
     name = "attribution"
@@ -154,11 +158,17 @@ class Attribution(rp.Probe):
         method: str = METHODS[0],
         steps: int = STEPS,
         baseline: Tensor | float = 0.0,
+        batch_size: int = BATCH,
     ):
         super().__init__()
         self.images, self.targets = images, targets
         self.schedule = schedule or rp.probes.logarithmic()
-        self.options: dict[str, Any] = {"method": method, "steps": steps, "baseline": baseline}
+        self.options: dict[str, Any] = {
+            "method": method,
+            "steps": steps,
+            "baseline": baseline,
+            "batch_size": batch_size,
+        }
         self._network: nn.Module | None = None
         self._rows: list[list[Any]] = []
 
@@ -219,7 +229,7 @@ def integrated_gradients(
     method, rows = IntegratedGradients(twin.network), []
     for image, target in zip(images.split(1), classes.split(1), strict=True):
         start = baseline.to(image).expand_as(image)
-        attribution = method.attribute(image, start, target=target, n_steps=steps, internal_batch_size=POINTS)
+        attribution = method.attribute(image, start, target=target, n_steps=steps, internal_batch_size=BATCH)
         before, after = twin.logits(torch.cat([start, image]), target.repeat(2)).double().tolist()
         delta = float(attribution.sum(dtype=torch.float64)) - (after - before)
         rows.append((int(target), after, after - before, delta, attribution[0].detach().cpu()))
@@ -322,12 +332,16 @@ class _Twin:
     @torch.no_grad()
     def answers(self, images: Tensor) -> Tensor:
         """Logits [N, classes]."""
-        answers = torch.cat([self.network(part) for part in images.split(POINTS)])
-        if answers.ndim != 2 or len(answers) != len(images):
-            raise rp.UsageError(
-                f"the network turns {tuple(images.shape)} into {tuple(answers.shape)}; [N, classes] can be explained"
-            )
-        return answers
+        answers = []
+        for part in images.split(BATCH):
+            answer = self.network(part)
+            if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != len(part):
+                what = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+                raise rp.UsageError(
+                    f"attribution explains logits [N, classes]; the network turns {tuple(part.shape)} into {what}"
+                )
+            answers.append(answer)
+        return torch.cat(answers)
 
     def logits(self, images: Tensor, classes: Tensor) -> Tensor:
         """The logit of each image's class, [N]."""

@@ -135,7 +135,7 @@ class GradientNorms(rp.Probe):
         self._network, self._exception = network, sys.exc_info()[1]
         self._layers, self._blocks = self._find(network)
         self._forget()
-        self._pass = self._fresh_since = 0
+        self._pass = 0
         yield network.register_forward_pre_hook(self._begin_pass)
         yield network.register_forward_hook(self._end_pass)
         for block in self._blocks:
@@ -206,9 +206,9 @@ class GradientNorms(rp.Probe):
 
         def backward_begins(gradient: Tensor) -> None:
             self._pending = True
-            # Where one backward call goes through several passes, those behind the first that is met belong to it.
-            if number > self._fresh_since and all(layer.weight.grad is None for layer in self._layers):
-                self._fresh_since = self._pass
+            # Nothing is accumulated yet: what was seen of earlier passes belongs to gradients that are gone. (One backward
+            # call through several passes comes to the last of them first.)
+            if all(layer.weight.grad is None for layer in self._layers):
                 for use, passes in self._seen.items():
                     self._seen[use] = [each for each in passes if each[0] >= number]
 
@@ -234,9 +234,8 @@ class GradientNorms(rp.Probe):
 
     def _take_norm(self, name: str, call: int, number: int) -> Callable[[Tensor], None]:
         def take_norm(gradient: Tensor) -> None:
-            norm = torch.linalg.vector_norm(gradient.detach(), dtype=_accurate(gradient))
             images = len(gradient) if gradient.ndim else 1
-            self._seen.setdefault((name, call), []).append((number, images, norm))
+            self._seen.setdefault((name, call), []).append((number, images, _norm(gradient.detach())))
 
         return take_norm
 
@@ -293,13 +292,15 @@ class GradientNorms(rp.Probe):
         self._forget()
 
     def _layout(self, uses: list[tuple[Part, int]]) -> tuple[Row, ...]:
-        """What the rows of one measurement are of. Positions are from 1; what did not run in the first pass is last."""
-        position = {}
-        for parts in (self._layers, self._blocks):
-            ordered = sorted(parts, key=lambda part: self._order.get(part.module, math.inf))
-            position.update({part.name: number for number, part in enumerate(ordered, start=1)})
-        layers = [Row(*layer[:4], position[layer.name], 0) for layer in self._layers]
-        return (*layers, *(Row(*block[:4], position[block.name], call) for block, call in uses))
+        """What the rows of one measurement are of."""
+        layers, blocks = self._positions(self._layers), self._positions(self._blocks)
+        rows = [Row(*layer[:4], layers[layer.name], 0) for layer in self._layers]
+        return (*rows, *(Row(*block[:4], blocks[block.name], call) for block, call in uses))
+
+    def _positions(self, parts: list[Part]) -> dict[str, int]:
+        """Order in the first pass, from 1. What it did not use comes last."""
+        ordered = sorted(parts, key=lambda part: self._order.get(part.module, math.inf))
+        return {part.name: number for number, part in enumerate(ordered, start=1)}
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -339,14 +340,29 @@ def _weights(module: nn.Module, name: str, stage: int, block: str) -> Iterator[t
         yield own, kind, stage, block, parameter
 
 
+def _norm(tensor: Tensor) -> Tensor:
+    """The 2-norm, on the device."""
+    norm = torch.linalg.vector_norm
+    if tensor.device.type == "cpu" and tensor.ndim > 1:
+        # A CPU adds up float32 squares one after the other: 1e-4 is lost over ten million, not so if by rows first.
+        tensor = norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=_accurate(tensor))
+    return norm(tensor, dtype=_accurate(tensor))
+
+
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    """2-norms on the device; one launch for all tensors of a kind where the device can."""
-    norms: dict[int, Tensor] = {}
-    for dtype in {tensor.dtype for tensor in tensors}:
-        same = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        of_these = torch._foreach_norm([tensors[index] for index in same], 2, dtype=_accurate(tensors[same[0]]))
-        norms.update(zip(same, of_these, strict=True))
-    return [norms[index] for index in range(len(tensors))]
+    """2-norms on the device. One call for all small ones, or for all on a GPU: a network has hundreds."""
+    norms: list[Tensor | None] = [None] * len(tensors)
+    together: dict[torch.dtype, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.device.type == "cpu" and tensor.numel() > 2**16:
+            norms[index] = _norm(tensor)
+        else:
+            together.setdefault(tensor.dtype, []).append(index)
+    for indices in together.values():
+        same = [tensors[index] for index in indices]
+        for index, norm in zip(indices, torch._foreach_norm(same, 2, dtype=_accurate(same[0])), strict=True):
+            norms[index] = norm
+    return norms  # type: ignore[return-value]
 
 
 def _to_host(scalars: list[Tensor]) -> list[float]:

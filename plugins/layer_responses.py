@@ -76,8 +76,8 @@ _PLACE = ("layer", "call", "stage", "block", "position", "kind", "kernel_size", 
 COLUMNS = (*_PLACE, "channels", "mean", "std", "count")
 CHANNEL_COLUMNS = (*_PLACE, "channel", "mean", "std", "count")
 
-_SCRATCH = 2**18
-"""Numbers that are worked on at a time on a CPU: 1 MiB stays in the cache, and is all the memory that it costs."""
+_SCRATCH = 2**17
+"""Numbers that are worked on at a time on a CPU: 512 KiB stay in the cache, and are all the memory that it costs."""
 
 Use = tuple[str, int]
 """A module's name and which call to it in the pass, from 0."""
@@ -91,6 +91,7 @@ class _Candidate:
     tensor: weakref.ref[Tensor]
     address: int
     version: int | None
+    axis: int
     moments: tuple[Tensor, Tensor]
 
     def is_same(self, other: Tensor) -> bool:
@@ -102,10 +103,8 @@ class _Candidate:
         # have been given to something else since; equal moments per channel say that it was not.
         if not identical and other.data_ptr() != self.address:
             return False
-        channels = len(self.moments[0])
-        dims = other.ndim
-        axis = next((axis for axis in (1, 0) if axis < dims and other.shape[axis] == channels), None)
-        return axis is not None and all(map(torch.equal, _moments(other, axis), self.moments))
+        moments = _moments(other, self.axis) if other.ndim > self.axis else ()
+        return len(moments) == 2 and all(map(torch.equal, moments, self.moments))
 
 
 @rp.register_probe("layer-responses")
@@ -200,9 +199,9 @@ class LayerResponses(rp.Probe):
             if use not in self._norm_of:
                 # Whether a normalization follows is not known yet. The response is measured now all the same: later,
                 # something may have been written over it.
-                moments = self._reduce(use, output)
                 version = None if output.is_inference() else output._version
-                self._candidates.append(_Candidate(use, weakref.ref(output), output.data_ptr(), version, moments))
+                axis, moments = self._reduce(use, output)
+                self._candidates.append(_Candidate(use, weakref.ref(output), output.data_ptr(), version, axis, moments))
             elif self._norm_of[use] is None:
                 self._reduce(use, output)
             else:
@@ -239,8 +238,8 @@ class LayerResponses(rp.Probe):
                 self._reduce(of, output)
                 return
 
-    def _reduce(self, use: Use, response: Tensor) -> tuple[Tensor, Tensor]:
-        """Notes the moments of each channel, on the device."""
+    def _reduce(self, use: Use, response: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
+        """Notes the moments of each channel, on the device; gives the channels' axis too."""
         if response.device.type == "meta":
             raise rp.UsageError(f"{self.name} cannot measure {use[0]!r}: it is on device 'meta' and has no data")
         spatial = len(self._places[use[0]]["kernel_size"].split("x"))
@@ -249,7 +248,7 @@ class LayerResponses(rp.Probe):
         count = response.numel() // max(1, response.shape[axis])
         if count:
             self._seen[use] = (count, *moments)
-        return moments
+        return axis, moments
 
     @torch.no_grad()
     def _end_pass(self, network: nn.Module, inputs: Any, output: Any) -> None:
@@ -274,10 +273,12 @@ class LayerResponses(rp.Probe):
         counts = tuple(self._seen[use][0] if use in self._seen else 0 for use in self._layers)
         if self._counts_of_pass is None or self._counts_of_pass[0] != (counts, sizes, device):
             of_channels = torch.tensor(counts, dtype=kind).repeat_interleave(torch.tensor(sizes))
-            self._counts_of_pass = (counts, sizes, device), of_channels.to(device)
+            self._counts_of_pass = (counts, sizes, device), of_channels.to(device, non_blocking=True)
         added = self._counts_of_pass[1]
         blank = example.new_zeros(max(sizes))
-        parts = [self._seen.get(use, (0, blank[:size], blank[:size])) for use, size in zip(self._layers, sizes)]
+        parts = [
+            self._seen.get(use, (0, blank[:size], blank[:size])) for use, size in zip(self._layers, sizes, strict=True)
+        ]
         # One concatenation and a few operations for the whole network, not a few for each layer.
         mean, variance = (torch.cat([part[index].to(device) for part in parts]).to(kind) for index in (1, 2))
         old_count, old_mean, squares = (

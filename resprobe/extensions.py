@@ -18,19 +18,18 @@ from types import ModuleType
 from resprobe.errors import UsageError
 
 GROUP = "resprobe.plugins"
-_installed_loaded = False
+_loaded: set[str] = set()
 
 
-def load_installed() -> None:
-    """Imports every plugin that an installed package announces; once per process.
+def load_installed(name: str | None = None) -> None:
+    """Imports the plugins that installed packages announce: those announced as `name`, or all; each once a process.
 
     A plugin that does not import is passed over with a warning: a broken stranger must not take the house down.
     """
-    global _installed_loaded
-    if _installed_loaded:
-        return
-    _installed_loaded = True  # first, since plugins look names up while they register their own
     for entry_point in entry_points(group=GROUP):
+        if entry_point.value in _loaded or name not in (None, entry_point.name):
+            continue
+        _loaded.add(entry_point.value)  # first, since plugins look names up while they register their own
         try:
             entry_point.load()
         except Exception as error:

@@ -165,12 +165,14 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
 def _parse_name(name: str) -> tuple[str, int | None]:
     if not isinstance(name, str):
         raise UsageError(f"network (={name!r}) must be a name such as 'cifar/resnet-20' or a NetworkSpec")
-    if name in NETWORKS:  # also one that ends like a depth: "my-net-2"
-        return name, None
     family, dash, depth = name.rpartition("-")
-    if dash and depth.isdecimal():
-        NETWORKS[family]  # an unknown family is the first thing to say
-        return family, int(depth)
+    for known in (NETWORKS.known, NETWORKS.__contains__):  # plugins are looked into only if nothing else fits
+        if known(name):  # also one that ends like a depth: "my-net-2"
+            return name, None
+        if depth.isdecimal() and known(family):
+            return family, int(depth)
+    if depth.isdecimal():
+        raise not_accepted("network", family, NETWORKS.names())
     if dash and family in NETWORKS:
         raise UsageError(f"depth (={depth!r}) of network {name!r} must be a whole number")
     raise not_accepted("network", name, NETWORKS.names())

@@ -43,13 +43,20 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
+            # A plugin that is announced under the name of what it registers is imported alone, without all others.
+            _load_installed_plugins(name)
+        if name not in self._things:
             _load_installed_plugins()
         if name not in self._things:
             raise not_accepted(self.kind, name, self.names())
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names()
+        return self.known(name) or name in self.names()
+
+    def known(self, name: object) -> bool:
+        """Whether `name` is registered so far. Does not import the installed plugins, which takes a moment."""
+        return name in self._things
 
     def names(self) -> tuple[str, ...]:
         """All registered names, those of installed plugins included, in alphabetical order."""
@@ -110,7 +117,7 @@ def _source_file(thing: object) -> str | None:
         return None
 
 
-def _load_installed_plugins() -> None:
+def _load_installed_plugins(name: str | None = None) -> None:
     from resprobe import extensions
 
-    extensions.load_installed()
+    extensions.load_installed(name)

@@ -331,7 +331,7 @@ def _train_in_store(
     _write_network(training, path)
     _write_history(path, training)
     for name, table in run.tables.items():
-        write_atomically(path / "probes" / f"{name}.csv", table.to_csv(index=False).encode())
+        _write_table(path / "probes" / f"{name}.csv", table)
     # Last, since its presence says that all the rest is there.
     _write_json(path / "result.json", {"metrics": run.metrics})
     remove_checkpoints(checkpoint)
@@ -369,17 +369,22 @@ def _write_json(path: Path, content: object) -> None:
 def _write_history(path: Path, training: Training) -> None:
     import pandas
 
-    write_atomically(path / "history.csv", pandas.DataFrame(training.rows).to_csv(index=False).encode())
+    _write_table(path / "history.csv", pandas.DataFrame(training.rows))
+
+
+def _write_table(path: Path, table: pandas.DataFrame) -> None:
+    # "nan" for what was not measured, so that it is not taken for an empty text.
+    write_atomically(path, table.to_csv(index=False, na_rep="nan").encode())
 
 
 def _read_table(path: Path) -> pandas.DataFrame:
     """A table as it was written, to the last bit: pandas' own parser rounds some numbers differently."""
     import pandas
 
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
+    table = pandas.read_csv(path, dtype=str, keep_default_na=False)
     for column in table:
         for kind in (int, float):
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError):
                 table[column] = table[column].map(kind)
                 break
     return table

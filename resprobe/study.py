@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -241,9 +241,11 @@ def _gather(study: Study, options: Options) -> tuple[Results, dict[str, Recipe],
     _check_networks({job.config.network for _, job in labelled})
     # Nothing is written before everything that was asked for is known to make sense.
     check_writable(Path(options.out), "out")
-    store = RunStore(options.runs)
     jobs = [job for _, job in labelled]
-    runs = run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin)
+    runs = []
+    if jobs:
+        store = RunStore(options.runs)
+        runs = run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin)
     rows, histories = [], [pandas.DataFrame()]
     for (labels, job), run in zip(labelled, runs, strict=True):
         rows.append(labels | run.metrics | {"network": job.config.network.name, "run": job.config.folder_name})
@@ -311,7 +313,9 @@ def _one_line(box: str, defaults: Options) -> str:
     paragraphs = " ".join("\n" if set(line) <= set("─╭╮╰╯- ") else line for line in lines[1:]).split("\n")
     text = next((paragraph.strip() for paragraph in paragraphs if paragraph.strip()), "unusable arguments")
     if unknown := re.search(r"^Unrecognized options: (\S+?),?(?: |$)", text):
-        known = [f"--{option.name.replace('_', '-')}" for option in dataclasses.fields(defaults)]
+        hints = get_type_hints(type(defaults), include_extras=True)
+        offered = [name for name, hint in hints.items() if tyro.conf.Suppress not in get_args(hint)]
+        known = [f"--{name.replace('_', '-')}" for name in offered]
         return str(not_accepted("option", unknown.group(1), known))
     if choice := re.search(r"invalid choice '(.*?)' for argument '(--\S+)'. Expected one of \((.*?)\)", text):
         return str(not_accepted(choice.group(2), choice.group(1), re.findall(r"'(.*?)'", choice.group(3))))

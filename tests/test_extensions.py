@@ -141,7 +141,7 @@ def test_broken_installed_plugin_only_warns(write, monkeypatch):
     write("installed_sound", "value = 1")
     points = [EntryPoint(name, f"installed_{name}", extensions.GROUP) for name in ("broken", "sound")]
     monkeypatch.setattr(extensions, "entry_points", lambda group: points)
-    monkeypatch.setattr(extensions, "_installed_loaded", False)
+    monkeypatch.setattr(extensions, "_loaded", set())
     with pytest.warns(UserWarning, match="^installed plugin") as caught:
         extensions.load_installed()
     assert [str(warning.message) for warning in caught] == [
@@ -149,6 +149,20 @@ def test_broken_installed_plugin_only_warns(write, monkeypatch):
     ]
     assert "installed_sound" in sys.modules
     extensions.load_installed()  # once a process: no second warning, which would be an error here
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_a_plugin_announced_under_the_name_asked_for_is_imported_alone(write, monkeypatch):
+    write("announced", BLOCK.replace("one-by-one", "announced-block"))
+    write("another", "raise AssertionError('nobody asked for this')")
+    points = [
+        EntryPoint("announced-block", "announced", extensions.GROUP),
+        EntryPoint("another", "another", extensions.GROUP),
+    ]
+    monkeypatch.setattr(extensions, "entry_points", lambda group: points)
+    monkeypatch.setattr(extensions, "_loaded", set())
+    assert rp.BLOCKS["announced-block"].weighted_layers == 1
+    assert "another" not in sys.modules
 
 
 def test_plugins_of_this_installation_import():

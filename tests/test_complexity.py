@@ -1,0 +1,96 @@
+"""The complexity study: its counts are the paper's, and a changed count turns each verdict."""
+
+import dataclasses
+import json
+
+import pandas
+import pytest
+
+import resprobe as rp
+from studies import complexity
+from studies.complexity import judge, study
+
+
+@pytest.fixture(scope="module")
+def results() -> rp.Results:
+    """The counts of all networks; the times are of no concern here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(complexity, "_time", lambda *_, **__: {"forward_ms": 2.0, "forward_mib": 3.0})
+        options = dataclasses.replace(study.presets["quick"], depths=(20, 56))
+        bare = rp.Results(options, pandas.DataFrame(), pandas.DataFrame(), [])
+        return dataclasses.replace(bare, measurements=study.measure(bare))
+
+
+def verdicts(results: rp.Results) -> dict[str, str]:
+    return {verdict.claim.id: verdict.verdict for verdict in judge(results)}
+
+
+def changed(results: rp.Results, network: str, shortcut: str | None, column: str, factor: float) -> rp.Results:
+    """The results with one count multiplied."""
+    counts = results.measurements.copy()
+    rows = counts["network"] == network
+    rows &= counts["shortcut"].isna() if shortcut is None else counts["shortcut"] == shortcut
+    assert rows.sum() == 1
+    counts.loc[rows, column] = (counts.loc[rows, column] * factor).astype(counts[column].dtype)
+    return dataclasses.replace(results, measurements=counts)
+
+
+def test_the_paper_is_confirmed(results):
+    assert verdicts(results) == {"C10": "holds", "C11": "holds", "C12": "holds"}
+
+
+def test_counts_are_the_oracles(results):
+    counts = results.measurements.set_index(["network", "shortcut"])
+    assert counts.loc[("cifar/resnet-56", "A"), "macs"] == 125_485_696
+    assert counts.loc[("cifar/resnet-56", "C"), "parameters"] == 900_858
+    assert counts.loc[("imagenet/resnet-152", "B"), "parameters"] == 60_192_808
+
+
+def test_one_parameter_more_refutes_free_shortcuts(results):
+    assert verdicts(changed(results, "cifar/resnet-56", "A", "parameters", 1.00001))["C10"] == "fails"
+    (first, *_) = judge(changed(results, "cifar/resnet-56", "A", "parameters", 1.00001))
+    assert "not cifar/resnet-56 (+8 parameters)" in first.measured
+
+
+def test_a_cost_off_the_printed_one_refutes_the_table(results):
+    # The stride in the 3×3 convolution makes ResNet-50 cost 4.09e9 instead of 3.86e9.
+    assert verdicts(changed(results, "imagenet/resnet-50", "B", "macs", 4.089 / 3.858))["C11"] == "fails"
+
+
+def test_a_152_layer_network_above_vgg_refutes_the_table(results):
+    assert verdicts(changed(results, "imagenet/resnet-152", "B", "macs", 1.4))["C11"] == "fails"
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_free_projections_would_refute_the_doubling(results, monkeypatch):
+    monkeypatch.setitem(rp.SHORTCUTS._things, "C", rp.SHORTCUTS["A"])
+    assert verdicts(results)["C12"] == "fails"
+
+
+def test_table_and_figure(results):
+    table = study.tabulate(results)
+    fifty = table[table["network"] == "resnet-50 (imagenet), B"].iloc[0]
+    assert fifty["multiply-adds"] == "3,857,973,248"
+    assert fifty["paper's FLOPs"] == "3.8 × 10⁹"
+    assert table[table["network"] == "resnet-20 (cifar), A"].iloc[0]["paper's parameters"] == "0.27 M"
+    cost, _ = study.draw(results)["figure"].figure.axes
+    plain, option_a = cost.lines[0], cost.lines[1]
+    assert plain.get_ydata().tolist() == option_a.get_ydata().tolist()
+
+
+def test_options_of_trainings_are_put_away(capsys):
+    assert study.main(["--seeds", "1"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: option (='--seeds') is unknown; accepted: --preset, --depths, --block")
+    assert "--iterations" not in said
+
+
+def test_from_the_command_line(results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(complexity, "_time", lambda *_, **__: {"forward_ms": 2.0, "forward_mib": 3.0})
+    assert study.main(["--depths", "20", "--device", "cpu"]) == 0
+    record = json.loads((tmp_path / "results/complexity/verdict.json").read_text())
+    assert record["setting"] == "custom"
+    assert [claim["verdict"] for claim in record["claims"]] == ["holds"] * 3
+    assert not (tmp_path / "runs").exists()
+    assert len(pandas.read_csv(tmp_path / "results/complexity/measurements.csv")) == 4 + 20 + 2
