@@ -47,7 +47,7 @@ class Comparison:
     """The difference of two means over seeds, `higher − lower`, with one-sided 95 % confidence limits (Welch).
 
     `verdict` says whether `higher` is indeed higher: it holds if the lower limit is above 0; it fails if the upper
-    limit is below `MARGIN`, which excludes any effect that matters; else it is inconclusive. Without a spread on
+    limit is below `margin`, which excludes any effect that matters; else it is inconclusive. Without a spread on
     either side (fewer than two seeds) nothing can be said.
     """
 
@@ -56,6 +56,8 @@ class Comparison:
     upper: float
     p: float
     n: tuple[int, int]
+    margin: float = MARGIN
+    unit: str = "points"
 
     @property
     def verdict(self) -> Word:
@@ -63,35 +65,39 @@ class Comparison:
             return "inconclusive"
         if self.lower > 0:
             return "holds"
-        return "fails" if self.upper < MARGIN else "inconclusive"
+        return "fails" if self.upper < self.margin else "inconclusive"
 
     def __str__(self) -> str:
         if min(self.n) < 2:
-            return f"difference {self.difference:+.2f} points, n = {min(self.n)}: one seed has no spread to judge by"
+            return (
+                f"difference {self.difference:+.2f} {self.unit}, n = {min(self.n)}: one seed has no spread to judge by"
+            )
         return (
-            f"difference {self.difference:+.2f} points, 95 % limits {self.lower:+.2f} and {self.upper:+.2f}, "
+            f"difference {self.difference:+.2f} {self.unit}, 95 % limits {self.lower:+.2f} and {self.upper:+.2f}, "
             f"one-sided Welch test p = {self.p:.2g}, n = {self.n[0]} and {self.n[1]} seeds"
         )
 
 
-def compare(higher: Sequence[float], lower: Sequence[float]) -> Comparison:
-    """Is the mean of `higher` above that of `lower`? Values in percent, one a seed."""
+def compare(
+    higher: Sequence[float], lower: Sequence[float], *, margin: float = MARGIN, unit: str = "points"
+) -> Comparison:
+    """Is the mean of `higher` above that of `lower`? One value a seed, in percent unless `margin` and `unit` say else."""
     from scipy import stats
 
     n = (len(higher), len(lower))
     difference = _mean(higher) - _mean(lower)
     if min(n) < 2:
-        return Comparison(difference, -math.inf, math.inf, math.nan, n)
+        return Comparison(difference, -math.inf, math.inf, math.nan, n, margin, unit)
     # Welch's test, from its formula since scipy's warns where all seeds of one side agree, which errors of 0 % do.
     parts = [_std(values) ** 2 / len(values) for values in (higher, lower)]
     error = math.sqrt(sum(parts))
     if error == 0:  # the same figure at every seed on both sides: there is nothing to test
-        return Comparison(difference, difference, difference, 0.0 if difference > 0 else 1.0, n)
+        return Comparison(difference, difference, difference, 0.0 if difference > 0 else 1.0, n, margin, unit)
     freedom = error**4 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (higher, lower), strict=True))
     # Each limit is that of a one-sided 95 % interval, so that each of the two verdicts errs at most 5 % of the time.
     reach = float(stats.t.ppf(1 - LEVEL, freedom)) * error
     p = float(stats.t.sf(difference / error, freedom))
-    return Comparison(difference, difference - reach, difference + reach, p, n)
+    return Comparison(difference, difference - reach, difference + reach, p, n, margin, unit)
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:
