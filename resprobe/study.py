@@ -281,7 +281,7 @@ def _check_networks(specs: set[NetworkSpec]) -> None:
 def _preset(arguments: Sequence[str]) -> str:
     """The preset is needed before the rest, since it holds the defaults that `--help` shows."""
     preset = "quick"
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in itertools.pairwise([*arguments, ""]):
         if argument == "--preset":
             preset = following
         elif argument.startswith("--preset="):

@@ -351,6 +351,7 @@ def test_the_setting_is_the_presets_only_if_what_is_measured_is():
     assert (
         study.setting(study.parse(["--preset", "paper", "--data", "cifar10:some/where", "--device", "cpu"])) == "paper"
     )
+    assert study.parse([]) == quick
     assert study.setting(study.parse(["--seeds", "0"])) == "custom"
     assert study.setting(study.parse(["--preset", "paper", "--iterations", "2000"])) == "custom"
 
