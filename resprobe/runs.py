@@ -383,9 +383,11 @@ def _read_table(path: Path) -> pandas.DataFrame:
 
     table = pandas.read_csv(path, dtype=str, keep_default_na=False)
     for column in table:
+        # A gap in a column of numbers is a missing number; a column of gaps alone is one of empty texts.
+        filled = table[column].where(table[column] != "", "nan") if (table[column] != "").any() else table[column]
         for kind in (int, float):
             with contextlib.suppress(ValueError):
-                table[column] = table[column].map(kind)
+                table[column] = filled.map(kind)
                 break
     return table
 

@@ -874,3 +874,13 @@ def test_scratch_files_of_a_killed_process_are_cleared(tmp_path):
     left.write_bytes(b"half")
     assert train(tmp_path).path == folder
     assert not left.exists()
+
+
+def test_a_history_with_gaps_is_read_as_numbers(tmp_path):
+    """As another program may have saved it."""
+    run = train(tmp_path)
+    file = run.path / "history.csv"
+    file.write_text(file.read_text().replace("nan", ""))
+    found = train(tmp_path)
+    pandas.testing.assert_frame_equal(found.history, run.history, check_exact=True)
+    assert found.history["test_error"].isna().any()
