@@ -1,0 +1,161 @@
+"""The layer-responses study: verdicts follow the data; trained networks can be looked at without training."""
+
+import dataclasses
+import json
+
+import numpy
+import pandas
+import pytest
+import torch
+
+import resprobe as rp
+from studies import layer_responses
+from studies.layer_responses import Options, judge, study
+
+
+def results(stds: dict[tuple[str, int], list[float]], readings=("test", "train", "closed")) -> rp.Results:
+    """Measurements of four layers around a given mean std, one value a seed."""
+    rows = []
+    for (kind, depth), seeds in stds.items():
+        for seed, std in enumerate(seeds):
+            for reading in readings:
+                for order, factor in enumerate((0.8, 1.2, 0.9, 1.1), start=1):
+                    labels = {"kind": kind, "depth": depth, "seed": seed, "reading": reading}
+                    rows.append(labels | {"layer": f"layer{order}", "order": order, "mean": 0.0, "std": std * factor})
+    depths = tuple(sorted({depth for _, depth in stds}))
+    options = Options(depths=depths, depth=max(depths), seeds=(0, 1, 2))
+    return rp.Results(options, pandas.DataFrame(), pandas.DataFrame(), [], measurements=pandas.DataFrame(rows))
+
+
+FIG_7 = {
+    ("plain", 20): [1.00, 1.01, 0.99],
+    ("plain", 56): [0.95, 0.96, 0.94],
+    ("residual", 20): [0.70, 0.71, 0.69],
+    ("residual", 56): [0.50, 0.51, 0.49],
+    ("residual", 110): [0.40, 0.41, 0.39],
+}
+
+
+def verdict(stds) -> rp.Verdict:
+    (only,) = judge(results(stds))
+    return only
+
+
+def test_curves_as_in_the_paper_confirm_the_claim():
+    found = verdict(FIG_7)
+    assert found.verdict == "holds"
+    assert "residual-110 0.40 ± 0.01" in found.measured
+    assert "ResNet-56 is smaller in 100% of the layers" in found.evidence
+
+
+def test_responses_as_large_as_the_plain_ones_refute_it():
+    assert verdict(FIG_7 | {("residual", 56): [0.95, 0.97, 0.95]}).verdict == "fails"
+
+
+def test_deeper_networks_with_larger_responses_refute_it():
+    assert verdict(FIG_7 | {("residual", 110): [0.80, 0.81, 0.79]}).verdict == "fails"
+
+
+def test_noise_and_single_seeds_are_inconclusive():
+    assert verdict(FIG_7 | {("residual", 56): [0.2, 1.5, 0.6]}).verdict == "inconclusive"
+    assert verdict({key: values[:1] for key, values in FIG_7.items()}).verdict == "inconclusive"
+
+
+def test_half_the_networks_are_half_a_test():
+    residual = {key: values for key, values in FIG_7.items() if key[0] == "residual"}
+    found = verdict(residual)
+    assert found.verdict == "inconclusive"
+    assert "there are no plain networks to compare with" in found.evidence
+    assert verdict({("residual", 20): [0.7, 0.7, 0.7]}).verdict == "not tested"
+
+
+def test_both_panels_of_figure_7():
+    ordered, by_size = study.draw(results(FIG_7))["figure"].figure.axes
+    line = next(line for line in ordered.lines if line.get_label() == "ResNet-110")
+    assert line.get_ydata() == pytest.approx([0.32, 0.48, 0.36, 0.44])
+    line = next(line for line in by_size.lines if line.get_label() == "ResNet-110")
+    assert line.get_ydata() == pytest.approx([0.48, 0.44, 0.36, 0.32])
+    assert {line.get_linestyle() for line in ordered.lines if line.get_label().startswith("plain")} == {"--"}
+
+
+def test_the_plan_is_figure_7s():
+    planned = layer_responses.plan(study.presets["quick"])
+    assert [(one.labels["kind"], one.labels["depth"]) for one in planned] == [
+        ("plain", 20),
+        ("plain", 56),
+        ("residual", 20),
+        ("residual", 56),
+        ("residual", 110),
+    ]
+
+
+def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [
+        "--depths",
+        "8",
+        "--depth",
+        "14",
+        "--seeds",
+        "0",
+        "--iterations",
+        "8",
+        "--concurrency",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert study.main([*arguments, "--precision", "fp32"]) == 0
+    measured = pandas.read_csv("results/layer_responses/measurements.csv")
+    assert measured.groupby(["kind", "depth"])["order"].max().to_dict() == {
+        ("plain", 8): 7,
+        ("residual", 8): 7,
+        ("residual", 14): 13,
+    }
+    run = next(iter((tmp_path / "runs").glob("cifar-resnet-14*")))
+    network = rp.load_weights(rp.build(rp.NetworkSpec(**json.loads((run / "config.json").read_text())["network"])), run)
+    data, seen = rp.load_data("digits"), []
+    layer = network.stage2[0].branch.norm1
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        network.eval()(network.normalization(data.test.images))
+    handle.remove()
+    ours = measured.query(
+        "kind == 'residual' and depth == 14 and reading == 'test' and layer == 'stage2.0.branch.conv1'"
+    )
+    assert ours["std"].item() == pytest.approx(seen[0].std().item(), rel=1e-4)
+    closed = measured.query(
+        "kind == 'residual' and depth == 14 and reading == 'closed' and layer == 'stage2.0.branch.conv1'"
+    )
+    gamma, beta = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    assert closed["std"].item() == pytest.approx(float(numpy.sqrt((gamma**2).mean() + beta.var())), rel=1e-5)
+    # The same network again, from its folder, without training.
+    assert study.main(["--weights", str(run), "--device", "cpu", "--out", "again"]) == 0
+    again = pandas.read_csv("again/measurements.csv").query("reading == 'test'")["std"].tolist()
+    first = measured.query("kind == 'residual' and depth == 14 and reading == 'test'")["std"].tolist()
+    assert again == pytest.approx(first, rel=1e-4)
+
+
+def test_weights_without_a_name_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.pth").write_bytes(b"")
+    assert study.main(["--weights", "mine.pth"]) == 2
+    assert capsys.readouterr().err == (
+        "error: weights (='mine.pth') must be a run's folder or a file named for its network, as resnet56.th\n"
+    )
+
+
+@pytest.mark.slow
+def test_published_networks_on_the_real_test_images(shared_data, cifar10_folder, tmp_path, monkeypatch):
+    """Deeper residual networks have smaller responses, in weights that others trained (their order is Fig. 7's)."""
+    monkeypatch.chdir(tmp_path)
+    data = rp.load_data(f"cifar10:{cifar10_folder}")
+    fewer = dataclasses.replace(data, test=data.test.select(torch.arange(1000)))
+    monkeypatch.setattr(rp, "load_data", lambda name: fewer)
+    weights = sorted(map(str, (shared_data / "weights" / "akamaster").glob("resnet*.th")))
+    assert len(weights) == 4
+    assert study.main(["--data", f"cifar10:{cifar10_folder}", "--weights", *weights]) == 0
+    measured = pandas.read_csv("results/layer_responses/measurements.csv").query("reading == 'test'")
+    means = measured.groupby("depth")["std"].mean()
+    assert means.index.tolist() == [20, 32, 44, 56]
+    assert means.is_monotonic_decreasing
