@@ -50,7 +50,6 @@ used twice in one pass is refused by name, as is one that does not simply add it
 from __future__ import annotations
 
 import copy
-import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -81,7 +80,6 @@ COLUMNS = (
     *(column for measure in _MEASURES for column in (measure, f"{measure}_std")),
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_STAGE = re.compile(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)")
 
 
 def branch_and_shortcut(
@@ -133,7 +131,9 @@ def branch_and_shortcut(
             figures = torch.stack([*_sums(*parts), logit.double()], dim=1).tolist()
             for index, row in enumerate(figures):
                 where = (start + index, int(part_classes[index]))
-                rows.append((block.name, _stage(block.name), block.position, method, _kind(targets), *where, *row))
+                rows.append(
+                    (block.name, rp.probes.stage_of(block.name), block.position, method, _kind(targets), *where, *row)
+                )
     columns = ["block", "stage", "position", "method", "target", "image", "target_class"]
     table = pandas.DataFrame(rows, columns=[*columns, *_MEASURES])
     return table if per_image else _averaged(table)
@@ -507,11 +507,6 @@ def _check_steps(steps: int) -> None:
 
 def _kind(targets: Tensor | int | None) -> str:
     return "predicted" if targets is None else "given"
-
-
-def _stage(name: str) -> int:
-    found = _STAGE.search(name)
-    return int(found[1]) if found else 0
 
 
 def _picture(image: Tensor) -> Any:

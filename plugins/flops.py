@@ -52,7 +52,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -335,13 +334,12 @@ def _rows(network: nn.Module, seen: _Pass, images: int) -> Iterator[dict[str, An
     names.sort(key=lambda name: order.get(name, math.inf))
     for position, name in enumerate(names, start=1):
         module = modules[name]
-        stage = re.search(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)", name)
         shape = seen.shapes.get(name, [])
         yield {
             "layer": name,
             "type": type(module).__name__,
-            "stage": int(stage[1]) if stage else 0,
-            "block": _block(name, modules),
+            "stage": rp.probes.stage_of(name),
+            "block": rp.probes.block_of(name, modules, BLOCKS) or "",
             "position": position,
             "kernel_size": "x".join(map(str, module.kernel_size)) if isinstance(module, _ConvNd) else "",
             "calls": seen.calls[name],
@@ -360,13 +358,6 @@ def _own_parameters(network: nn.Module) -> dict[str, int]:
         counted.update(mine)
         own[name] = sum(mine.values())
     return own
-
-
-def _block(name: str, modules: Mapping[str, nn.Module]) -> str:
-    """The innermost block that a module is in."""
-    parts = name.split(".")
-    parents = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-    return next((parent for parent in parents if isinstance(modules[parent], BLOCKS)), "")
 
 
 def _per_image(figure: int, images: int) -> int:

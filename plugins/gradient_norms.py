@@ -47,7 +47,6 @@ this process's own images; each process has a table of its own.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +69,6 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 BLOCKS = (rp.Block, resnet.BasicBlock, resnet.Bottleneck)
 """Classes whose modules are measured as blocks unless others are named."""
-_STAGE = re.compile(r"(?:stage|layer)(\d+)")
 
 COLUMNS = (
     *("iteration", "layer", "kind", "stage", "block", "position", "call"),
@@ -165,10 +163,11 @@ class GradientNorms(rp.Probe):
         blocks: list[Part] = []
         met: set[nn.Module] = set()
 
-        def walk(module: nn.Module, name: str, block: str, stage: int) -> None:
+        def walk(module: nn.Module, name: str, block: str) -> None:
             if module in met:  # a module that goes by two names is one layer
                 return
             met.add(module)
+            stage = rp.probes.stage_of(name)
             if name in names or isinstance(module, classes):
                 block = name
                 blocks.append(Part(name, "block", stage, name, module, None))
@@ -176,11 +175,9 @@ class GradientNorms(rp.Probe):
                 layers.extend(Part(*each, module, weight) for *each, weight in _weights(module, name, stage, block))
             for child_name, child in module._modules.items():
                 if child is not None:
-                    found = _STAGE.fullmatch(child_name)
-                    inside = f"{name}.{child_name}" if name else child_name
-                    walk(child, inside, block, int(found[1]) if found else stage)
+                    walk(child, f"{name}.{child_name}" if name else child_name, block)
 
-        walk(network, "", "", 0)
+        walk(network, "", "")
         for missing in names - {block.name for block in blocks}:
             raise rp.UsageError(
                 f"blocks (={missing!r}) is no module of the network; its modules have names like "

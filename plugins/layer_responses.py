@@ -51,7 +51,6 @@ for the first pass alone, passes in inference mode.
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -394,23 +393,16 @@ def _places(modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
         before_blocks = before_blocks and name not in blocks
         if not isinstance(module, _ConvNd):
             continue
-        block = max((each for each in _parents(name) if isinstance(modules[each], BLOCKS)), key=len, default=None)
+        block = rp.probes.block_of(name, modules, BLOCKS)
         if block is not None:
             part = name[len(block) :].lstrip(".").partition(".")[0]
             kind = "shortcut" if part in ("shortcut", "downsample") else "branch"
         else:
             kind = "stem" if blocks and before_blocks else "other"
-        stage = re.search(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)", name)
         places[name] = {
-            "stage": int(stage[1]) if stage else 0,
+            "stage": rp.probes.stage_of(name),
             "block": block or "",
             "kind": kind,
             "kernel_size": "x".join(map(str, module.kernel_size)),
         }
     return places
-
-
-def _parents(name: str) -> list[str]:
-    """The names of all modules that this one is in, the root's included."""
-    parts = name.split(".")
-    return ["", *(".".join(parts[:end]) for end in range(1, len(parts)))]

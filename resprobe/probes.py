@@ -3,7 +3,8 @@ one bit of the numbers of the run they watch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,6 +59,22 @@ def unwrap(network: nn.Module) -> nn.Module:
             network = network._orig_mod  # type: ignore[assignment]
         else:
             return network
+
+
+def stage_of(name: str) -> int:
+    """The n of a module's name that says `stageN` or, in torchvision's ResNets, `layerN`; 0 outside the stages."""
+    found = re.search(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)", name)
+    return int(found[1]) if found else 0
+
+
+def block_of(name: str, modules: Mapping[str, nn.Module], blocks: tuple[type[nn.Module], ...]) -> str | None:
+    """The innermost module of the classes `blocks` that the module `name` is inside of; None if there is none.
+
+    `modules` is `dict(network.named_modules())`; a network that is itself a block goes by "".
+    """
+    parts = name.split(".") if name else []
+    parents = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
+    return next((parent for parent in parents if isinstance(modules[parent], blocks)), None)
 
 
 class _Uncompiled:
