@@ -78,14 +78,10 @@ class Training:
         self.rows: list[dict[str, float]] = []
         self.lowest_error: float | None = None
         self.random = _seeded_random_state(seed, device)
-        self._last_good = self._remember()
+        # The state of the last log point: what is left to keep when training is interrupted or diverges.
+        self.last_good = self._remember()
 
     # -- state ---------------------------------------------------------------------------------------------------
-
-    @property
-    def last_good(self) -> dict[str, Any]:
-        """The state of the last log point: what is left to keep when training is interrupted or diverges."""
-        return self._last_good
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the training depends on, as tensors and plain data."""
@@ -108,7 +104,7 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         for probe in self.probes:
             probe.load_state(state["probes"][probe.name])
-        self._last_good = self._remember()
+        self.last_good = self._remember()
 
     def _remember(self) -> dict[str, Any]:
         """A copy of the state on the device, to go back to if the loss stops being finite."""
@@ -152,7 +148,7 @@ class Training:
                 self.seconds = before + time.perf_counter() - started
                 self.rows.append(row | {"seconds": self.seconds})
                 self.random = _random_state(self.device)
-                self._last_good = self._remember()
+                self.last_good = self._remember()
                 if watch is not None:
                     watch(self, self._progress(row, window))
                 loss_sum, wrong_sum, since = self._zeros(), self._zeros(), self.iteration
@@ -222,7 +218,7 @@ class Training:
     def _report_divergence(self) -> None:
         """Goes back to the last log point and repeats the window step by step, to name where the numbers broke."""
         where = ""
-        self.load_state(_copy(self._last_good))
+        self.load_state(_copy(self.last_good))
         _set_random_state(self.random, self.device)
         for images, labels in self._batches(self.iteration):
             rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
@@ -236,7 +232,7 @@ class Training:
             self.iteration += 1
             if self.iteration in _log_points(self.recipe):
                 break  # it did not happen again: the device does not compute the same twice
-        self.load_state(self._last_good)
+        self.load_state(self.last_good)
         raise TrainingDiverged(
             f"the loss is not finite{where}; the weights of iteration {self.iteration}, the last good ones, are kept"
         )
