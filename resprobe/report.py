@@ -31,7 +31,7 @@ def write_report(
     verdicts: Sequence[Verdict],
     *,
     setting: str,
-    recipes: dict[str, Recipe],
+    recipes: Sequence[Recipe],
     environment: dict[str, Any],
     command: str,
     seconds: float,
@@ -59,7 +59,7 @@ def write_report(
         "config": {
             "command": command,
             "options": dataclasses.asdict(results.options),
-            "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+            "recipes": [dataclasses.asdict(recipe) for recipe in recipes],
             "departures": _departures(results, recipes),
             "seconds_of_training": sum(run.metrics["seconds"] for run in results.runs),
             "seconds_of_study": round(seconds, 1),
@@ -107,15 +107,18 @@ def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Re
     return f"{study.title} ({_SETTINGS[setting]}{data}). {said}"
 
 
-def _departures(results: Results, recipes: dict[str, Recipe]) -> list[str]:
-    """What is not as in the paper, each once: data, recipe."""
+def _departures(results: Results, recipes: Sequence[Recipe]) -> list[str]:
+    """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name."""
     found = []
     data = results.options.data.partition(":")[0]
     if results.runs and data != "cifar10":
         found.append(f"data: {data} instead of CIFAR-10")
-    for recipe in recipes.values():
-        found += [line for line in departures(recipe) if line not in found]
-    return found
+    lines = {recipe: departures(recipe) for recipe in recipes}
+    for recipe, own in lines.items():
+        for line in own:
+            everywhere = all(line in other for other in lines.values())
+            found.append(line if everywhere else f"{recipe.name}: {line}")
+    return list(dict.fromkeys(found))
 
 
 def _how_sure(results: Results) -> str:

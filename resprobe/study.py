@@ -28,10 +28,13 @@ from resprobe.errors import UsageError, not_accepted
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+    from torch import nn
 
+    from resprobe.data import Data
     from resprobe.networks import NetworkSpec
     from resprobe.recipes import Recipe
     from resprobe.runs import Run
+    from resprobe.sweep import Job
 
 Setting = Literal["quick", "paper", "custom"]
 
@@ -76,13 +79,17 @@ _NOT_THE_SETTING = {"preset", "device", "precision", "concurrency", "plugin", "o
 class Planned:
     """A network that a study needs, run once for each seed, with the labels its rows carry in the table.
 
-    `options` are the network's; `probes` name those that watch its training.
+    `options` are the network's; `probes` name those that watch its training. `recipe` makes the recipe it is trained by
+    from the one that is usual for the data and depth; None: the usual one. `network` may be a built network, to be
+    trained on from the weights it has. `seeds`: some of the study's seeds; None: all.
     """
 
     labels: Mapping[str, Any]
-    network: str
+    network: str | nn.Module
     options: Mapping[str, Any] = field(default_factory=dict)
     probes: tuple[str, ...] = ()
+    recipe: Callable[[Recipe], Recipe] | None = None
+    seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,10 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Study:
-    """One file of `studies/`: `plan` says which networks must be trained, `measure` looks at them where their training
-    is not the whole story, `judge` says what that means, `draw` shows it, and `tabulate` puts it beside the paper's
-    numbers. `main` does the rest. `how_sure` replaces the report's words on seeds where a study does not rest on them.
+    """One file of `studies/`: `plan` says which networks must be trained, `then` which of those are to be trained on from
+    what came out, `measure` looks at them where their training is not the whole story, `judge` says what that means,
+    `draw` shows it, and `tabulate` puts it beside the paper's numbers. `main` does the rest. `how_sure` replaces the
+    report's words on seeds where a study does not rest on them.
     """
 
     name: str
@@ -135,6 +143,7 @@ class Study:
     draw: Callable[[Results], Mapping[str, Drawing]]
     tabulate: Callable[[Results], pandas.DataFrame]
     description: str = ""
+    then: Callable[[Results], Sequence[Planned]] | None = None
     measure: Callable[[Results], pandas.DataFrame] | None = None
     how_sure: str = ""
 
@@ -203,18 +212,16 @@ class Study:
         return options.preset
 
 
-def _gather(study: Study, options: Options) -> tuple[Results, dict[str, Recipe], dict[str, Any]]:
+def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict[str, Any]]:
     """Finds or trains the runs and puts them into tables."""
-    import pandas
-
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
     from resprobe.devices import flush_denormals, resolve_device, resolve_precision
     from resprobe.environment import environment
     from resprobe.extensions import load_plugin
     from resprobe.networks import resolve
-    from resprobe.runs import RunStore, check_seed, configure, default_recipe
-    from resprobe.sweep import Job, parse_concurrency, run_all
+    from resprobe.runs import RunStore, check_seed
+    from resprobe.sweep import parse_concurrency, run_all
 
     flush_denormals()
     for plugin in options.plugin:
@@ -230,39 +237,68 @@ def _gather(study: Study, options: Options) -> tuple[Results, dict[str, Recipe],
         check_seed(seed)
     planned = study.plan(options)
     for one in planned:
-        resolve(one.network, **one.options)  # a depth or a block that is not there is said before data are looked for
+        if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
+            resolve(one.network, **one.options)
     data = load_data(options.data)
-    labelled = []
-    for one in planned:
-        recipe = default_recipe(data, options.iterations, resolve(one.network, **one.options).depth)
-        for seed in options.seeds:
-            config = configure(one.network, data, recipe, seed=seed, precision=precision, **one.options)
-            job = Job(dataclasses.replace(config, data=options.data), one.probes)
-            labelled.append((dict(one.labels) | {"seed": seed}, job))
+    labelled = _jobs(planned, options, data, precision)
     _check_networks({job.config.network for _, job in labelled})
     # Nothing is written before everything that was asked for is known to make sense.
     check_writable(Path(options.out), "out")
-    jobs = [job for _, job in labelled]
-    runs = []
-    if jobs:
-        store = RunStore(options.runs)
-        runs = run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin)
+    store = RunStore(options.runs) if labelled else None
+    runs: list[Run] = []
+
+    def gather(fresh: list[tuple[dict[str, Any], Job]]) -> Results:
+        if fresh:
+            jobs = [job for _, job in fresh]
+            runs.extend(run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin))
+        return _tables(options, labelled, runs, device=str(device), precision=precision)
+
+    results = gather(labelled)
+    if study.then is not None:
+        more = _jobs(study.then(results), options, data, precision)
+        labelled += more
+        results = gather(more)
+    if study.measure is not None:
+        results = dataclasses.replace(results, measurements=study.measure(results))
+    recipes = list(dict.fromkeys(job.config.recipe for _, job in labelled))
+    return results, recipes, environment(device) | {"precision": precision}
+
+
+def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: str) -> list[tuple[dict[str, Any], Job]]:
+    """One job for each planned network and seed, with the labels of its row."""
+    from torch import nn
+
+    from resprobe.runs import configure, default_recipe
+    from resprobe.sweep import Job
+
+    labelled = []
+    for one in planned:
+        built = one.network if isinstance(one.network, nn.Module) else None
+        for seed in options.seeds if one.seeds is None else one.seeds:
+            config = configure(one.network, data, seed=seed, precision=precision, **one.options)
+            recipe = default_recipe(data, options.iterations, config.network.depth)
+            recipe = recipe if one.recipe is None else one.recipe(recipe)
+            config = dataclasses.replace(config, data=options.data, recipe=recipe)
+            labelled.append((dict(one.labels) | {"seed": seed}, Job(config, one.probes, built)))
+    return labelled
+
+
+def _tables(
+    options: Options,
+    labelled: Sequence[tuple[dict[str, Any], Job]],
+    runs: Sequence[Run],
+    *,
+    device: str,
+    precision: str,
+) -> Results:
+    import pandas
+
     rows, histories = [], [pandas.DataFrame()]
     for (labels, job), run in zip(labelled, runs, strict=True):
         rows.append(labels | run.metrics | {"network": job.config.network.name, "run": job.config.folder_name})
         histories.append(run.history.assign(**labels))
-    results = Results(
-        options,
-        pandas.DataFrame(rows),
-        pandas.concat(histories, ignore_index=True),
-        runs,
-        device=str(device),
-        precision=precision,
-    )
-    if study.measure is not None:
-        results = dataclasses.replace(results, measurements=study.measure(results))
-    recipes = {job.config.recipe.name: job.config.recipe for job in jobs}
-    return results, recipes, environment(device) | {"precision": precision}
+    table, history = pandas.DataFrame(rows), pandas.concat(histories, ignore_index=True)
+    return Results(options, table, history, tuple(runs), device=device, precision=precision)
 
 
 def _check_networks(specs: set[NetworkSpec]) -> None:

@@ -6,6 +6,7 @@ threads, finish sooner than one after the other on all of them.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from resprobe.devices import flush_denormals
 from resprobe.errors import UsageError
@@ -32,10 +34,14 @@ class SweepFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep, with the names of the probes whose tables it must have."""
+    """One run of a sweep, with the names of the probes whose tables it must have.
+
+    `network`: a built network to be trained on from its weights; None: one initialized from the run's seed.
+    """
 
     config: RunConfig
     probes: tuple[str, ...] = ()
+    network: nn.Module | None = None
 
     @property
     def work(self) -> int:
@@ -101,7 +107,8 @@ def run_all(
 def _train(job: Job, store: RunStore, device: torch.device, watch: Callable[[Progress], None]) -> dict[str, float]:
     config = job.config
     run = train(
-        config.network,
+        # A copy: the network is trained in place, and is where the run begins for whoever holds it.
+        config.network if job.network is None else copy.deepcopy(job.network),
         config.data,
         config.recipe,
         seed=config.seed,
