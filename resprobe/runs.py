@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,6 +241,7 @@ def train(
     probes: Sequence[str | Probe] = (),
     device: str | torch.device = "auto",
     precision: str = "auto",
+    recompute: bool = False,
     progress: bool | Callable[[Progress], None] = True,
 ) -> Run:
     """Trains `network` on `data`, or finds that this has been done.
@@ -248,7 +249,8 @@ def train(
     `network`: a name, a specification (initialized from `seed`), or a built network (trained in place). `data`: a name,
     `NAME:PATH`, or a `Data`. `recipe`: by default the paper's (`default_recipe`). `runs`: the folder runs are kept in;
     None keeps nothing on disk. `probes` are attached on their schedules and their tables saved with the run.
-    `progress`: a bar, or a function that is told at every log point.
+    `recompute`: compute activations again in the backward pass instead of keeping them (see `resprobe.recompute`): the
+    same numbers with less memory. `progress`: a bar, or a function that is told at every log point.
 
     Raises `UsageError` for what cannot be done as asked and `TrainingDiverged` when the loss stops being finite.
     """
@@ -263,17 +265,17 @@ def train(
     if len(set(names)) < len(names) or "" in names:
         raise UsageError(f"probes ({', '.join(map(repr, names))}) must have a name each, and each its own")
     if runs is None:
-        training = _prepare(config, network, loaded, chosen_device, made)
+        training = _prepare(config, network, loaded, chosen_device, made, recompute)
         with _watching(progress, config) as watch:
             training.run(lambda _, news: watch(news))
-        return _finish(training, config, None)
+        return _finish(training, config, None)[0]
 
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
     found = store.find(config, names)
     if found is None:
         with store.lock(config, tell=warnings.warn):
             found = store.find(config, names) or _train_in_store(
-                store, config, network, loaded, chosen_device, made, progress
+                store, config, network, loaded, chosen_device, made, recompute, progress
             )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
         if found._network is None:
@@ -289,13 +291,14 @@ def _train_in_store(
     data: Data,
     device: torch.device,
     probes: list[Probe],
+    recompute: bool,
     progress: bool | Callable[[Progress], None],
 ) -> Run:
     path = store.folder(config)
     checkpoint = path / "checkpoint.pt"
     for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
         left.unlink(missing_ok=True)
-    training = _prepare(config, network, data, device, probes)
+    training = _prepare(config, network, data, device, probes, recompute)
     kept = load_checkpoint(checkpoint)
     if kept is not None:
         if all(probe.name in kept["probes"] for probe in probes):
@@ -327,8 +330,8 @@ def _train_in_store(
             if isinstance(error, TrainingDiverged):
                 raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
             raise
-    run = _finish(training, config, path)
-    _write_network(training, path)
+    run, running = _finish(training, config, path)
+    _write_network(training, running, path)
     _write_history(path, training)
     for name, table in run.tables.items():
         _write_table(path / "probes" / f"{name}.csv", table)
@@ -338,28 +341,37 @@ def _train_in_store(
     return run
 
 
-def _prepare(config: RunConfig, network: Any, data: Data, device: torch.device, probes: list[Probe]) -> Training:
+def _prepare(
+    config: RunConfig, network: Any, data: Data, device: torch.device, probes: list[Probe], recompute: bool
+) -> Training:
     if not isinstance(network, nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)  # and no CUDA generator, which are the caller's
             network = build(config.network)
     return Training(
-        network, data, config.recipe, seed=config.seed, device=device, precision=config.precision, probes=probes
+        network,
+        data,
+        config.recipe,
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+        probes=probes,
+        recompute=recompute,
     )
 
 
-def _finish(training: Training, config: RunConfig, path: Path | None) -> Run:
+def _finish(training: Training, config: RunConfig, path: Path | None) -> tuple[Run, dict[str, torch.Tensor]]:
+    """The finished run, and the running statistics that precise ones have replaced."""
     import pandas
 
     metrics, running = training.finish()
     if isinstance(training.network, Network):
         training.network.normalization = training.normalization.to(torch.device("cpu"))
-    training.running_statistics = running
     training.network.eval()  # as it is when it is read from its folder
     if config.start is None:
         training.network.cpu()
     tables = {probe.name: probe.table() for probe in training.probes}
-    return Run(config, metrics, pandas.DataFrame(training.rows), tables, path, training.network)
+    return Run(config, metrics, pandas.DataFrame(training.rows), tables, path, training.network), running
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -392,12 +404,12 @@ def _read_table(path: Path) -> pandas.DataFrame:
     return table
 
 
-def _write_network(training: Training, path: Path) -> None:
+def _write_network(training: Training, running: Mapping[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save
 
     tensors = {f"network.{name}": tensor for name, tensor in training.network.state_dict().items()}
     # Precise statistics are the reported ones and part of the network; the running ones stay beside them.
-    tensors |= {f"running.{name}": tensor for name, tensor in training.running_statistics.items()}
+    tensors |= {f"running.{name}": tensor for name, tensor in running.items()}
     tensors |= {"normalization.mean": training.normalization.mean, "normalization.std": training.normalization.std}
     # Cloned, since the format refuses tensors that share memory, as tied weights do.
     tensors = {

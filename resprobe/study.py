@@ -61,6 +61,8 @@ class Options:
     """auto, cpu, cuda or mps"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the processor computes in it, else fp32; weights stay in fp32"""
+    recompute: bool = False
+    """compute activations again in the backward pass instead of keeping them: same numbers, less memory, more time"""
     concurrency: str = "auto"
     """runs at a time; auto: one a core on a CPU, one on a GPU"""
     plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE|MODULE")] = ()
@@ -72,7 +74,7 @@ class Options:
 
 
 # What does not change what is measured: where it is computed and where it is put.
-_NOT_THE_SETTING = {"preset", "device", "precision", "concurrency", "plugin", "out", "runs"}
+_NOT_THE_SETTING = {"preset", "device", "precision", "recompute", "concurrency", "plugin", "out", "runs"}
 
 
 @dataclass(frozen=True)
@@ -279,7 +281,7 @@ def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: s
             recipe = default_recipe(data, options.iterations, config.network.depth)
             recipe = recipe if one.recipe is None else one.recipe(recipe)
             config = dataclasses.replace(config, data=options.data, recipe=recipe)
-            labelled.append((dict(one.labels) | {"seed": seed}, Job(config, one.probes, built)))
+            labelled.append((dict(one.labels) | {"seed": seed}, Job(config, one.probes, built, options.recompute)))
     return labelled
 
 

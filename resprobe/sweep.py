@@ -36,12 +36,14 @@ class SweepFailed(RuntimeError):
 class Job:
     """One run of a sweep, with the names of the probes whose tables it must have.
 
-    `network`: a built network to be trained on from its weights; None: one initialized from the run's seed.
+    `network`: a built network to be trained on from its weights; None: one initialized from the run's seed. `recompute`
+    saves memory in training (see `resprobe.recompute`).
     """
 
     config: RunConfig
     probes: tuple[str, ...] = ()
     network: nn.Module | None = None
+    recompute: bool = False
 
     @property
     def work(self) -> int:
@@ -116,6 +118,7 @@ def _train(job: Job, store: RunStore, device: torch.device, watch: Callable[[Pro
         probes=job.probes,
         device=device,
         precision=config.precision,
+        recompute=job.recompute,
         progress=watch,
     )
     return run.metrics

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from resprobe.errors import TrainingDiverged
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.probes import Probe
 from resprobe.recipes import Recipe, learning_rate, plateaus
+from resprobe.recompute import recomputing
 
 # What normalizations are fitted on where images come from files; small sets are used whole.
 _FIT_IMAGES = 2000
@@ -59,6 +60,7 @@ class Training:
         device: torch.device,
         precision: str = "fp32",
         probes: Sequence[Probe] = (),
+        recompute: bool = False,
     ):
         if device.type == "cpu" and not flush_denormals():
             warnings.warn(
@@ -66,6 +68,7 @@ class Training:
                 "plain networks will train several times slower; import resprobe first"
             )
         self.recipe, self.seed, self.device, self.precision, self.probes = recipe, seed, device, precision, list(probes)
+        self.recompute = recompute
         self.data = data.hold_out(recipe.validation_fraction)
         sample = self.data.train.sample(_FIT_IMAGES)
         self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
@@ -158,19 +161,22 @@ class Training:
         recipe = self.recipe
         self._set_learning_rate(learning_rate(recipe, self.iteration, self.lowest_error, self._plateaus()))
         measuring = [probe for probe in self.probes if probe.schedule(self.iteration)]
+        # Computed twice, layers would be measured twice: the few iterations that are measured keep their activations.
+        keeping = recomputing(self.network) if self.recompute and not measuring else nullcontext()
         try:
             for probe in measuring:
                 probe.attach(self.network)
             loss, wrong = self._zeros(), self._zeros()
             part_size = recipe.bn_batch or len(labels)
-            for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
-                with autocast(self.device, self.precision):
-                    logits = self.network(part)
-                logits = logits.float()
-                part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
-                part_loss.backward()
-                loss += part_loss.detach()
-                wrong += (logits.detach().argmax(1) != part_labels).sum()
+            with keeping:
+                for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
+                    with autocast(self.device, self.precision):
+                        logits = self.network(part)
+                    logits = logits.float()
+                    part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
+                    part_loss.backward()
+                    loss += part_loss.detach()
+                    wrong += (logits.detach().argmax(1) != part_labels).sum()
             for probe in measuring:
                 probe.after_backward(self.network, self.iteration)
         finally:
