@@ -13,6 +13,7 @@ from resprobe.checkpoints import write_atomically
 from resprobe.claims import LEVEL, MARGIN, Verdict
 from resprobe.figures import render
 from resprobe.recipes import Recipe, departures
+from resprobe.sweep import in_words
 
 if TYPE_CHECKING:
     from resprobe.study import Results, Study
@@ -87,7 +88,7 @@ def write_report(
         "summary": summary(study, verdicts, setting, results),
         "how_sure": study.how_sure or _how_sure(results),
         "environment": {name: value for name, value in environment.items() if value is not None},
-        "duration": _duration(record["config"]["seconds_of_training"]) if results.runs else None,
+        "duration": in_words(record["config"]["seconds_of_training"]) if results.runs else None,
     }
     write_atomically(out / "report.md", _render("report.md", page).encode())
     write_atomically(out / "report.html", _render("report.html", page).encode())
@@ -131,12 +132,6 @@ def _how_sure(results: Results) -> str:
         f"of order holds if a one-sided Welch test over seeds has p < {LEVEL}; it fails if the same test at the same level "
         f"excludes a difference of {MARGIN} points or more; else it is inconclusive. Both numbers were fixed beforehand."
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _render(template: str, page: dict[str, Any]) -> str:

@@ -164,6 +164,16 @@ class RunStore:
             return None
         return Run(config, metrics, history, tables, path)
 
+    def iterations_done(self, config: RunConfig) -> int:
+        """How far an unfinished run has come: iterations at its last checkpoint."""
+        path = self.folder(config)
+        if not (path / "checkpoint.pt").is_file():
+            return 0
+        try:
+            return int(_read_table(path / "history.csv")["iteration"].max())
+        except (OSError, ValueError, KeyError):
+            return 0
+
     @contextlib.contextmanager
     def lock(self, config: RunConfig, tell: Callable[[str], None]) -> Iterator[None]:
         """One writer a run. A second process waits; a lock whose holder was killed is free."""
@@ -327,6 +337,7 @@ def _train_in_store(
             raise
         except BaseException as error:  # an interrupt above all: what is done must not be lost
             save_checkpoint(checkpoint, training.last_good)
+            _write_history(path, training)
             if isinstance(error, TrainingDiverged):
                 raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
             raise

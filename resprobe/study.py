@@ -67,6 +67,8 @@ class Options:
     """runs at a time; auto: one a core on a CPU, one on a GPU"""
     plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE|MODULE")] = ()
     """plugin to load first: a file (my_block.py) or a module (package.module)"""
+    dry_run: bool = False
+    """say what would be trained, how much of it is there, and how long the rest will take; then stop"""
     out: str = ""
     """folder for the report, figures and tables; by default results/STUDY"""
     runs: str = "runs"
@@ -74,7 +76,7 @@ class Options:
 
 
 # What does not change what is measured: where it is computed and where it is put.
-_NOT_THE_SETTING = {"preset", "device", "precision", "recompute", "concurrency", "plugin", "out", "runs"}
+_NOT_THE_SETTING = {"preset", "device", "precision", "recompute", "concurrency", "dry_run", "plugin", "out", "runs"}
 
 
 @dataclass(frozen=True)
@@ -179,10 +181,13 @@ class Study:
         return _parse_with_tyro(self, self.presets[preset], arguments)
 
     def run(self, options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
-        """Does the study and writes its report. Returns what `verdict.json` holds."""
+        """Does the study and writes its report. Returns what `verdict.json` holds; nothing for a dry run."""
         started = time.perf_counter()
         options = dataclasses.replace(options, out=options.out or f"results/{self.name}")
-        results, recipes, environment = _gather(self, options)
+        gathered = _gather(self, options)
+        if gathered is None:
+            return {}
+        results, recipes, environment = gathered
         verdicts = list(self.judge(results))
         answered = {verdict.claim.id for verdict in verdicts}
         missing = [claim.id for claim in self.claims if claim.id not in answered]
@@ -214,8 +219,8 @@ class Study:
         return options.preset
 
 
-def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict[str, Any]]:
-    """Finds or trains the runs and puts them into tables."""
+def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
+    """Finds or trains the runs and puts them into tables; None if only that was to be looked ahead at."""
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
     from resprobe.devices import flush_denormals, resolve_device, resolve_precision
@@ -223,7 +228,7 @@ def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict
     from resprobe.extensions import load_plugin
     from resprobe.networks import resolve
     from resprobe.runs import RunStore, check_seed
-    from resprobe.sweep import parse_concurrency, run_all
+    from resprobe.sweep import parse_concurrency, run_all, survey
 
     flush_denormals()
     for plugin in options.plugin:
@@ -242,24 +247,28 @@ def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
             resolve(one.network, **one.options)
     data = load_data(options.data)
-    labelled = _jobs(planned, options, data, precision)
-    _check_networks({job.config.network for _, job in labelled})
+    fresh = _jobs(planned, options, data, precision)
+    _check_networks({job.config.network for _, job in fresh})
     # Nothing is written before everything that was asked for is known to make sense.
     check_writable(Path(options.out), "out")
-    store = RunStore(options.runs) if labelled else None
-    runs: list[Run] = []
-
-    def gather(fresh: list[tuple[dict[str, Any], Job]]) -> Results:
-        if fresh:
-            jobs = [job for _, job in fresh]
-            runs.extend(run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin))
-        return _tables(options, labelled, runs, device=str(device), precision=precision)
-
-    results = gather(labelled)
-    if study.then is not None:
-        more = _jobs(study.then(results), options, data, precision)
-        labelled += more
-        results = gather(more)
+    store = RunStore(options.runs) if fresh else None
+    labelled, runs = [], []
+    for then in (study.then, None):
+        jobs = [job for _, job in fresh]
+        if options.dry_run:
+            ahead = survey(jobs, store, device=device, concurrency=concurrency) if jobs else None
+            print(ahead or "nothing to train")
+            if then is not None and ahead is not None and ahead.missing:
+                print("a second round of training follows, from what comes out of this one")
+            if then is None or (ahead is not None and ahead.missing):
+                return None
+        elif jobs:
+            runs += run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin)
+        labelled += fresh
+        results = _tables(options, labelled, runs, device=str(device), precision=precision)
+        if then is None:
+            break
+        fresh = _jobs(then(results), options, data, precision)
     if study.measure is not None:
         results = dataclasses.replace(results, measurements=study.measure(results))
     recipes = list(dict.fromkeys(job.config.recipe for _, job in labelled))

@@ -7,12 +7,14 @@ threads, finish sooner than one after the other on all of them.
 from __future__ import annotations
 
 import copy
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,8 +23,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from resprobe.data import load_data
 from resprobe.devices import flush_denormals
+from resprobe.environment import device_name
 from resprobe.errors import UsageError
+from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
 from resprobe.runs import Run, RunConfig, RunStore, train
 from resprobe.training import Progress
@@ -60,6 +65,94 @@ def parse_concurrency(text: str) -> int | None:
     return int(text)
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What is there of a sweep's runs, and what is not: how it will be trained, and about how long that takes.
+
+    `missing` is in the order of training, `seconds` in that of `missing`. `reason` says why `seconds` are not known.
+    """
+
+    total: int
+    missing: tuple[Job, ...]
+    begun: int
+    workers: int
+    threads: int
+    device: str
+    seconds: tuple[float, ...]
+    reason: str = ""
+
+    @property
+    def found(self) -> int:
+        return self.total - len(self.missing)
+
+    @property
+    def duration(self) -> float | None:
+        """Seconds until the last run is finished, each worker taking the next run when it is free."""
+        if len(self.seconds) < len(self.missing):
+            return None
+        busy = [0.0] * max(1, self.workers)
+        for seconds in self.seconds:
+            busy[busy.index(min(busy))] += seconds
+        return max(busy)
+
+    def __str__(self) -> str:
+        begun = f" ({self.begun} of them begun)" if self.begun else ""
+        todo = f"{len(self.missing)} to train{begun}" if self.missing else "nothing to train"
+        lines = [f"{self.total} runs: {self.found} finished already, {todo}"]
+        if self.missing:
+            names = Counter(job.config.network.name for job in self.missing)
+            listed = ", ".join(name if count == 1 else f"{name} ×{count}" for name, count in names.items())
+            how = f"on {self.device}, {self.workers} at a time" if self.workers > 1 else f"on {self.device}"
+            length = f"not known: {self.reason}" if self.duration is None else f"about {in_words(self.duration)}"
+            lines += [f"to train: {listed}", f"time: {length} {how}"]
+        return "\n".join(lines)
+
+
+def in_words(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def survey(jobs: Sequence[Job], store: RunStore, *, device: torch.device, concurrency: int | None = None) -> Survey:
+    """Looks for the runs of `jobs` in `store`, and times a few training steps of what is missing.
+
+    `concurrency` None takes one run a core on a CPU and one run at a time on a GPU.
+    """
+    missing = {job.config.key: job for job in jobs if store.find(job.config, job.probes) is None}
+    # The longest first, so that no worker is left alone with one at the end.
+    ordered = tuple(sorted(missing.values(), key=lambda job: -job.work))
+    cores = _cores()
+    workers = min(concurrency or (cores if device.type == "cpu" else 1), len(ordered))
+    threads = max(1, cores // max(1, workers))
+    done = [store.iterations_done(job.config) for job in ordered]
+    seconds: tuple[float, ...] = ()
+    reason = ""
+    try:
+        seconds = tuple(_seconds(ordered, done, device, threads))
+    except Exception as error:  # whatever is wrong with a network, its training says it better
+        reason = " ".join(str(error).split()) or type(error).__name__
+    begun = sum(count > 0 for count in done)
+    return Survey(len(jobs), ordered, begun, workers, threads, device_name(device), seconds, reason)
+
+
+def _seconds(jobs: Sequence[Job], done: Sequence[int], device: torch.device, threads: int) -> Iterator[float]:
+    for where, one in itertools.groupby(zip(jobs, done, strict=True), key=lambda each: each[0].config.data):
+        some = list(one)
+        data, first = load_data(where), some[0][0]
+        found = costs(
+            [(job.config.network, job.config.recipe) for job, _ in some],
+            data,
+            device=device,
+            precision=first.config.precision,
+            threads=threads,
+            recompute=first.recompute,
+        )
+        for (job, iterations), cost in zip(some, found, strict=True):
+            yield cost.of_training(data, job.config.recipe, iterations)
+
+
 def run_all(
     jobs: Sequence[Job],
     store: RunStore,
@@ -70,17 +163,14 @@ def run_all(
 ) -> list[Run]:
     """The runs for `jobs`, in their order: found in `store`, or trained and kept there.
 
-    `concurrency` None takes one run a core on a CPU and one run at a time on a GPU. `plugins` are loaded in every
-    process. Raises `SweepFailed` at the end if any run failed, and `UsageError` at once if one cannot be begun.
+    `concurrency` as for `survey`. `plugins` are loaded in every process. Raises `SweepFailed` at the end if any run
+    failed, and `UsageError` at once if one cannot be begun.
     """
-    missing = {job.config.key: job for job in jobs if store.find(job.config, job.probes) is None}
-    cores = _cores()
-    workers = concurrency or (cores if device.type == "cpu" else 1)
-    workers = min(workers, len(missing))
+    ahead = survey(jobs, store, device=device, concurrency=concurrency)
+    print(ahead, flush=True)
     failures: dict[str, Exception] = {}
-    with _Board(len(jobs), list(missing.values())) as board:
-        # The longest first, so that no worker is left alone with one at the end.
-        ordered = sorted(missing.values(), key=lambda job: -job.work)
+    with _Board(ahead) as board:
+        ordered, workers = ahead.missing, ahead.workers
         if workers <= 1:
             for job in ordered:
                 try:
@@ -92,7 +182,7 @@ def run_all(
                     failures[job.config.key] = error
                     board.failed(job, error)
         else:
-            _train_in_processes(ordered, store, device, workers, max(1, cores // workers), plugins, board, failures)
+            _train_in_processes(ordered, store, device, workers, ahead.threads, plugins, board, failures)
     if failures:
         kept = len(jobs) - len(failures)
         raise SweepFailed(
@@ -230,9 +320,9 @@ def _cores() -> int:
 class _Board:
     """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone."""
 
-    def __init__(self, total: int, missing: Sequence[Job]):
-        self.total, self.found = total, total - len(missing)
-        self.work = {job.config.key: job.work for job in missing}
+    def __init__(self, ahead: Survey):
+        self.total, self.found = ahead.total, ahead.found
+        self.work = {job.config.key: job.work for job in ahead.missing}
         self.share = dict.fromkeys(self.work, 0.0)
         self.latest: dict[str, Progress] = {}
         self.done, self.lock = 0, threading.Lock()
@@ -241,9 +331,6 @@ class _Board:
     def __enter__(self) -> _Board:
         from tqdm import tqdm
 
-        if self.total:
-            trained = f"{len(self.work)} to train" if self.work else "nothing to train"
-            print(f"{self.total} runs: {self.found} finished already, {trained}", flush=True)
         self.bar = tqdm(
             total=1.0,
             disable=not self.work or not sys.stderr.isatty(),

@@ -56,7 +56,7 @@ class FolderSet:
         yield from DataLoader(
             _Views(self, size or self.size),
             batch_size,
-            num_workers=_workers(len(self)),
+            num_workers=loader_processes(len(self)),
             generator=torch.Generator(),  # else a loader draws one of the caller's random numbers
         )
 
@@ -72,7 +72,7 @@ class FolderSet:
         loader = DataLoader(
             _Crops(self, recipe),
             batch_sampler=_Positions(len(self), recipe, seed, start),
-            num_workers=_workers(recipe.batch_size),
+            num_workers=loader_processes(recipe.batch_size),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else a resumed run's network would draw other random numbers
         )
@@ -182,7 +182,8 @@ def _centre_view(path: Path, size: int) -> Tensor:
     return _pixels(_crop(image, shorter, top, left, size))
 
 
-def _workers(items: int) -> int:
+def loader_processes(items: int) -> int:
+    """Processes that read files for so many images at a time."""
     return min(8, os.cpu_count() or 1) if items > 32 else 0
 
 
