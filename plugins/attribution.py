@@ -393,7 +393,7 @@ class _Twin:
         )
 
 
-_BLOCKS = (rp.Block, resnet.BasicBlock, resnet.Bottleneck)
+_BLOCKS = rp.probes.block_classes()
 
 
 def _tap(block: nn.Module) -> tuple[Tap, Tap | None] | None:

@@ -63,7 +63,6 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
-from torchvision.models import resnet
 
 import resprobe as rp
 
@@ -79,7 +78,7 @@ COLUMNS = (
 )
 TOTALS = ("parameters", "macs", "activations")
 UNCOUNTED_COLUMNS = ("operator", "layer", "calls")
-BLOCKS = (rp.Block, resnet.BasicBlock, resnet.Bottleneck)
+BLOCKS = rp.probes.block_classes()
 
 aten = torch.ops.aten
 

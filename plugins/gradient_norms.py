@@ -58,7 +58,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
-from torchvision.models import resnet
 
 import resprobe as rp
 
@@ -67,7 +66,7 @@ KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "linear": (nn.Linear, nn.Bilinear),
     "norm": (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
 }
-BLOCKS = (rp.Block, resnet.BasicBlock, resnet.Bottleneck)
+BLOCKS = rp.probes.block_classes()
 """Classes whose modules are measured as blocks unless others are named."""
 
 COLUMNS = (

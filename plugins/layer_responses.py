@@ -63,13 +63,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
-from torchvision.models import resnet
 from torchvision.ops import FrozenBatchNorm2d
 
 import resprobe as rp
 
 NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, FrozenBatchNorm2d)
-BLOCKS = (rp.Block, resnet.BasicBlock, resnet.Bottleneck)
+BLOCKS = rp.probes.block_classes()
 
 _PLACE = ("layer", "call", "stage", "block", "position", "kind", "kernel_size", "measured")
 COLUMNS = (*_PLACE, "channels", "mean", "std", "count")

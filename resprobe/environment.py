@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import resprobe
+from resprobe.distributed import team
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "scikit-learn")
 
@@ -26,6 +27,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "platform": platform.platform(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "processes": team().size,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **git_commit(),
     }

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from resprobe.blocks import Block
 from resprobe.errors import UsageError
 from resprobe.registry import Registry
 
@@ -65,6 +66,13 @@ def stage_of(name: str) -> int:
     """The n of a module's name that says `stageN` or, in torchvision's ResNets, `layerN`; 0 outside the stages."""
     found = re.search(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else 0
+
+
+def block_classes() -> tuple[type[nn.Module], ...]:
+    """What counts as a block where nothing else is named: resprobe's blocks, and those of torchvision's ResNets."""
+    from torchvision.models import resnet
+
+    return Block, resnet.BasicBlock, resnet.Bottleneck
 
 
 def block_of(name: str, modules: Mapping[str, nn.Module], blocks: tuple[type[nn.Module], ...]) -> str | None:

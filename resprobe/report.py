@@ -61,7 +61,7 @@ def write_report(
             "command": command,
             "options": dataclasses.asdict(results.options),
             "recipes": [dataclasses.asdict(recipe) for recipe in recipes],
-            "departures": _departures(results, recipes),
+            "departures": _departures(results, recipes, environment),
             "seconds_of_training": sum(run.metrics["seconds"] for run in results.runs),
             "seconds_of_study": round(seconds, 1),
         },
@@ -108,7 +108,7 @@ def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Re
     return f"{study.title} ({_SETTINGS[setting]}{data}). {said}"
 
 
-def _departures(results: Results, recipes: Sequence[Recipe]) -> list[str]:
+def _departures(results: Results, recipes: Sequence[Recipe], environment: dict[str, Any]) -> list[str]:
     """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name."""
     found = []
     data = results.options.data.partition(":")[0]
@@ -119,6 +119,8 @@ def _departures(results: Results, recipes: Sequence[Recipe]) -> list[str]:
         for line in own:
             everywhere = all(line in other for other in lines.values())
             found.append(line if everywhere else f"{recipe.name}: {line}")
+    if (processes := environment.get("processes", 1)) > 1:
+        found.append(f"batch normalization over the images of each of {processes} processes, not over the mini-batch")
     return list(dict.fromkeys(found))
 
 

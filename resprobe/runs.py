@@ -31,6 +31,7 @@ from resprobe.checkpoints import (
 )
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, data_identity, load_data
 from resprobe.devices import resolve_device, resolve_precision
+from resprobe.distributed import team
 from resprobe.environment import environment
 from resprobe.errors import TrainingDiverged, UsageError
 from resprobe.networks import NETWORKS, Network, NetworkSpec, Option, build, resolve
@@ -232,7 +233,7 @@ def configure(
 
 def default_recipe(data: Data, iterations: int | None = None, depth: int | None = None) -> Recipe:
     """The recipe for a data set when none is named: ours for the digits, the paper's for all else."""
-    if data.name == "digits":
+    if data.name in ("digits", "digits-64"):
         recipe = digits_quick()
     elif isinstance(data.train, FolderSet):
         recipe = imagenet_paper()
@@ -281,10 +282,12 @@ def train(
         return _finish(training, config, None)[0]
 
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
-    found = store.find(config, names)
+    together = team()
+    found = together.told(lambda: store.find(config, names))
     if found is None:
-        with store.lock(config, tell=warnings.warn):
-            found = store.find(config, names) or _train_in_store(
+        with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
+            # It may have been finished while another command held the lock.
+            found = together.told(lambda: store.find(config, names)) or _train_in_store(
                 store, config, network, loaded, chosen_device, made, recompute, progress
             )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
@@ -304,28 +307,31 @@ def _train_in_store(
     recompute: bool,
     progress: bool | Callable[[Progress], None],
 ) -> Run:
+    together = team()
     path = store.folder(config)
     checkpoint = path / "checkpoint.pt"
-    for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
-        left.unlink(missing_ok=True)
+    if together.first:
+        for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
+            left.unlink(missing_ok=True)
     training = _prepare(config, network, data, device, probes, recompute)
-    kept = load_checkpoint(checkpoint)
+    kept = together.told(lambda: load_checkpoint(checkpoint))
     if kept is not None:
         if all(probe.name in kept["probes"] for probe in probes):
             training.load_state(kept)
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
-    _write_json(
-        path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
-    )
-    _write_json(path / "environment.json", environment(device))
+    if together.first:
+        _write_json(
+            path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
+        )
+        _write_json(path / "environment.json", environment(device))
     saved_at = time.monotonic()
 
-    with _watching(progress, config) as watch:
+    with _watching(progress if together.first else False, config) as watch:
 
         def at_log_point(training: Training, news: Progress) -> None:
             nonlocal saved_at
-            if time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
+            if together.first and time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, training.state())
                 _write_history(path, training)
                 saved_at = time.monotonic()
@@ -336,19 +342,24 @@ def _train_in_store(
         except StorageError:
             raise
         except BaseException as error:  # an interrupt above all: what is done must not be lost
-            save_checkpoint(checkpoint, training.last_good)
-            _write_history(path, training)
+            if together.first:
+                save_checkpoint(checkpoint, training.last_good)
+                _write_history(path, training)
             if isinstance(error, TrainingDiverged):
                 raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
             raise
     run, running = _finish(training, config, path)
-    _write_network(training, running, path)
-    _write_history(path, training)
-    for name, table in run.tables.items():
-        _write_table(path / "probes" / f"{name}.csv", table)
-    # Last, since its presence says that all the rest is there.
-    _write_json(path / "result.json", {"metrics": run.metrics})
-    remove_checkpoints(checkpoint)
+
+    def keep() -> None:
+        _write_network(training, running, path)
+        _write_history(path, training)
+        for name, table in run.tables.items():
+            _write_table(path / "probes" / f"{name}.csv", table)
+        # Last, since its presence says that all the rest is there.
+        _write_json(path / "result.json", {"metrics": run.metrics})
+        remove_checkpoints(checkpoint)
+
+    together.told(keep)
     return run
 
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from resprobe.data import load_data
 from resprobe.devices import flush_denormals
+from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import UsageError
 from resprobe.estimates import costs
@@ -166,8 +167,12 @@ def run_all(
     `concurrency` as for `survey`. `plugins` are loaded in every process. Raises `SweepFailed` at the end if any run
     failed, and `UsageError` at once if one cannot be begun.
     """
-    ahead = survey(jobs, store, device=device, concurrency=concurrency)
-    print(ahead, flush=True)
+    together = team()
+    if together.size > 1:  # they train one run together, one run after the other
+        concurrency = 1
+    ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency))
+    if together.first:
+        print(ahead, flush=True)
     failures: dict[str, Exception] = {}
     with _Board(ahead) as board:
         ordered, workers = ahead.missing, ahead.workers
@@ -333,7 +338,7 @@ class _Board:
 
         self.bar = tqdm(
             total=1.0,
-            disable=not self.work or not sys.stderr.isatty(),
+            disable=not self.work or not sys.stderr.isatty() or not team().first,
             bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}, {remaining} left{postfix}",
             leave=False,
         )
@@ -374,6 +379,8 @@ class _Board:
             self._set_share(job.config.key, 1.0)
             self.latest.pop(job.config.key, None)
             name = f"{job.config.network.name}, seed {job.config.seed}"
+            if not team().first:
+                return
             self.bar.write(f"[{self.found + self.done}/{self.total}] {name}: {outcome}", file=sys.stdout)
             sys.stdout.flush()
 

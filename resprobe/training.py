@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, Normalization, training_batches
 from resprobe.devices import autocast, flush_denormals
+from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.probes import Probe
@@ -69,18 +70,21 @@ class Training:
             )
         self.recipe, self.seed, self.device, self.precision, self.probes = recipe, seed, device, precision, list(probes)
         self.recompute = recompute
-        self.data = data.hold_out(recipe.validation_fraction)
+        self.data = data.hold_out(recipe.validation_fraction).cropped(recipe.crop)
         sample = self.data.train.sample(_FIT_IMAGES)
         self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
         # Convolutions on CPU and CUDA are fastest with channels last; the values are the same.
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.test = self.data.test.to(device)
+        self.team = team()
+        self.part = self.team.part(recipe)
+        self.parallel = self.team.parallel(self.network, device)
         self.optimizer = _optimizer(self.network, recipe, device)
         self.iteration = 0
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
         self.lowest_error: float | None = None
-        self.random = _seeded_random_state(seed, device)
+        self.random = self._first_random_state()
         # The state of the last log point: what is left to keep when training is interrupted or diverges.
         self.last_good = self._remember()
 
@@ -102,7 +106,9 @@ class Training:
     def load_state(self, state: dict[str, Any]) -> None:
         """Takes up a training where `state` was taken."""
         self.iteration, self.seconds = state["iteration"], state["seconds"]
-        self.rows, self.lowest_error, self.random = list(state["rows"]), state["lowest_error"], state["random"]
+        self.rows, self.lowest_error = list(state["rows"]), state["lowest_error"]
+        # The state is the first process's; the others' networks draw (dropout) from streams of their own.
+        self.random = state["random"] if self.team.first else self._first_random_state()
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         for probe in self.probes:
@@ -131,7 +137,8 @@ class Training:
                     continue
                 window = self.iteration - since
                 # The only wait for the device: two figures, once a window.
-                mean_loss, error = (torch.stack([loss_sum, wrong_sum]) / window).tolist()
+                figures = self.team.total(torch.stack([loss_sum / self.team.size, wrong_sum]))
+                mean_loss, error = (figures / window).tolist()
                 if not math.isfinite(mean_loss):
                     self._report_divergence()
                 error *= 100 / recipe.batch_size
@@ -168,13 +175,16 @@ class Training:
                 probe.attach(self.network)
             loss, wrong = self._zeros(), self._zeros()
             part_size = recipe.bn_batch or len(labels)
+            left = len(labels)
             with keeping:
                 for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
-                    with autocast(self.device, self.precision):
-                        logits = self.network(part)
-                    logits = logits.float()
-                    part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
-                    part_loss.backward()
+                    left -= len(part)
+                    with gathering(self.parallel, last=left == 0):
+                        with autocast(self.device, self.precision):
+                            logits = self.parallel(part)
+                        logits = logits.float()
+                        part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
+                        part_loss.backward()
                     loss += part_loss.detach()
                     wrong += (logits.detach().argmax(1) != part_labels).sum()
             for probe in measuring:
@@ -186,8 +196,12 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, wrong
 
-    def _batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return training_batches(self.data.train, self.recipe, self.seed, self.normalization, self.device, start)
+    def _batches(self, start: int, part: slice | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        part = self.part if part is None else part
+        return training_batches(self.data.train, self.recipe, self.seed, self.normalization, self.device, start, part)
+
+    def _first_random_state(self) -> dict[str, Tensor]:
+        return _seeded_random_state(self.seed + (self.team.rank << 32), self.device)
 
     def _plateaus(self) -> int:
         if self.recipe.plateau is None:
@@ -225,6 +239,8 @@ class Training:
         """Goes back to the last log point and repeats the window step by step, to name where the numbers broke."""
         where = ""
         self.load_state(_copy(self.last_good))
+        if self.team.size > 1:  # repeated step by step, the processes would not stop at the same one
+            raise TrainingDiverged(f"the loss is not finite; the weights of iteration {self.iteration} are kept")
         _set_random_state(self.random, self.device)
         for images, labels in self._batches(self.iteration):
             rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
@@ -246,13 +262,15 @@ class Training:
     # -- results -------------------------------------------------------------------------------------------------
 
     def test_now(self, part: Any = None) -> Evaluation:
-        """Error on the test set (or `part`) with the network as it stands."""
-        return evaluate(
-            self.network,
-            self.test if part is None else part,
-            normalization=self.normalization,
-            device=self.device,
-            precision=self.precision,
+        """Error on the test set (or `part`) with the network as it stands: the first process's, with its statistics."""
+        return self.team.told(
+            lambda: evaluate(
+                self.network,
+                self.test if part is None else part,
+                normalization=self.normalization,
+                device=self.device,
+                precision=self.precision,
+            )
         )
 
     def finish(self) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -265,7 +283,7 @@ class Training:
         tested = {"running": self.test_now()}
         if self.recipe.bn_test_statistics == "precise":
             count = max(1, len(self.data.train) // self.recipe.batch_size)
-            batches = self._batches(0)
+            batches = self._batches(0, slice(None))  # whole ones, in every process the same
             with autocast(self.device, self.precision):
                 precise_batch_norm(self.network, (next(batches)[0] for _ in range(min(count, self.recipe.iterations))))
             tested["precise"] = self.test_now()

@@ -15,7 +15,7 @@ import torchvision
 from captum.attr import LayerConductance
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU, assert_same, digits, hook_count, network, recipe, training
+from tiny import CPU, Boom, Fragile, assert_same, digits, hook_count, network, recipe, training
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -405,33 +405,6 @@ def test_it_is_explained_as_in_eval_mode():
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         pandas.testing.assert_frame_equal(branch_and_shortcut(net, *given), table)
     pandas.testing.assert_frame_equal(branch_and_shortcut(net.requires_grad_(False), *given), table)
-
-
-class Boom(Exception):
-    pass
-
-
-class Raising(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise Boom
-
-
-class Fragile(nn.Module):
-    def __init__(self, where: str):
-        super().__init__()
-        self.net, self.where = network(), where
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.net.stage1(self.net.stem(x))
-        if self.where == "forward":
-            raise Boom
-        x = Raising.apply(x)
-        return self.net.fc(self.net.flatten(self.net.pool(self.net.stage3(self.net.stage2(x)))))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

@@ -4,6 +4,7 @@ import dataclasses
 import time
 
 import pytest
+import tiny
 import torch
 
 import resprobe as rp
@@ -13,7 +14,6 @@ from resprobe.networks import resolve
 from resprobe.runs import configure
 from resprobe.sweep import Job, Survey, in_words, run_all, survey
 from studies import constructed_solution, degradation
-from tests import tiny
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU, assert_same, digits, hook_count, network, recipe, training
+from tiny import CPU, Boom, Fragile, assert_same, digits, hook_count, network, recipe, training
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -496,35 +496,6 @@ def test_the_table_is_saved_with_the_run(tmp_path):
     found = rp.train(*given, **options).tables["gradient-norms"]
     assert table.iteration.unique().tolist() == [0, 1, 2, 3]
     pandas.testing.assert_frame_equal(found, table, check_exact=True, check_dtype=False)
-
-
-class Boom(Exception):
-    pass
-
-
-class Raising(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise Boom
-
-
-class Fragile(nn.Module):
-    """Raises in the forward or in the backward pass, behind the first block."""
-
-    def __init__(self, where: str):
-        super().__init__()
-        self.net, self.where = network(), where
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.net.stage1(self.net.stem(x))
-        if self.where == "forward":
-            raise Boom
-        x = Raising.apply(x) if self.where == "backward" else x
-        return self.net.fc(self.net.flatten(self.net.pool(self.net.stage3(self.net.stage2(x)))))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])

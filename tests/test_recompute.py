@@ -4,13 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
 import resprobe as rp
 from plugins.gradient_norms import GradientNorms
 from resprobe.recompute import recomputing
-from tests import tiny
 
 
 def deep(**options) -> nn.Module:

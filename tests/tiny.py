@@ -89,6 +89,35 @@ def differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return any(not torch.equal(one[name], other[name]) for name in one)
 
 
+class Boom(Exception):
+    """What breaks a pass off."""
+
+
+class Raising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise Boom
+
+
+class Fragile(nn.Module):
+    """Raises in the forward or in the backward pass, behind the first block."""
+
+    def __init__(self, where: str):
+        super().__init__()
+        self.net, self.where = network(), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net.stage1(self.net.stem(x))
+        if self.where == "forward":
+            raise Boom
+        x = Raising.apply(x) if self.where == "backward" else x
+        return self.net.fc(self.net.flatten(self.net.pool(self.net.stage3(self.net.stage2(x)))))
+
+
 def hook_count(net: nn.Module) -> int:
     """All hooks on all modules and parameters."""
     tables = [table for module in net.modules() for name, table in vars(module).items() if name.endswith("_hooks")]

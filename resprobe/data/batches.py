@@ -23,11 +23,19 @@ class TensorBatches:
     """Augmented, normalized batches of images that live on the training device.
 
     Crop offsets and flips are drawn per image (§4.2) on the host once an epoch; the images themselves never leave the
-    device. `batches(k)` gives float32 [batch_size, C, H, W] (channels last in memory) and int64 labels.
+    device. `batches(k)` gives float32 [batch_size, C, H, W] (channels last in memory) and int64 labels, or the images
+    `part` of them.
     """
 
-    def __init__(self, images: ImageSet, recipe: Recipe, seed: int, normalization: Normalization):
-        self.recipe, self.seed, self.count = recipe, seed, len(images)
+    def __init__(
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        seed: int,
+        normalization: Normalization,
+        part: slice = slice(None),
+    ):
+        self.recipe, self.seed, self.count, self.part = recipe, seed, len(images), part
         self.pad = recipe.pad if recipe.augmentation == "pad-crop" else 0
         self.flip = recipe.flip if recipe.augmentation == "pad-crop" else 0.0
         self.height, self.width = images.images.shape[-2:]
@@ -50,7 +58,7 @@ class TensorBatches:
 
     def __call__(self, iteration: int) -> tuple[Tensor, Tensor]:
         """The batch of one iteration, counted from 0."""
-        index, top, left, flipped = self.choices(iteration).unbind(1)
+        index, top, left, flipped = self.choices(iteration)[self.part].unbind(1)
         rows = top[:, None] + self.rows
         columns = left[:, None] + torch.where(flipped[:, None] == 1, self.columns.flip(0), self.columns)
         rows, columns = rows[:, :, None], columns[:, None, :]
@@ -88,15 +96,16 @@ def training_batches(
     normalization: Normalization,
     device: torch.device,
     start: int,
+    part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `start`, `start + 1`, … of a run, on the device, normalized."""
+    """Batches `start`, `start + 1`, … of a run, on the device, normalized; of each batch the images `part`."""
     if isinstance(images, FolderSet):
-        yield from images.training_batches(recipe, seed, normalization.to(device), device, start)
+        yield from images.training_batches(recipe, seed, normalization.to(device), device, start, part)
         return
     if recipe.augmentation == "scale-crop":
         raise UsageError(
             "augmentation (='scale-crop') needs image files, as from folder:PATH; images in memory accept pad-crop, none"
         )
-    batches = TensorBatches(images.to(device), recipe, seed, normalization)
+    batches = TensorBatches(images.to(device), recipe, seed, normalization, part)
     for iteration in range(start, recipe.iterations):
         yield batches(iteration)

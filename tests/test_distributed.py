@@ -1,0 +1,159 @@
+"""Several processes train as one: the same losses, one report, killed and resumed with another number of processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+import tiny
+import torch
+from torch import distributed
+
+import resprobe as rp
+from resprobe.distributed import Team, join, team
+
+ROOT = Path(__file__).parent.parent
+
+TRAIN = """
+import os, signal, sys, torch
+import resprobe as rp
+from resprobe import runs
+from resprobe.distributed import join, leave
+from tests import tiny
+
+torch.set_num_threads(1)
+runs._CHECKPOINT_SECONDS = 0
+device = join(torch.device("cpu"))
+kill_at = int(sys.argv[2])
+
+
+def watch(news):
+    if news.iteration == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+data = rp.load_data("digits")
+recipe = tiny.recipe(bn_batch=8, weight_decay=1e-3)
+run = rp.train(tiny.spec("cifar/resnet"), "digits", recipe, runs=sys.argv[1], device=device, precision="fp32", progress=watch)
+leave()
+"""
+
+
+def launch(processes: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run(
+        [sys.executable, *starter, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def trained(processes: int, folder: Path, *, kill_at: int = -1) -> int:
+    """Trains in `folder`; gives the exit status."""
+    script = folder / "train.py"
+    folder.mkdir(exist_ok=True)
+    script.write_text(TRAIN)
+    if processes == 1:
+        command = [sys.executable, str(script), str(folder / "runs"), str(kill_at)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, capture_output=True, timeout=240).returncode
+    return launch(processes, str(script), str(folder / "runs"), str(kill_at), cwd=folder).returncode
+
+
+def outcome(folder: Path) -> tuple[pandas.DataFrame, dict[str, torch.Tensor]]:
+    from safetensors.torch import load_file
+
+    (run,) = (folder / "runs").iterdir()
+    assert (run / "result.json").is_file()
+    assert not list(run.glob("checkpoint*"))
+    tensors = load_file(run / "network.safetensors")
+    return pandas.read_csv(run / "history.csv"), {
+        name: tensor for name, tensor in tensors.items() if name.startswith("network.")
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    assert trained(1, folder) == 0
+    return outcome(folder)
+
+
+def assert_near(one, other):
+    (history, weights), (other_history, other_weights) = one, other
+    assert history["iteration"].tolist() == other_history["iteration"].tolist()
+    for column in ("train_loss", "train_error", "learning_rate"):
+        assert history[column].tolist() == pytest.approx(other_history[column].tolist(), rel=1e-4)
+    for name, tensor in weights.items():
+        if "running" in name or "num_batches" in name:
+            continue  # while training each process sees its own images; precise statistics are those of all
+        torch.testing.assert_close(tensor, other_weights[name], rtol=1e-3, atol=1e-4)
+    for name, tensor in weights.items():
+        if "running" in name:
+            torch.testing.assert_close(tensor, other_weights[name], rtol=1e-2, atol=1e-3)
+
+
+def test_two_processes_make_the_losses_of_one(tmp_path, alone):
+    assert trained(2, tmp_path) == 0
+    assert_near(outcome(tmp_path), alone)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_killed_and_resumed_by_another_number_of_processes(tmp_path, alone, before, after):
+    assert trained(before, tmp_path, kill_at=6) != 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert list(run.glob("checkpoint*"))
+    assert trained(after, tmp_path) == 0
+    assert_near(outcome(tmp_path), alone)
+
+
+def test_a_study_of_two_processes_speaks_with_one_voice(tmp_path):
+    asked = ("-m", "studies.degradation", "--depths", "8", "14", "--seeds", "0", "--iterations", "6")
+    done = launch(2, *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 runs: 0 finished already, 4 to train") == 1
+    assert done.stdout.count("[4/4]") == 1
+    assert done.stdout.count("report:") == 1
+    said = (tmp_path / "results/degradation/report.md").read_text()
+    assert "batch normalization over the images of each of 2 processes" in said
+    assert "processes: 2" in said
+    mistake = launch(2, *asked, "--shortcut", "Z", cwd=tmp_path)
+    assert mistake.stderr.count("error: shortcut (='Z')") == 1
+
+
+def test_parts_of_a_batch_are_the_batch():
+    data, recipe = tiny.digits(), tiny.recipe(augmentation="pad-crop", pad=2)
+    fit = rp.Normalization.fit(data.train.images, "per-pixel-mean")
+
+    def batch(part):
+        from resprobe.data import training_batches
+
+        return next(training_batches(data.train, recipe, 0, fit, torch.device("cpu"), 3, part))
+
+    whole = batch(slice(None))
+    parts = [batch(Team(rank, 4).part(recipe)) for rank in range(4)]
+    for index in (0, 1):
+        assert torch.equal(torch.cat([part[index] for part in parts]), whole[index])
+
+
+def test_unequal_parts_are_refused():
+    with pytest.raises(rp.UsageError, match=r"batch_size \(=16\) must be a multiple of the 3 processes"):
+        Team(0, 3).part(tiny.recipe())
+    with pytest.raises(rp.UsageError, match=r"bn_batch \(=8\) must divide the 4 images of one of the 4 processes"):
+        Team(0, 4).part(tiny.recipe(bn_batch=8))
+    assert Team(0, 1).part(tiny.recipe(bn_batch=5)) == slice(0, 16)
+
+
+def test_alone_there_is_nobody_to_wait_for(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert team() == Team(0, 1)
+    assert join(torch.device("cpu")) == torch.device("cpu")
+    assert not distributed.is_initialized()
+    assert team().told(lambda: 3) == 3
+    figures = torch.tensor([1.0])
+    assert team().total(figures).tolist() == [1.0]
