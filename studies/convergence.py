@@ -1,0 +1,251 @@
+"""Convergence: at moderate depth a residual network is not more accurate than its plain twin, but gets there sooner.
+
+Claim C8 (§4.1; Fig. 4, right against left).
+
+    python -m studies.convergence                                    # embedded digits, seconds on two cores
+    python -m studies.convergence --errors 40 20 10                  # other levels of error (%)
+    python -m studies.convergence --preset paper --data cifar10      # the paper's recipe, for a GPU
+
+On ImageNet the 18-layer plain and residual networks are "comparably accurate" (27.94 and 27.88 % top-1 error), "but the
+18-layer ResNet converges faster": when a network is "not overly deep", "the ResNet eases the optimization by providing
+faster convergence at the early stage". The paper shows curves and prints no iterations. The analogue is plain-20 and
+ResNet-20 of §4.2, with the iterations that each takes until its training error is at or below given levels.
+
+A level is reached at the first log point that is at or below it, so iterations are known to one window (100 iterations;
+10 on the digits) and nothing is interpolated. A seed that never reaches it counts as the least it can be, one window
+after the end, and is named. What would refute the claim: the plain network reaches one of the levels no later.
+
+Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16, n = 3; record in
+docs/measurements/2026-11-21-convergence-quick):
+- quick, digits: training error of 50, 30, 20 % after 20, 30, 30 iterations (plain-20) and 10, 20, 20 (ResNet-20), the
+  same at every seed: one log point. Final test error 2.13 ± 0.58 and 1.85 ± 0.42 %. C8 holds;
+- the paper preset: not tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import tyro
+
+import resprobe as rp
+
+if TYPE_CHECKING:
+    import pandas
+
+KINDS = ("plain", "residual")
+LABELS = {"plain": "plain-{}", "residual": "ResNet-{}"}
+PAPER_18 = {"plain": "27.94", "residual": "27.88"}
+"""Top-1 validation error on ImageNet, Table 2."""
+COLUMNS = {"train_error": "training", "test_error": "test"}
+
+CONVERGES_FASTER = rp.Claim(
+    id="C8",
+    statement="At moderate depth a residual network converges faster at the early stage than its plain twin",
+    section="§4.1; Fig. 4",
+    paper="18 layers on ImageNet: 27.94 (plain) and 27.88 % (ResNet), the ResNet's error falling earlier (curves only)",
+    falsifier="the plain network reaches one of the levels of training error no later than the residual network",
+)
+
+
+@dataclass(frozen=True)
+class Options(rp.Options):
+    """A plain and a residual network of one depth, at which the plain one still trains well."""
+
+    errors: tuple[float, ...] = (50, 30, 20)
+    """training errors (%) to be reached"""
+    depth: int = 20
+    """depth of both networks in weighted layers"""
+    depths: tyro.conf.Suppress[tuple[int, ...]] = (20,)
+
+
+def plan(options: Options) -> list[rp.Planned]:
+    levels = options.errors
+    if not levels or len(set(levels)) < len(levels) or not all(0 <= level < 100 for level in levels):
+        raise rp.UsageError(f"errors (={' '.join(f'{level:g}' for level in levels)}) must be ≥ 0 and < 100, each once")
+    plain = {"block": options.block}
+    return [
+        rp.Planned({"kind": "plain"}, f"cifar/plain-{options.depth}", plain),
+        rp.Planned({"kind": "residual"}, f"cifar/resnet-{options.depth}", plain | {"shortcut": options.shortcut}),
+    ]
+
+
+def measure(results: rp.Results) -> pandas.DataFrame:
+    """One row a run, curve (training, test) and level (`error`, %): `iterations` until it is reached, or one window
+    after the end where `reached` says that it is not. `window`: iterations between log points."""
+    import pandas
+
+    rows = []
+    for (kind, seed), history in results.histories.groupby(["kind", "seed"], sort=False):
+        for column, curve in COLUMNS.items():
+            points = history.dropna(subset=[column])
+            window = points["iteration"].diff().fillna(points["iteration"]).max()
+            for level in results.options.errors:
+                below = points["iteration"][points[column] <= level]
+                reached = len(below) > 0
+                iterations = below.min() if reached else points["iteration"].max() + window
+                row = {"kind": kind, "seed": seed, "curve": curve, "error": level}
+                rows.append(row | {"iterations": iterations, "reached": reached, "window": window})
+    return pandas.DataFrame(rows)
+
+
+def judge(results: rp.Results) -> list[rp.Verdict]:
+    words, measured, evidence = [], [], []
+    for level in _levels(results):
+        both = [f"{_taken(results, kind, 'training', level)} ({kind})" for kind in KINDS]
+        measured.append(f"{level:g} %: {' and '.join(both)}")
+        slower = _compare(results, "training", level)
+        if slower is None:
+            evidence.append(f"{level:g} %: reached by neither, so not tested")
+            continue
+        tested = _compare(results, "test", level)
+        on_test = f"{tested.difference:+.0f} iterations" if tested else "reached by neither"
+        evidence.append(f"{level:g} %, plain against residual: {slower} (the same test error: {on_test})")
+        words.append(slower.verdict)
+    word = "holds" if set(words) == {"holds"} else "fails" if "fails" in words else "inconclusive"
+    window = results.measurements.loc[results.measurements["curve"] == "training", "window"].max()
+    evidence.append(f"log points are {window:g} iterations apart")
+    final = ", ".join(f"{rp.mean_std(results.values('test_error', kind=kind))} % ({kind})" for kind in KINDS)
+    return [
+        rp.Verdict(
+            CONVERGES_FASTER,
+            word if words else "not tested",
+            "iterations to a training error of " + "; ".join(measured),
+            "; ".join([*evidence, f"final test error {final}"]),
+        )
+    ]
+
+
+def _levels(results: rp.Results) -> list[float]:
+    """In the order in which a training passes them."""
+    return sorted(results.options.errors, reverse=True)
+
+
+def _rows(results: rp.Results, kind: str, curve: str, level: float) -> pandas.DataFrame:
+    table = results.measurements
+    return table[(table["kind"] == kind) & (table["curve"] == curve) & (table["error"] == level)]
+
+
+def _compare(results: rp.Results, curve: str, level: float) -> rp.Comparison | None:
+    """Does the plain network take longer? By less than a window does not count. None: neither gets there."""
+    plain, residual = (_rows(results, kind, curve, level) for kind in KINDS)
+    if not (plain["reached"].any() or residual["reached"].any()):
+        return None
+    taken = (rows["iterations"].tolist() for rows in (plain, residual))
+    return rp.compare(*taken, margin=float(plain["window"].max()), unit="iterations")
+
+
+def _taken(results: rp.Results, kind: str, curve: str, level: float) -> str:
+    """Mean ± std of the iterations; a lower bound where seeds do not get there."""
+    rows = _rows(results, kind, curve, level)
+    never = len(rows) - rows["reached"].sum()
+    if never == len(rows):
+        return "never"
+    taken = rp.mean_std(rows["iterations"].tolist(), 0)
+    return f"≥ {taken}, {never} of {len(rows)} seeds never" if never else taken
+
+
+def draw(results: rp.Results) -> dict[str, rp.Drawing]:
+    options, histories, table = results.options, results.histories, results.measurements
+    training = table[table["curve"] == "training"]
+    figure, (early, taken) = rp.figures.new_figure(2, share_y=False)
+    # The early stage: the first quarter (in the paper's recipe well before the first division of the rate), or more
+    # where the levels are reached later.
+    end = max(histories["iteration"].max() / 4, 1.5 * training["iterations"].max())
+    rp.figures.curves(early, histories[histories["iteration"] <= end], "kind", top=100)
+    for level in options.errors:
+        early.axhline(level, color="0.5", lw=0.8, ls=":")
+    early.set_xlim(left=0)
+    early.set_title("early stage")
+    early.set_ylabel("error (%)")
+    rp.figures.line_key(early)
+
+    palette = rp.figures.colours(KINDS)
+    levels = _levels(results)
+    for kind, marker, aside in zip(KINDS, ("o", "s"), (-0.06, 0.06), strict=True):
+        of = training[training["kind"] == kind]
+        seeds = of.groupby("error")["iterations"]
+        mean, spread = seeds.mean()[levels], seeds.std().fillna(0.0)[levels]
+        places = [place + aside for place in range(len(levels))]
+        style = {
+            "color": palette[kind],
+            "marker": marker,
+            "capsize": 3,
+            "lw": 2,
+            "label": LABELS[kind].format(options.depth),
+        }
+        taken.errorbar(places, mean, yerr=spread, **style)
+        missed = of[~of["reached"]]
+        at = [levels.index(level) + aside for level in missed["error"]]
+        taken.plot(at, missed["iterations"], ls="", marker="^", ms=9, mfc="none", color=palette[kind])
+    taken.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
+    taken.set_xlabel("training error reached (%)")
+    taken.set_ylabel("iterations")
+    taken.set_ylim(bottom=0)
+    taken.set_title("iterations until it is reached")
+    taken.legend(frameon=False, loc="upper left")
+    over = f"mean ± std over {len(options.seeds)} seeds" if len(options.seeds) > 1 else "one seed"
+    missed = (
+        "" if training["reached"].all() else " Open triangles: seeds that never reach it, at the end of their training."
+    )
+    return {
+        "figure": rp.Drawing(
+            figure,
+            f"Plain-{options.depth} and ResNet-{options.depth} on {options.data.partition(':')[0]}; {over}. Left: the "
+            "early stage in the manner of Fig. 4 (dashed: training error; bold: test error; dotted: the levels). "
+            f"Right: iterations until the training error is at or below each level.{missed}",
+            "Iterations to reach training errors, plain and residual. "
+            + "; ".join(
+                f"{level:g} %: {' and '.join(_taken(results, kind, 'training', level) for kind in KINDS)}"
+                for level in levels
+            )
+            + ".",
+        )
+    }
+
+
+def tabulate(results: rp.Results) -> pandas.DataFrame:
+    """One row a network and level: iterations to it, and where the network ends."""
+    import pandas
+
+    return pandas.DataFrame(
+        {
+            "network": LABELS[kind].format(results.options.depth),
+            "error (%)": f"{level:g}",
+            "iterations, training error": _taken(results, kind, "training", level),
+            "iterations, test error": _taken(results, kind, "test", level),
+            "final test error (%)": rp.mean_std(results.values("test_error", kind=kind)),
+            "paper, ImageNet, 18 layers (%)": PAPER_18[kind],
+        }
+        for kind in KINDS
+        for level in _levels(results)
+    )
+
+
+_QUICK = Options(preset="quick", data="digits", seeds=(0, 1, 2), iterations=400)
+
+study = rp.Study(
+    name="convergence",
+    title="At moderate depth residual networks converge faster",
+    description=(
+        "Counts the iterations that a plain network and its residual twin take to reach given training errors "
+        "(claim C8; §4.1, Fig. 4)."
+    ),
+    claims=(CONVERGES_FASTER,),
+    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    plan=plan,
+    measure=measure,
+    judge=judge,
+    draw=draw,
+    tabulate=tabulate,
+    how_sure=(
+        "Figures are mean ± standard deviation over seeds. At a level the claim holds if a one-sided Welch test over "
+        "seeds has p < 0.05; it fails if the same test at the same level excludes a delay of one window (the distance "
+        "of log points) or more; else it is inconclusive, as it is with one seed. It must hold at every level that is "
+        "reached, and fails if it fails at one. All this was fixed beforehand."
+    ),
+)
+
+if __name__ == "__main__":
+    raise SystemExit(study.main())

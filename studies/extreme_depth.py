@@ -1,0 +1,175 @@
+"""Extreme depth: over a thousand layers train without difficulty, but generalize worse than 110.
+
+Claim C4 in two parts (§4.2, "Exploring Over 1000 layers"; Fig. 6 right, Table 6). The second half is contested.
+
+    python -m studies.extreme_depth                                             # embedded digits, minutes on two cores
+    python -m studies.extreme_depth --preset paper --data cifar10               # 110 and 1202 layers, for a GPU
+    python -m studies.extreme_depth --depths 110 602 --recompute                # in less memory
+
+The paper trains a 1202-layer residual network as the 110-layer one, and finds "no optimization difficulty": training
+error below 0.1 %. Its test error, 7.93 %, "is worse than that of our 110-layer network" (6.43 %), "although both have
+similar training error. We argue that this is because of overfitting." Others measured the opposite: 6.18 % (akamaster's
+pytorch_resnet_cifar10) and 7.3 % at epoch 85 (fb.resnet.torch, issue 20).
+
+Both networks have the warm-up of §4.2 (see warm_up.py, which shares the runs of 110 layers). With `--recompute`, which
+the paper preset turns on, activations are computed again in the backward pass, block by block: the same numbers in less
+memory. What would refute the claims stands with them below.
+
+Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16, n = 3; record in
+docs/measurements/2026-11-21-extreme-depth-quick):
+- quick, digits, 400 iterations: training error of ResNet-110/302 4.57 ± 1.52/55.69 ± 29.24 %, test error 8.15 ± 0.85/
+  57.69 ± 26.93 %. C4a and C4b fail: so short a training is too short for 302 layers;
+- the paper preset: not tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import resprobe as rp
+from studies.warm_up import with_warm_up
+
+if TYPE_CHECKING:
+    import pandas
+
+PAPER_TEST_ERROR = {110: "6.43 (6.61 ± 0.16)", 1202: "7.93"}
+"""Table 6, CIFAR-10."""
+OTHERS_TEST_ERROR = {110: "6.32, 6.73", 1202: "6.18, 7.3 at epoch 85"}
+"""Published reproductions on CIFAR-10: akamaster's and, at 110 layers, gcr's, at 1202 fb.resnet.torch's (issue 20)."""
+TRAINED = 0.1
+"""Training error (%) below which the paper speaks of no optimization difficulty."""
+WARM_UP_FROM = 110
+"""Layers from which on the warm-up is needed (§4.2)."""
+
+TRAINS = rp.Claim(
+    id="C4a",
+    statement="Extremely deep residual networks train without optimization difficulty",
+    section="§4.2; Fig. 6 right",
+    paper="1202 layers: training error < 0.1 %",
+    falsifier=f"the deepest network's training error is not below {TRAINED} %, over seeds",
+)
+OVERFITS = rp.Claim(
+    id="C4b",
+    statement="The extremely deep network's test error is worse, because of overfitting",
+    section="§4.2; Fig. 6 right, Table 6",
+    paper="test error 7.93 % at 1202 layers, 6.43 % at 110; contested: others measured 6.18 % and 7.3 % at 1202",
+    falsifier="its test error is below the shallower network's mean − 2 std, or not above it over seeds; or its "
+    "training error is clearly above the shallower one's too, which is no overfitting",
+)
+
+
+def plan(options: rp.Options) -> list[rp.Planned]:
+    of = {"block": options.block, "shortcut": options.shortcut}
+    return [
+        rp.Planned(
+            {"depth": depth}, f"cifar/resnet-{depth}", of, recipe=with_warm_up if depth >= WARM_UP_FROM else None
+        )
+        for depth in options.depths
+    ]
+
+
+def judge(results: rp.Results) -> list[rp.Verdict]:
+    shallow, deep = min(results.options.depths), max(results.options.depths)
+    training, tested = (
+        {depth: results.values(column, depth=depth) for depth in (shallow, deep)}
+        for column in ("train_error", "test_error")
+    )
+    # A constant on one side makes Welch's test that of one sample.
+    trained = rp.compare([TRAINED] * len(training[deep]), training[deep], margin=0)
+    verdicts = [
+        rp.Verdict(
+            TRAINS,
+            trained.verdict,
+            f"training error {rp.mean_std(training[deep])} % at {deep} layers",
+            f"{TRAINED} %, a constant, against the training error: {trained}",
+        )
+    ]
+    if shallow == deep:
+        reason = "two depths are needed to compare"
+        return [*verdicts, rp.Verdict(OVERFITS, "not tested", "one depth only", reason)]
+    worse = rp.compare(tested[deep], tested[shallow])
+    harder = rp.compare(training[deep], training[shallow])
+    word, why = worse.verdict, ""
+    if min(worse.n) >= 2 and fmean(tested[deep]) < fmean(tested[shallow]) - 2 * stdev(tested[shallow]):
+        word, why = "fails", f"It is below the mean − 2 std of ResNet-{shallow}. "
+    elif word == "holds" and harder.lower > harder.margin:  # the paper's two have "similar training error"
+        word, why = "fails", "The training error is higher too, so this is not overfitting. "
+    return [
+        *verdicts,
+        rp.Verdict(
+            OVERFITS,
+            word,
+            f"test error {rp.mean_std(tested[deep])} % at {deep} layers, {rp.mean_std(tested[shallow])} % at {shallow}",
+            f"test error, ResNet-{deep} against ResNet-{shallow}: {worse}. {why}Training error: {harder}. Contested: "
+            f"at 1202 layers on CIFAR-10 akamaster and fb.resnet.torch (issue 20) report {OTHERS_TEST_ERROR[1202]}",
+        ),
+    ]
+
+
+def draw(results: rp.Results) -> dict[str, rp.Drawing]:
+    options, histories = results.options, results.histories
+    figure, panels = rp.figures.new_figure(2)
+    top = rp.figures.error_limit(histories)
+    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
+        rp.figures.curves(axis, histories, "depth", top=top, columns=(column,), label="{} layers")
+        axis.set_title(f"{title} error")
+    panels[0].set_ylabel("error (%)")
+    means = results.table.groupby("depth")[["train_error", "test_error"]].mean()
+    said = ", ".join(
+        f"{depth} layers {row.train_error:.1f} and {row.test_error:.1f} %" for depth, row in means.iterrows()
+    )
+    over = f"mean ± std over {len(options.seeds)} seeds" if len(options.seeds) > 1 else "one seed"
+    return {
+        "figure": rp.Drawing(
+            figure,
+            f"Residual networks of {' and '.join(map(str, sorted(options.depths)))} layers on "
+            f"{options.data.partition(':')[0]}, in the manner of Fig. 6 (right): training error (left) and test error "
+            f"(right); {over}.",
+            f"Error over iterations, one line a depth. Mean final training and test error: {said}.",
+        )
+    }
+
+
+def tabulate(results: rp.Results) -> pandas.DataFrame:
+    """One row a network, in the manner of Table 6."""
+    import pandas
+
+    return pandas.DataFrame(
+        {
+            "network": f"ResNet-{depth}",
+            "parameters": f"{group['parameters'].iloc[0]:,.0f}",
+            "training error (%)": rp.mean_std(group["train_error"].tolist()),
+            "test error (%)": rp.mean_std(group["test_error"].tolist()),
+            "paper, CIFAR-10 (%)": PAPER_TEST_ERROR.get(depth, "–"),
+            "others, CIFAR-10 (%)": OTHERS_TEST_ERROR.get(depth, "–"),
+            "seeds": len(group),
+            "s a run": f"{group['seconds'].mean():,.0f}",
+        }
+        for depth, group in results.table.groupby("depth")
+    )
+
+
+_QUICK = rp.Options(preset="quick", data="digits", depths=(110, 302), seeds=(0, 1, 2), iterations=400)
+
+study = rp.Study(
+    name="extreme_depth",
+    title="Extremely deep networks train, and may overfit",
+    description=(
+        "Trains the 110-layer residual network and a far deeper one and compares training and test error "
+        "(claim C4; §4.2, Fig. 6 right). --recompute saves memory."
+    ),
+    claims=(TRAINS, OVERFITS),
+    presets={
+        "quick": _QUICK,
+        "paper": replace(_QUICK, preset="paper", data="cifar10", depths=(110, 1202), iterations=64_000, recompute=True),
+    },
+    plan=plan,
+    judge=judge,
+    draw=draw,
+    tabulate=tabulate,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(study.main())
