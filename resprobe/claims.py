@@ -48,45 +48,66 @@ class Comparison:
 
     `verdict` says whether `higher` is indeed higher: it holds if the lower limit is above 0; it fails if the upper
     limit is below `margin`, which excludes any effect that matters; else it is inconclusive. Without a spread on
-    either side (fewer than two seeds) nothing can be said.
+    either side (fewer than two seeds) nothing can be said. `n` has the seeds of both sides, None for a constant.
     """
 
     difference: float
     lower: float
     upper: float
     p: float
-    n: tuple[int, int]
+    n: tuple[int | None, int | None]
     margin: float = MARGIN
     unit: str = "points"
 
     @property
+    def seeds(self) -> int:
+        """Of the side that has fewer."""
+        return min(count for count in self.n if count is not None)
+
+    @property
     def verdict(self) -> Word:
-        if min(self.n) < 2:
+        if self.seeds < 2:
             return "inconclusive"
         if self.lower > 0:
             return "holds"
         return "fails" if self.upper < self.margin else "inconclusive"
 
+    @property
+    def similar(self) -> Word:
+        """Whether both are the same but for `margin`: it holds if a larger difference is excluded in both directions,
+        and fails if there is certainly one."""
+        if self.seeds < 2:
+            return "inconclusive"
+        if self.lower > -self.margin and self.upper < self.margin:
+            return "holds"
+        return "fails" if self.lower > 0 or self.upper < 0 else "inconclusive"
+
     def __str__(self) -> str:
-        if min(self.n) < 2:
-            return (
-                f"difference {self.difference:+.2f} {self.unit}, n = {min(self.n)}: one seed has no spread to judge by"
-            )
+        difference = f"difference {self.difference:+.2f} {self.unit}"
+        if self.seeds < 2:
+            return f"{difference}, n = {self.seeds}: one seed has no spread to judge by"
+        against = " and ".join("a constant" if count is None else f"{count}" for count in self.n)
+        if self.lower == self.upper:
+            return f"{difference}, the same at every seed, n = {against} seeds"
         return (
-            f"difference {self.difference:+.2f} {self.unit}, 95 % limits {self.lower:+.2f} and {self.upper:+.2f}, "
-            f"one-sided Welch test p = {self.p:.2g}, n = {self.n[0]} and {self.n[1]} seeds"
+            f"{difference}, 95 % limits {self.lower:+.2f} and {self.upper:+.2f}, "
+            f"one-sided Welch test p = {self.p:.2g}, n = {against} seeds"
         )
 
 
 def compare(
-    higher: Sequence[float], lower: Sequence[float], *, margin: float = MARGIN, unit: str = "points"
+    higher: Sequence[float] | float, lower: Sequence[float] | float, *, margin: float = MARGIN, unit: str = "points"
 ) -> Comparison:
-    """Is the mean of `higher` above that of `lower`? One value a seed, in percent unless `margin` and `unit` say else."""
+    """Is the mean of `higher` above that of `lower`? One value a seed, in percent unless `margin` and `unit` say else.
+
+    A bare number on one side is a constant: the test is then that of one sample.
+    """
     from scipy import stats
 
-    n = (len(higher), len(lower))
+    n = tuple(len(side) if isinstance(side, Sequence) else None for side in (higher, lower))
+    higher, lower = ([float(side)] * 2 if not isinstance(side, Sequence) else side for side in (higher, lower))
     difference = _mean(higher) - _mean(lower)
-    if min(n) < 2:
+    if min(count for count in n if count is not None) < 2:
         return Comparison(difference, -math.inf, math.inf, math.nan, n, margin, unit)
     # Welch's test, from its formula since scipy's warns where all seeds of one side agree, which errors of 0 % do.
     parts = [_std(values) ** 2 / len(values) for values in (higher, lower)]

@@ -77,3 +77,29 @@ def test_mean_std():
 def test_a_verdict_is_one_of_four_words():
     with pytest.raises(rp.UsageError, match=r"verdict \(='hold'\) is unknown; accepted: holds, fails.*nearest: holds"):
         rp.Verdict(CLAIM, "hold", "measured", "evidence")
+
+
+def test_against_a_constant_it_is_the_test_of_one_sample():
+    from scipy import stats
+
+    values = [0.05, 0.07, 0.04, 0.06]
+    found = rp.compare(0.1, values, margin=0)
+    assert found.p == pytest.approx(stats.ttest_1samp(values, 0.1, alternative="less").pvalue)
+    assert found.verdict == "holds"
+    assert str(found).endswith("n = a constant and 4 seeds")
+    assert rp.compare(0.1, [0.05]).verdict == "inconclusive"
+    assert rp.compare([0.3, 0.4, 0.35], 0.1).verdict == "holds"
+
+
+def test_similar_means_that_a_larger_difference_is_excluded_both_ways():
+    assert rp.compare([6.0, 6.1, 6.2], [6.0, 6.1, 6.2]).similar == "holds"
+    assert rp.compare([9.0, 9.1, 9.2], [6.0, 6.1, 6.2]).similar == "fails"
+    assert rp.compare([6.0, 6.1, 6.2], [9.0, 9.1, 9.2]).similar == "fails"
+    assert rp.compare([3.0, 6.0, 9.0], [6.0, 6.1, 6.2]).similar == "inconclusive"
+    assert rp.compare([6.0], [6.0, 6.1]).similar == "inconclusive"
+
+
+def test_seeds_that_all_agree_are_said_to():
+    assert str(rp.compare([30, 30, 30], [20, 20, 20], unit="iterations")) == (
+        "difference +10.00 iterations, the same at every seed, n = 3 and 3 seeds"
+    )

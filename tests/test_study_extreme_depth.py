@@ -66,6 +66,13 @@ def test_an_equal_test_error_refutes_the_second_part():
     assert words(PAPER_LIKE | {1202: [(0.04, 6.6), (0.05, 6.5), (0.03, 6.7)]})["C4b"] == "fails"
 
 
+def test_a_training_too_short_for_the_shallower_network_refutes_nothing():
+    found = verdicts({110: [(4.5, 8.1), (4.6, 8.2), (4.7, 8.0)], 1202: [(60.0, 60.1), (61.0, 61.2), (59.0, 58.8)]})
+    assert [found[part].verdict for part in ("C4a", "C4b")] == ["inconclusive", "inconclusive"]
+    for part in ("C4a", "C4b"):
+        assert "ResNet-110 is not trained either (4.60 ± 0.10 %): the training is too short" in found[part].evidence
+
+
 def test_a_higher_training_error_is_no_overfitting():
     degraded = verdicts(PAPER_LIKE | {1202: [(3.0, 9.9), (3.1, 9.8), (2.9, 10.0)]})["C4b"]
     assert degraded.verdict == "fails"
