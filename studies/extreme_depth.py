@@ -6,10 +6,10 @@ Claim C4 in two parts (§4.2, "Exploring Over 1000 layers"; Fig. 6 right, Table 
     python -m studies.extreme_depth --preset paper --data cifar10               # 110 and 1202 layers, for a GPU
     python -m studies.extreme_depth --depths 110 602 --recompute                # in less memory
 
-The paper trains a 1202-layer residual network as the 110-layer one, and finds "no optimization difficulty": training
-error below 0.1 %. Its test error, 7.93 %, "is worse than that of our 110-layer network" (6.43 %), "although both have
-similar training error. We argue that this is because of overfitting." Others measured the opposite: 6.18 % (akamaster's
-pytorch_resnet_cifar10) and 7.3 % at epoch 85 (fb.resnet.torch, issue 20).
+The paper trains a 1202-layer residual network as the 110-layer one, to a training error below 0.1 %. Its test error,
+7.93 %, is above that of 110 layers (6.43 %) with a similar training error, which the paper puts down to overfitting.
+Others measured the opposite: 6.18 % (akamaster's pytorch_resnet_cifar10) and 7.3 % at epoch 85 (fb.resnet.torch, issue
+20).
 
 Both networks have the warm-up of §4.2 (see warm_up.py, which shares the runs of 110 layers). With `--recompute`, which
 the paper preset turns on, activations are computed again in the backward pass, block by block: the same numbers in less
@@ -18,7 +18,7 @@ memory. What would refute the claims stands with them below.
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16, n = 3; record in
 docs/measurements/2026-11-21-extreme-depth-quick):
 - quick, digits, 400 iterations: training error of ResNet-110/302 4.57 ± 1.52/55.69 ± 29.24 %, test error 8.15 ± 0.85/
-  57.69 ± 26.93 %. C4a and C4b fail: so short a training is too short for 302 layers;
+  57.69 ± 26.93 %. C4a and C4b are inconclusive: so short a training does not fit 110 layers either;
 - the paper preset: not tested.
 """
 
