@@ -19,13 +19,17 @@ MARGIN = 0.5
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement of the paper. `paper` holds its numbers; `falsifier` what result would contradict it."""
+    """A statement of the paper. `paper` holds its numbers; `falsifier` what result would contradict it.
+
+    `beyond`: the statement is ours, and the paper does not make it.
+    """
 
     id: str
     statement: str
     section: str
     paper: str
     falsifier: str
+    beyond: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from resprobe.sweep import in_words
 if TYPE_CHECKING:
     from resprobe.study import Results, Study
 
-_SYMBOLS = {"holds": "✓", "fails": "✗", "inconclusive": "?", "not tested": "–"}
-_SETTINGS = {
+SYMBOLS = {"holds": "✓", "fails": "✗", "inconclusive": "?", "not tested": "–"}
+SETTINGS = {
     "quick": "quick setting: minutes on a laptop, not the paper's data or recipe",
     "paper": "the paper's setting",
     "custom": "custom setting: neither the quick nor the paper's preset",
@@ -54,6 +54,7 @@ def write_report(
                 "verdict": verdict.verdict,
                 "evidence": verdict.evidence,
                 "falsifier": verdict.claim.falsifier,
+                "beyond": verdict.claim.beyond,
             }
             for verdict in verdicts
         ],
@@ -66,6 +67,7 @@ def write_report(
             "seconds_of_study": round(seconds, 1),
         },
         "environment": environment,
+        "figures": {name: drawing.alt for name, drawing in drawings.items()},
     }
     images = {}
     for name, drawing in drawings.items():
@@ -80,8 +82,8 @@ def write_report(
         "study": study,
         "record": record,
         "verdicts": verdicts,
-        "symbols": _SYMBOLS,
-        "setting": _SETTINGS[setting],
+        "symbols": SYMBOLS,
+        "setting": SETTINGS[setting],
         "table": table,
         "drawings": drawings,
         "images": {name: base64.b64encode(png).decode() for name, png in images.items()},
@@ -90,8 +92,8 @@ def write_report(
         "environment": {name: value for name, value in environment.items() if value is not None},
         "duration": in_words(record["config"]["seconds_of_training"]) if results.runs else None,
     }
-    write_atomically(out / "report.md", _render("report.md", page).encode())
-    write_atomically(out / "report.html", _render("report.html", page).encode())
+    write_atomically(out / "report.md", render_template("report.md", page).encode())
+    write_atomically(out / "report.html", render_template("report.html", page).encode())
     # Last: a verdict that is there has its report beside it.
     write_atomically(out / "verdict.json", (json.dumps(record, indent=1, default=str) + "\n").encode())
     print(
@@ -105,7 +107,7 @@ def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Re
     """The verdict in one paragraph."""
     said = " ".join(f"{verdict.claim.id} {verdict.verdict}: {verdict.measured}." for verdict in verdicts)
     data = f"; data: {results.options.data.partition(':')[0]}" if results.runs else ""
-    return f"{study.title} ({_SETTINGS[setting]}{data}). {said}"
+    return f"{study.title} ({SETTINGS[setting]}{data}). {said}"
 
 
 def _departures(results: Results, recipes: Sequence[Recipe], environment: dict[str, Any]) -> list[str]:
@@ -136,7 +138,7 @@ def _how_sure(results: Results) -> str:
     )
 
 
-def _render(template: str, page: dict[str, Any]) -> str:
+def render_template(template: str, page: dict[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import shlex
 import sys
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from resprobe.networks import NetworkSpec
     from resprobe.recipes import Recipe
     from resprobe.runs import Run
-    from resprobe.sweep import Job
+    from resprobe.sweep import Job, Survey
 
 Setting = Literal["quick", "paper", "custom"]
 
@@ -156,7 +157,7 @@ class Study:
         arguments = list(sys.argv[1:] if arguments is None else arguments)
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
             sys.stdout.reconfigure(errors="replace")
-        with _notes_on_one_line():
+        with notes_on_one_line():
             try:
                 options = self.parse(arguments)
                 self.run(options, arguments)
@@ -181,11 +182,18 @@ class Study:
         return _parse_with_tyro(self, self.presets[preset], arguments)
 
     def run(self, options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
-        """Does the study and writes its report. Returns what `verdict.json` holds; nothing for a dry run."""
+        """Does the study and writes its report. Returns what `verdict.json` holds; nothing for a dry run
+        or in a process that only helped to train."""
         started = time.perf_counter()
         options = dataclasses.replace(options, out=options.out or f"results/{self.name}")
+        if options.dry_run:
+            ahead = self.survey(options)
+            print("\n".join(map(str, ahead)) or "nothing to train")
+            if self.then is not None and len(ahead) == 1 and ahead[0].missing:
+                print("a second round of training follows, from what comes out of this one")
+            return {}
         gathered = _gather(self, options)
-        if gathered is None:
+        if gathered is None:  # of several processes the first alone reports
             return {}
         results, recipes, environment = gathered
         verdicts = list(self.judge(results))
@@ -207,6 +215,12 @@ class Study:
             seconds=time.perf_counter() - started,
         )
 
+    def survey(self, options: Options) -> list[Survey]:
+        """What is there and what is to be trained, a round each. What follows a round to be trained is not known yet."""
+        ahead: list[Survey] = []
+        _gather(self, dataclasses.replace(options, out=options.out or f"results/{self.name}"), ahead)
+        return ahead
+
     def setting(self, options: Options) -> Setting:
         """The preset's name if what is measured is the preset's, else "custom"."""
         preset = self.presets[options.preset]
@@ -219,11 +233,14 @@ class Study:
         return options.preset
 
 
-def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
-    """Finds or trains the runs and puts them into tables; None if only that was to be looked ahead at."""
+def _gather(
+    study: Study, options: Options, ahead: list[Survey] | None = None
+) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
+    """Finds or trains the runs and puts them into tables. With `ahead`, only surveys are made, and put there."""
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
     from resprobe.devices import flush_denormals, resolve_device, resolve_precision
+    from resprobe.distributed import join, leave, team
     from resprobe.environment import environment
     from resprobe.extensions import load_plugin
     from resprobe.networks import resolve
@@ -234,7 +251,7 @@ def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict
     for plugin in options.plugin:
         load_plugin(plugin)
     concurrency = parse_concurrency(options.concurrency)
-    device = resolve_device(options.device)
+    device = join(resolve_device(options.device))
     precision = resolve_precision(options.precision, device)
     for name in ("depths", "seeds"):
         values = getattr(options, name)
@@ -246,6 +263,8 @@ def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict
     for one in planned:
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
             resolve(one.network, **one.options)
+    if team().size > 1:
+        team().told(lambda: bool(load_data(options.data)))  # one of them downloads
     data = load_data(options.data)
     fresh = _jobs(planned, options, data, precision)
     _check_networks({job.config.network for _, job in fresh})
@@ -255,13 +274,11 @@ def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict
     labelled, runs = [], []
     for then in (study.then, None):
         jobs = [job for _, job in fresh]
-        if options.dry_run:
-            ahead = survey(jobs, store, device=device, concurrency=concurrency) if jobs else None
-            print(ahead or "nothing to train")
-            if then is not None and ahead is not None and ahead.missing:
-                print("a second round of training follows, from what comes out of this one")
-            if then is None or (ahead is not None and ahead.missing):
+        if ahead is not None:
+            ahead += [survey(jobs, store, device=device, concurrency=concurrency)] if jobs else []
+            if then is None or (ahead and ahead[-1].missing):
                 return None
+            runs += [store.find(job.config, job.probes) for job in jobs]
         elif jobs:
             runs += run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin)
         labelled += fresh
@@ -269,10 +286,14 @@ def _gather(study: Study, options: Options) -> tuple[Results, list[Recipe], dict
         if then is None:
             break
         fresh = _jobs(then(results), options, data, precision)
+    made_with, first = environment(device) | {"precision": precision}, team().first
+    leave()
+    if not first:  # what is left to do is to measure and to write
+        return None
     if study.measure is not None:
         results = dataclasses.replace(results, measurements=study.measure(results))
     recipes = list(dict.fromkeys(job.config.recipe for _, job in labelled))
-    return results, recipes, environment(device) | {"precision": precision}
+    return results, recipes, made_with
 
 
 def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: str) -> list[tuple[dict[str, Any], Job]]:
@@ -313,17 +334,20 @@ def _tables(
 
 
 def _check_networks(specs: set[NetworkSpec]) -> None:
-    """Builds the shallowest network of each kind, so that a block that does not fit is found before training."""
+    """Builds every network once, so that a depth that is not there or a block that does not fit is found beforehand."""
     from resprobe.networks import build
 
-    kinds: dict[Any, NetworkSpec] = {}
     for spec in sorted(specs, key=lambda spec: (spec.depth or 0, spec.family)):
-        kinds.setdefault((spec.family, spec.options), spec)
-    for spec in kinds.values():
         build(spec)
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
+
+
+def offered(options: type[Options]) -> list[str]:
+    """Names of the options that a command line takes: those that the study does not put away."""
+    hints = get_type_hints(options, include_extras=True)
+    return [name for name, hint in hints.items() if tyro.conf.Suppress not in get_args(hint)]
 
 
 def _preset(arguments: Sequence[str]) -> str:
@@ -361,9 +385,7 @@ def _one_line(box: str, defaults: Options) -> str:
     paragraphs = " ".join("\n" if set(line) <= set("─╭╮╰╯- ") else line for line in lines[1:]).split("\n")
     text = next((paragraph.strip() for paragraph in paragraphs if paragraph.strip()), "unusable arguments")
     if unknown := re.search(r"^Unrecognized options: (\S+?),?(?: |$)", text):
-        hints = get_type_hints(type(defaults), include_extras=True)
-        offered = [name for name, hint in hints.items() if tyro.conf.Suppress not in get_args(hint)]
-        known = [f"--{name.replace('_', '-')}" for name in offered]
+        known = [f"--{name.replace('_', '-')}" for name in offered(type(defaults))]
         return str(not_accepted("option", unknown.group(1), known))
     if choice := re.search(r"invalid choice '(.*?)' for argument '(--\S+)'. Expected one of \((.*?)\)", text):
         return str(not_accepted(choice.group(2), choice.group(1), re.findall(r"'(.*?)'", choice.group(3))))
@@ -377,12 +399,13 @@ def _one_line(box: str, defaults: Options) -> str:
 
 
 def _say(text: str, code: int) -> int:
-    print(f"error: {text}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which all find the same, one says so
+        print(f"error: {text}", file=sys.stderr)
     return code
 
 
 @contextlib.contextmanager
-def _notes_on_one_line() -> Iterator[None]:
+def notes_on_one_line() -> Iterator[None]:
     """Shows warnings as notes: where in our code they arise is nothing to a user."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:

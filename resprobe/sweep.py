@@ -280,7 +280,7 @@ def _listen(news: Any, board: _Board) -> None:
 
 
 def _start_worker(news: Any, threads: int, plugins: Sequence[str]) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C reaches the whole process group; only the parent acts on it, and tells its workers once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
@@ -291,7 +291,7 @@ def _start_worker(news: Any, threads: int, plugins: Sequence[str]) -> None:
     _worker["news"] = news
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A worker whose parent was killed must not train on for nobody; its run's checkpoint is there."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -302,6 +302,7 @@ def _end_with_parent() -> None:
 def _stop(*_: object) -> None:
     """A worker that trains is interrupted, and keeps a checkpoint; one that waits for work just ends."""
     if _worker.get("training"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once more, it must not leave its checkpoint half-done
         raise KeyboardInterrupt
     os._exit(0)
 
@@ -311,6 +312,8 @@ def _train_in_worker(job: Job, root: str, device: str) -> dict[str, float]:
     try:
         store = RunStore(root)
         return _train(job, store, torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
+    except KeyboardInterrupt:
+        os._exit(0)  # the pool has already handed it the next run, which would be trained for nobody
     finally:
         _worker["training"] = False
 

@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
-import pkgutil
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
-import studies
-from resprobe.study import Study
+from resprobe.study import notes_on_one_line
+from studies.scorecard import find_studies, gather, in_words
 
 
-def all_studies() -> list[Study]:
-    """Every study of this package, in alphabetical order."""
-    names = sorted(module.name for module in pkgutil.iter_modules(studies.__path__) if module.name != "__main__")
-    modules = (importlib.import_module(f"studies.{name}") for name in names)
-    return [module.study for module in modules if isinstance(getattr(module, "study", None), Study)]
-
-
-def last_verdicts(study: Study, results: Path) -> dict[str, str]:
-    """Claim → what the last run of the study said of it, and in which setting."""
-    try:
-        record = json.loads((results / study.name / "verdict.json").read_text())
-        return {claim["id"]: f"{claim['verdict']} ({record['setting']})" for claim in record["claims"]}
-    except (OSError, ValueError, KeyError):
-        return {}
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m studies", description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"), help="where reports are (default: results)")
     results = parser.parse_args().results
-    for study in all_studies():
+    studies, broken = find_studies()
+    with notes_on_one_line():
+        rows = gather(studies, results)
+    width = max(60, shutil.get_terminal_size((140, 24)).columns)
+    for study in studies:
         print(f"python -m studies.{study.name}")
-        verdicts = last_verdicts(study, results)
-        for claim in study.claims:
-            print(f"    {claim.id:<4} {verdicts.get(claim.id, 'not tested'):<22} {claim.statement} ({claim.section})")
+        for row in rows:
+            if row.study == study.name:
+                verdict = f"{row.verdict} ({row.setting})" if row.setting else row.verdict
+                start = f"    {row.claim.id:<4} {verdict:<22} "
+                text = f"{row.claim.statement} ({row.claim.section})"
+                print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start)))
+    without = [row.claim.id for row in rows if not row.study]
+    print(f"\n{in_words(rows)} (no study tests {', '.join(without)})" if without else f"\n{in_words(rows)}")
+    print("python -m studies.scorecard puts them on one page; with --run quick it runs every study first")
+    for name, why in broken.items():
+        print(f"error: studies.{name} {why}", file=sys.stderr)
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

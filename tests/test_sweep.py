@@ -123,7 +123,7 @@ from resprobe.sweep import Job, run_all
 
 if __name__ == "__main__":
     recipe = rp.default_recipe(rp.load_data("digits"), 100_000)
-    jobs = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4)) for seed in (0, 1)]
+    jobs = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4)) for seed in range(4)]  # two wait
     run_all(jobs, rp.RunStore(sys.argv[1]), device=torch.device("cpu"), concurrency=2)
 """
 
@@ -172,6 +172,8 @@ def test_workers_end_with_their_parent(how, tmp_path):
         assert not any(map(alive, workers))
         if how == signal.SIGINT:  # asked to stop, not killed: what was done is kept
             assert list(tmp_path.glob("runs/*/checkpoint.pt"))
+            # The pool hands every worker its next run beforehand; that one must not be begun.
+            assert len(list(tmp_path.glob("runs/*/config.json"))) == 2
     finally:
         parent.kill()
         parent.wait()
