@@ -241,7 +241,10 @@ WRONG_SHAPE = STRANGER.replace("layers.conv(2 * width, width, kernel=3), layers.
 
 MISTAKES = [
     (("--depths", "21"), "depth (=21) must be 6n+2 with block 'basic'; nearest are 20 and 26"),
-    (("--block", "basci"), "block (='basci') is unknown; accepted: basic, bottleneck, single; nearest: basic"),
+    (
+        ("--block", "basci"),
+        "block (='basci') is unknown; accepted: basic, bottleneck, single, single-linear; nearest: basic",
+    ),
     (("--shortcut", "D"), "shortcut (='D') is unknown; accepted: A, A-centred, B, C, highway, none"),
     (("--plugin", "absent.py"), "plugin (='absent.py') is not there: no file"),
     (("--plugin", "broken.py"), "plugin (='broken.py') does not import: ZeroDivisionError: division by zero"),

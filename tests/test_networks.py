@@ -460,7 +460,7 @@ def test_depths_of_a_block_and_no_others_are_accepted(block, depth):
         (
             "cifar/resnet-20",
             {"block": "bottlenek"},
-            "block (='bottlenek') is unknown; accepted: basic, bottleneck, single; nearest: bottleneck",
+            "block (='bottlenek') is unknown; accepted: basic, bottleneck, single, single-linear; nearest: bottleneck",
         ),
         ("cifar/resnet-many", {}, "depth (='many') of network 'cifar/resnet-many' must be a whole number"),
         ("cifar/resnet-2.5", {}, "depth (='2.5') of network 'cifar/resnet-2.5' must be a whole number"),
