@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ def evaluate(
 
     "single-view": the whole small image (§4.2), or the centre crop of a file. "ten-crop": four corners, centre and
     their flips, softmax scores averaged (§3.4). "multi-scale": the network applied fully convolutionally with the
-    shorter side at 224, 256, 384, 480 and 640 pixels, scores averaged over scales (§3.4; image files only).
+    shorter side at 224, 256, 384, 480 and 640 pixels, scores averaged over scales (§3.4; image files only). Files are
+    cropped to `data.cropped(size)`; for crops other than 224 pixels the scales are in proportion.
     A sequence of networks is an ensemble: their scores are averaged.
 
     Inputs are normalized as the network was trained (`network.normalization`), else by `normalization`, else by the
@@ -90,18 +92,21 @@ def evaluate(
     views = {"single-view": _single_view, "ten-crop": _ten_crop, "multi-scale": _multi_scale}[protocol](
         images, batch_size
     )
+    # Small images are padded after normalization, as in training, so that their crops are cut there.
+    crops = _padded_crops if protocol == "ten-crop" and isinstance(images, ImageSet) else _whole
 
     def scores(batch: Sequence[Tensor]) -> Tensor:
         """Mean softmax over members and views: log-probabilities [N, classes]."""
-        total: Tensor | None = None
+        total, count = None, 0
         for member, normalize in members:
-            for view in batch:
+            for view in (crop for whole in batch for crop in crops(normalize(whole.to(device)))):
                 with autocast(device, precision):
-                    logits = member(normalize(view.to(device)).contiguous(memory_format=torch.channels_last))
+                    logits = member(view.contiguous(memory_format=torch.channels_last))
                 probabilities = logits.double().softmax(1) if device.type != "mps" else logits.float().softmax(1)
                 total = probabilities if total is None else total + probabilities
+                count += 1
         assert total is not None
-        return (total / (len(members) * len(batch))).clamp_min(1e-300 if total.dtype == torch.float64 else 1e-38).log()
+        return (total / count).clamp_min(1e-300 if total.dtype == torch.float64 else 1e-38).log()
 
     with _all_in_evaluation_mode([member for member, _ in members]), torch.inference_mode():
         return tally((scores(batch), labels.to(device)) for batch, labels in views)
@@ -164,17 +169,23 @@ def _single_view(images: ImageSet | FolderSet, batch_size: int) -> Views:
 
 
 def _ten_crop(images: ImageSet | FolderSet, batch_size: int) -> Views:
-    """Ten crops of files at 256/224 of the crop; of small images, of the image padded by 4 pixels as in training."""
+    """Ten crops of files at 256/224 of the crop; small images as they are (see `_padded_crops`)."""
     if isinstance(images, ImageSet):
-        size = images.images.shape[-1]
-        batches: Iterator[tuple[Tensor, Tensor]] = (
-            (F.pad(batch, (4, 4, 4, 4)), labels) for batch, labels in images.views(batch_size)
-        )
-    else:
-        size = images.size
-        batches = _files_at(images, size * 256 // 224)
-    for batch, labels in batches:
-        yield ten_crops(batch, size), labels
+        yield from _single_view(images, batch_size)
+        return
+    files = _files_at(images, images.size * 256 // 224)
+    while group := list(itertools.islice(files, max(1, batch_size // 10))):
+        crops = (ten_crops(image, images.size) for image, _ in group)
+        yield [torch.cat(views) for views in zip(*crops, strict=True)], torch.cat([label for _, label in group])
+
+
+def _padded_crops(images: Tensor) -> list[Tensor]:
+    """Ten crops of normalized small images, padded by 4 pixels (§4.2)."""
+    return ten_crops(F.pad(images, (4, 4, 4, 4)), images.shape[-1])
+
+
+def _whole(images: Tensor) -> list[Tensor]:
+    return [images]
 
 
 def ten_crops(images: Tensor, size: int) -> list[Tensor]:
@@ -191,7 +202,9 @@ def ten_crops(images: Tensor, size: int) -> list[Tensor]:
 def _multi_scale(images: ImageSet | FolderSet, batch_size: int) -> Views:
     if isinstance(images, ImageSet):
         raise UsageError("protocol (='multi-scale') needs image files (folder:PATH); small images have one scale")
-    streams: list[Callable[[], Iterator]] = [lambda scale=scale: _files_at(images, scale) for scale in SCALES]
+    streams: list[Callable[[], Iterator]] = [
+        lambda scale=scale: _files_at(images, scale * images.size // 224) for scale in SCALES
+    ]
     for scales in zip(*(stream() for stream in streams), strict=True):
         yield [batch for batch, _ in scales], scales[0][1]
 

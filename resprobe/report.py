@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resprobe.checkpoints import write_atomically
 from resprobe.claims import LEVEL, MARGIN, Verdict
 from resprobe.figures import render
-from resprobe.recipes import Recipe, departures
+from resprobe.recipes import Recipe, cifar_paper, departures, imagenet_paper
 from resprobe.sweep import in_words
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def write_report(
             "command": command,
             "options": dataclasses.asdict(results.options),
             "recipes": [dataclasses.asdict(recipe) for recipe in recipes],
-            "departures": _departures(results, recipes, environment),
+            "departures": _departures(study, results, recipes, environment),
             "seconds_of_training": sum(run.metrics["seconds"] for run in results.runs),
             "seconds_of_study": round(seconds, 1),
         },
@@ -110,13 +110,19 @@ def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Re
     return f"{study.title} ({SETTINGS[setting]}{data}). {said}"
 
 
-def _departures(results: Results, recipes: Sequence[Recipe], environment: dict[str, Any]) -> list[str]:
+def _departures(study: Study, results: Results, recipes: Sequence[Recipe], environment: dict[str, Any]) -> list[str]:
     """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name."""
     found = []
-    data = results.options.data.partition(":")[0]
-    if results.runs and data != "cifar10":
-        found.append(f"data: {data} instead of CIFAR-10")
-    lines = {recipe: departures(recipe) for recipe in recipes}
+    data, _, path = results.options.data.partition(":")
+    if (weights := bool(getattr(results.options, "weights", ()))) or results.runs:
+        if data == "folder":
+            found.append(f"data: the folder {Path(path).name}; whether it is {study.paper_data} is not checked")
+        elif data != study.paper_data.lower().replace("-", ""):
+            found.append(f"data: {data} instead of {study.paper_data}")
+    if weights:
+        found.append("weights that were trained elsewhere, by a recipe that is not known here")
+    paper = imagenet_paper() if study.paper_data == "ImageNet" else cifar_paper()
+    lines = {recipe: departures(recipe, paper) for recipe in recipes}
     for recipe, own in lines.items():
         for line in own:
             everywhere = all(line in other for other in lines.values())

@@ -136,7 +136,8 @@ class Study:
     """One file of `studies/`: `plan` says which networks must be trained, `then` which of those are to be trained on from
     what came out, `measure` looks at them where their training is not the whole story, `judge` says what that means,
     `draw` shows it, and `tabulate` puts it beside the paper's numbers. `main` does the rest. `how_sure` replaces the
-    report's words on seeds where a study does not rest on them.
+    report's words on seeds where a study does not rest on them. `paper_data`: what the paper's experiment ran on, from
+    which departures are told.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Study:
     then: Callable[[Results], Sequence[Planned]] | None = None
     measure: Callable[[Results], pandas.DataFrame] | None = None
     how_sure: str = ""
+    paper_data: Literal["CIFAR-10", "ImageNet"] = "CIFAR-10"
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""

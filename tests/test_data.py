@@ -18,6 +18,7 @@ from torch import Tensor
 import resprobe as rp
 from resprobe.data import TensorBatches, data_identity, datasets, training_batches
 from resprobe.recipes import cifar_paper, imagenet_paper
+from resprobe.training import Training
 
 # From Python 3.12 on, a loader's workers are frowned upon beside torch's threads.
 with_workers = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -92,6 +93,17 @@ class TestDigits:
         with pytest.raises(rp.UsageError) as error:
             rp.load_data("digits:somewhere")
         assert str(error.value) == "data (='digits:somewhere') takes no path: the digits are embedded"
+
+    def test_enlarged_digits_are_the_same_digits(self, digits):
+        large = rp.load_data("digits-64")
+        assert large.train.images.shape == (1437, 1, 64, 64)
+        assert torch.equal(large.test.labels, digits.test.labels)
+        for ours, small in ((large.train, digits.train), (large.test, digits.test)):
+            means = torch.nn.functional.avg_pool2d(ours.images.float(), 8)  # 8×8 again, blurred a little
+            assert (means - small.images.float()).abs().mean() < 20
+        assert data_identity("digits-64") == large.identity == "digits-64"
+        with pytest.raises(rp.UsageError, match="takes no path: the digits are embedded"):
+            rp.load_data("digits-64:somewhere")
 
 
 class TestNames:
@@ -407,6 +419,22 @@ class TestFolder:
         for view, index in zip(sample, (0, 1, 3, 5, 7), strict=True):
             assert torch.equal(view, views[index])
         assert len(repeated.sample(100)) == 9
+
+    def test_a_training_tests_at_its_recipes_crop(self, large):
+        data = rp.load_data(f"folder:{large}")
+        recipe = dataclasses.replace(
+            imagenet_paper(2), batch_size=2, crop=48, scale=(50, 60), validation_fraction=1 / 3
+        )
+        network = rp.build("imagenet/resnet-18", width=2, num_classes=2)
+        training = Training(network, data, recipe, device=CPU)
+        for part in (training.data.train, training.data.validation, training.test):
+            assert next(iter(part.views(1)))[0].shape == (1, 3, 48, 48)
+        assert training.normalization.mean.shape == (3, 48, 48)
+        sizes = set()
+        network.register_forward_pre_hook(lambda _, inputs: sizes.add(tuple(inputs[0].shape[2:])))
+        training.test_now()
+        assert sizes == {(48, 48)}
+        assert data.test.size == 224  # the caller's data are as they were
 
     def test_hold_out_of_files(self, large):
         split = rp.load_data(f"folder:{large}").hold_out(1 / 3)

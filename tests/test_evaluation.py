@@ -237,14 +237,14 @@ def test_ten_crop_of_small_images_equals_a_naive_twin(net):
     net.eval()
     rows = []
     for image in data.test.images:
-        padded = torch.zeros(1, 16, 16, dtype=torch.uint8)
-        padded[:, 4:12, 4:12] = image
+        padded = torch.zeros(1, 16, 16)  # after the mean is subtracted, as in training
+        padded[:, 4:12, 4:12] = image.float() / 255 - normalization.mean
         total = torch.zeros(10, dtype=torch.float64)
         for top, left in [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]:
             crop = padded[:, top : top + 8, left : left + 8]
             for view in (crop, crop.flip(2)):
                 with torch.no_grad():
-                    total += net((view.float() / 255 - normalization.mean)[None])[0].double().softmax(0)
+                    total += net(view[None])[0].double().softmax(0)
         rows.append((total / 10).log())
     check(result, torch.stack(rows), data.test.labels)
 
@@ -260,6 +260,27 @@ def test_ten_crop_of_files_crops_at_256_of_224(tmp_path):
     expected = [whole[..., top : top + 56, left : left + 56] for top, left in corners]
     for seen, wanted in zip(net.seen, [*expected, *(crop.flip(3) for crop in expected)], strict=True):
         assert torch.equal(seen, wanted)
+
+
+def test_ten_crop_of_many_files_comes_in_batches(tmp_path):
+    random, paths = np.random.default_rng(0), []
+    for index, shape in enumerate([(40, 50, 3), (60, 40, 3), (45, 45, 3)]):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(paths[-1])
+    files, net = FolderSet(tuple(paths), torch.tensor([0, 1, 0]), size=28), Recording()
+    result = on(net, files, "ten-crop", normalization=COLOUR, batch_size=20)
+    assert [len(view) for view in net.seen] == [2] * 10 + [1] * 10  # twenty crops at a time
+    single = [on(net, files.select(torch.tensor([index])), "ten-crop", normalization=COLOUR) for index in range(3)]
+    assert result.images == 3
+    assert result.errors == sum(one.errors for one in single)
+    assert result.loss == pytest.approx(sum(one.loss for one in single) / 3, rel=1e-6)
+
+
+def test_scales_are_in_proportion_to_the_crop(tmp_path):
+    Image.new("RGB", (60, 40), (9, 99, 199)).save(tmp_path / "a.png")
+    net, files = Recording(), FolderSet((tmp_path / "a.png",), torch.tensor([0])).cropped(112)
+    on(net, files, "multi-scale", normalization=COLOUR)
+    assert [min(view.shape[2:]) for view in net.seen] == [112, 128, 192, 240, 320]
 
 
 # -- multi-scale -------------------------------------------------------------------------------------------------

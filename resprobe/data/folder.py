@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ _IN_MEMORY_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class FolderSet:
-    """Image files with their labels. `size` is the side of the test crop in pixels unless a recipe says otherwise."""
+    """Image files with their labels. `size` is the side of the test crop in pixels; a training tests at its recipe's."""
 
     files: tuple[Path, ...]
     labels: Tensor
@@ -41,6 +41,10 @@ class FolderSet:
 
     def select(self, indices: Tensor) -> FolderSet:
         return FolderSet(tuple(self.files[index] for index in indices.tolist()), self.labels[indices], self.size)
+
+    def cropped(self, size: int) -> FolderSet:
+        """The same files with a test crop of `size` pixels."""
+        return replace(self, size=size)
 
     def sample(self, limit: int) -> Tensor:
         """Up to `limit` images, spread evenly over the files, as single views: to fit a normalization on."""
@@ -61,7 +65,13 @@ class FolderSet:
         )
 
     def training_batches(
-        self, recipe: Recipe, seed: int, normalization: Normalization, device: torch.device, start: int
+        self,
+        recipe: Recipe,
+        seed: int,
+        normalization: Normalization,
+        device: torch.device,
+        start: int,
+        part: slice = slice(None),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from `start` on: random scale, crop, flip and lighting (§3.4), each a function of (seed, position)."""
         if recipe.augmentation == "pad-crop":
@@ -71,7 +81,7 @@ class FolderSet:
             )
         loader = DataLoader(
             _Crops(self, recipe),
-            batch_sampler=_Positions(len(self), recipe, seed, start),
+            batch_sampler=_Positions(len(self), recipe, seed, start, part),
             num_workers=loader_processes(recipe.batch_size),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else a resumed run's network would draw other random numbers
@@ -226,8 +236,8 @@ class _Crops(Dataset):
 class _Positions:
     """Batches of (image, (seed, position)): the stream of `resprobe.data.batches`, for a loader with workers."""
 
-    def __init__(self, count: int, recipe: Recipe, seed: int, start: int):
-        self.count, self.recipe, self.seed, self.start = count, recipe, seed, start
+    def __init__(self, count: int, recipe: Recipe, seed: int, start: int, part: slice):
+        self.count, self.recipe, self.seed, self.start, self.part = count, recipe, seed, start, part
 
     def __len__(self) -> int:
         return self.recipe.iterations - self.start
@@ -241,4 +251,4 @@ class _Positions:
                     epoch = position // self.count
                     order = torch.randperm(self.count, generator=generator("epoch", self.seed, epoch))
                 batch.append((int(order[position % self.count]), (self.seed, position)))
-            yield batch
+            yield batch[self.part]

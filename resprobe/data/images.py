@@ -87,6 +87,10 @@ class ImageSet:
     def select(self, indices: Tensor) -> ImageSet:
         return ImageSet(self.images[indices], self.labels[indices])
 
+    def cropped(self, size: int) -> ImageSet:
+        """These images: in memory they are as they are."""
+        return self
+
     def sample(self, limit: int) -> Tensor:
         """Images to fit a normalization on: all of them, being in memory."""
         return self.images
@@ -115,6 +119,11 @@ class Data:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def cropped(self, size: int) -> Data:
+        """The same data, image files tested by a centre crop of `size` pixels."""
+        validation = self.validation and self.validation.cropped(size)
+        return replace(self, train=self.train.cropped(size), test=self.test.cropped(size), validation=validation)
 
     def hold_out(self, fraction: float) -> Data:
         """Holds out a fraction of the training set for validation (0.1 of CIFAR-10 is §4.2's 45k/5k).

@@ -1,0 +1,284 @@
+"""Test protocols: one set of weights errs less under 10-crop than under one view, and less still over several scales.
+
+Claim C16 (§3.4; Tables 3 and 4).
+
+    python -m studies.test_protocols                             # digits of 64 pixels: one view and 10-crop
+    python -m studies.test_protocols --data folder:PATH --network imagenet/resnet-18 --iterations 60
+    python -m studies.test_protocols --preset paper --data folder:PATH
+    python -m studies.test_protocols --preset paper --data folder:PATH --stride-in 3x3 --weights resnet50.pth   # torchvision's
+
+§3.4 compares networks by 10-crop, and tests the best fully convolutionally over several scales, the shorter side at 224, 256,
+384, 480 and 640 pixels. ResNet-50 on ImageNet's validation set: 22.85 % top-1 error in 10-crop (Table 3), 20.74 % over
+scales (Table 4); the authors state 24.7 % for one crop of their released model. Scores are averaged after the softmax.
+
+Several scales need image files (`folder:PATH`, with train/ and val/). Images in memory are padded by 4 pixels for 10-crop,
+as they are cropped in the training of §4.2. The claim is about one set of weights, so its uncertainty is that over test
+images, which are the same under each protocol: differences are taken in twenty parts of them. What would refute it stands
+with the claim below.
+
+Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; record in docs/measurements/):
+- quick, digits of 64 pixels, three networks trained without augmentation: one view 2.22 ± 0.28 %, 10-crop 6.57 ± 0.58 %. C16
+  fails: the networks do not know mirror images, and mirrored digits are none. Several scales: not tested;
+- ten ImageNet classes (Imagenette, 4,000 + 1,500 photographs), one ResNet-34 of a quarter of the width after 600 iterations on
+  crops of 112 pixels: one view 64.13 %, 10-crop 62.73 % (p = 0.043), five scales 65.73 %. C16 fails in its second half;
+- the paper preset: not tested.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+import resprobe as rp
+
+if TYPE_CHECKING:
+    import pandas
+
+VIEWS = {
+    "single-view": "1",
+    "ten-crop": "10",
+    "multi-scale": "5 scales, whole",
+}
+"""Protocols in the order of the claim, the highest error first, and what each looks at."""
+PAPER = {"single-view": (24.7, None), "ten-crop": (22.85, 6.71), "multi-scale": (20.74, 5.25)}
+"""ResNet-50 on ImageNet's validation set, top-1 and top-5 (%): the authors' released model; Table 3; Table 4."""
+CROP = 224
+"""Side of the crops (§3.4)."""
+PARTS = 20
+"""Parts of the test images, every twentieth image each, over which differences between protocols are compared."""
+
+MORE_VIEWS_HELP = rp.Claim(
+    id="C16",
+    statement="The same weights err less under 10-crop than on one view, and less still over several scales",
+    section="§3.4; Tables 3, 4",
+    paper="ResNet-50, top-1 error: one crop 24.7 % (the authors' released model), 10-crop 22.85 %, multi-scale 20.74 %",
+    falsifier="10-crop not below one view, or multi-scale not below 10-crop, over parts of the test images",
+)
+
+
+@dataclass(frozen=True)
+class Options(rp.Options):
+    """One network, trained here or read from files; what other studies vary is put away."""
+
+    network: str = ""
+    """network by name; by default cifar/resnet-20, imagenet/resnet-18 above 32 pixels, imagenet/resnet-50 for image files"""
+    width: int = 0
+    """filters of the first stage; 0: the network's own"""
+    stride_in: Literal["1x1", "3x3"] = "1x1"
+    """convolution of a bottleneck that takes the stride; 1x1: the paper's, 3x3: that of torchvision's weights"""
+    crop: int = CROP
+    """side of the crops in pixels, for image files; the scales of training and testing in proportion"""
+    weights: tuple[str, ...] = ()
+    """trained weights to test instead of training: files (torchvision's too) or folders of runs"""
+    depths: tyro.conf.Suppress[tuple[int, ...]] = (20,)
+    block: tyro.conf.Suppress[str] = "basic"
+    shortcut: tyro.conf.Suppress[str] = "A"
+
+
+def plan(options: Options) -> list[rp.Planned]:
+    if options.width < 0:
+        raise rp.UsageError(f"width (={options.width}) must be a whole number ≥ 1, or 0 for the network's own")
+    if options.crop < 32:
+        raise rp.UsageError(f"crop (={options.crop}) must be a whole number ≥ 32")
+    name, chosen = _network(options, rp.load_data(options.data))
+    return [] if options.weights else [rp.Planned({"name": name}, name, chosen, recipe=_recipe(options))]
+
+
+def _recipe(options: Options) -> Callable[[rp.Recipe], rp.Recipe]:
+    """The usual recipe, with the crop of `options` for image files and their scales in proportion."""
+
+    def change(recipe: rp.Recipe) -> rp.Recipe:
+        if recipe.augmentation != "scale-crop":
+            return recipe
+        low, high = (round(side * options.crop / CROP) for side in recipe.scale)
+        return replace(recipe, crop=options.crop, scale=(low, high))
+
+    return change
+
+
+def _network(options: Options, data: rp.Data) -> tuple[str, dict]:
+    """The network's name and those of its options that are not its own defaults."""
+    if isinstance(data.test, rp.FolderSet):
+        usual = "imagenet/resnet-50"
+    else:
+        usual = "imagenet/resnet-18" if data.test.images.shape[-1] > 32 else "cifar/resnet-20"
+    chosen = {"width": options.width} if options.width else {}
+    return options.network or usual, chosen | ({"stride_in": options.stride_in} if options.stride_in != "1x1" else {})
+
+
+def measure(results: rp.Results) -> pandas.DataFrame:
+    """One row a network, protocol and part of the test images: `network`, `protocol`, `part`, `images`, `errors` (counts),
+    `error` and `top5_error` (percent), `seconds`."""
+    import pandas
+    import torch
+
+    data = rp.load_data(results.options.data).cropped(results.options.crop)
+    protocols = [name for name in VIEWS if name != "multi-scale" or isinstance(data.test, rp.FolderSet)]
+    parts = min(PARTS, len(data.test))
+    rows = []
+    for label, network in _networks(results, data):
+        for protocol in protocols:
+            for part in range(parts):
+                images = data.test.select(torch.arange(part, len(data.test), parts))
+                start = time.perf_counter()
+                found = rp.evaluate(network, images, protocol, device=results.device, precision=results.precision)
+                counts = {"images": found.images, "errors": found.errors, "seconds": time.perf_counter() - start}
+                errors = {"error": found.error, "top5_error": found.top5_error}
+                rows.append({"network": label, "protocol": protocol, "part": part} | counts | errors)
+    return pandas.DataFrame(rows)
+
+
+def _networks(results: rp.Results, data: rp.Data) -> Iterator[tuple[str, rp.Network]]:
+    """What each trained network is called, and the network: those of the runs, or those that `--weights` names."""
+    for row, run in zip(results.table.itertuples(), results.runs, strict=True):
+        yield f"{row.name}, seed {row.seed}", run.network
+    name, chosen = _network(results.options, data)
+    for path in results.options.weights:
+        network = rp.build(name, in_channels=data.in_channels, num_classes=data.num_classes, **chosen)
+        rp.load_weights(network, path)
+        if network.normalization is None:  # the file does not say; §3.4 subtracts the per-pixel mean
+            network.normalization = rp.Normalization.fit(data.train.sample(2000), "per-pixel-mean")
+        yield f"{name}, {path}", network
+
+
+def _errors(measured: pandas.DataFrame, protocol: str) -> pandas.DataFrame:
+    """One row a network: top-1 and top-5 error over all parts, and seconds for a thousand images."""
+    rows = measured[measured["protocol"] == protocol]
+    weighted = rows.assign(top5=rows["top5_error"] * rows["images"])
+    sums = weighted.groupby("network", sort=False)[["images", "errors", "top5", "seconds"]].sum()
+    return sums.assign(
+        error=100 * sums["errors"] / sums["images"],
+        top5_error=sums["top5"] / sums["images"],
+        seconds=1000 * sums["seconds"] / sums["images"],
+    )
+
+
+def _gap(measured: pandas.DataFrame, higher: str, lower: str) -> rp.Comparison:
+    """Paired over parts of the images, the mean over networks in each."""
+    parts = measured.groupby(["protocol", "part"])["error"].mean()
+    return rp.compare((parts[higher] - parts[lower]).tolist(), 0.0)
+
+
+def judge(results: rp.Results) -> list[rp.Verdict]:
+    measured = results.measurements
+    tested = [protocol for protocol in VIEWS if protocol in set(measured["protocol"])]
+    gaps = {pair: _gap(measured, *pair) for pair in zip(tested, tested[1:], strict=False)}
+    words = [gap.verdict for gap in gaps.values()]
+    if "fails" in words:
+        word = "fails"
+    else:
+        word = "holds" if words == ["holds", "holds"] else "inconclusive"
+    evidence = [
+        f"{higher} above {lower}: {gap.difference:+.2f} points, 95 % limits {gap.lower:+.2f} and {gap.upper:+.2f}, one-sided "
+        f"paired t-test p = {gap.p:.2g} over {gap.seeds} parts of the test images"
+        for (higher, lower), gap in gaps.items()
+    ]
+    if "multi-scale" not in tested:
+        evidence.append("multi-scale was not tested: it needs image files (--data folder:PATH)")
+    evidence.append(_what_corners_show(results.options.data))
+    if any(run.config.recipe.augmentation == "none" for run in results.runs):
+        evidence.append("the networks were trained without crops and mirror images, which 10-crop shows them")
+    errors = {protocol: _errors(measured, protocol)["error"].tolist() for protocol in tested}
+    figures = ", ".join(f"{protocol} {rp.mean_std(values)} %" for protocol, values in errors.items())
+    return [rp.Verdict(MORE_VIEWS_HELP, word, f"test error: {figures}", "; ".join(evidence))]
+
+
+def _what_corners_show(data: str) -> str:
+    """How much of an image 10-crop's corners show, on which it depends whether they help."""
+    images, theirs = rp.load_data(data).test, "(224 of 256 pixels a side)"
+    if isinstance(images, rp.FolderSet):
+        return f"a corner crop shows {_share(224, 256)} of the square that it is cut from {theirs}"
+    size = images.images.shape[-1]
+    return (
+        f"a corner crop of these {size}×{size} images, padded by 4, shows {_share(size - 4, size)} of the image; in §3.4 "
+        f"{theirs} {_share(224, 256)}"
+    )
+
+
+def _share(side: int, whole: int) -> str:
+    return f"{100 * (side / whole) ** 2:.0f} %"
+
+
+def draw(results: rp.Results) -> dict[str, rp.Drawing]:
+    measured = results.measurements
+    tested = [protocol for protocol in VIEWS if protocol in set(measured["protocol"])]
+    figure, (ours, paper) = rp.figures.new_figure(2, width=4.4, share_y=False)
+    palette = rp.figures.colours(["ours", "paper"])
+    errors = {protocol: _errors(measured, protocol)["error"] for protocol in tested}
+    for network in errors[tested[0]].index:
+        ours.plot([errors[name][network] for name in tested], color="0.6", lw=1, marker=".")
+    means = {name: errors[name].mean() for name in tested}
+    published = {name: top1 for name, (top1, _) in PAPER.items()}
+    for axis, values, who, marker in ((ours, means, "ours", "o"), (paper, published, "paper", "s")):
+        axis.plot(list(values.values()), color=palette[who], marker=marker, lw=2.4)
+        axis.set_xticks(range(len(values)), [f"{name}\n{round(error, 2)} %" for name, error in values.items()])
+        axis.margins(x=0.2)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
+    ours.set_title(f"measured on {rp.load_data(results.options.data).name}")
+    paper.set_title("the paper: ResNet-50, ImageNet")
+    ours.set_ylabel("test error, top-1 (%)")
+    said = ", ".join(f"{protocol} {mean:.2f} %" for protocol, mean in means.items())
+    networks = len(errors[tested[0]])
+    return {
+        "figure": rp.Drawing(
+            figure,
+            f"Top-1 error of the same weights under each protocol: mean of {networks} network{'s' if networks > 1 else ''} "
+            "(left; grey: each) and the paper's ResNet-50 (right; one crop: the authors' released model).",
+            f"Test error by protocol: {said}; the paper's ResNet-50 24.7, 22.85 and 20.74 %.",
+        )
+    }
+
+
+def tabulate(results: rp.Results) -> pandas.DataFrame:
+    """One row a protocol, the paper's numbers beside it."""
+    import pandas
+
+    rows = []
+    for protocol, views in VIEWS.items():
+        top1, top5 = PAPER[protocol]
+        row = {"protocol": protocol, "views of an image": views, "top-1 error (%)": "not tested"}
+        errors = _errors(results.measurements, protocol)
+        if len(errors):
+            row |= {
+                "top-1 error (%)": rp.mean_std(errors["error"].tolist()),
+                "top-5 error (%)": rp.mean_std(errors["top5_error"].tolist()),
+                "s for 1,000 images": f"{errors['seconds'].mean():.1f}",
+                "networks": str(len(errors)),
+            }
+        rows.append(row | {"the paper's ResNet-50, top-1 / top-5 (%)": f"{top1} / {top5 or '–'}"})
+    return pandas.DataFrame(rows).fillna("–")
+
+
+study = rp.Study(
+    name="test_protocols",
+    title="More views of an image, fewer errors",
+    description=(
+        "Tests one set of weights on one view, in 10-crop and over several scales (claim C16; §3.4, Tables 3 and 4)."
+    ),
+    claims=(MORE_VIEWS_HELP,),
+    presets={
+        "quick": Options(preset="quick", data="digits-64", width=16, seeds=(0, 1, 2), iterations=400),
+        "paper": Options(preset="paper", data="folder", seeds=(0,), iterations=600_000),
+    },
+    plan=plan,
+    measure=measure,
+    paper_data="ImageNet",
+    judge=judge,
+    draw=draw,
+    tabulate=tabulate,
+    how_sure=(
+        "The same weights see the same images under each protocol, so differences are paired: in each of "
+        f"{PARTS} parts of the test images (every twentieth image), averaged over networks where there are several. Each of the "
+        "two gaps holds if a one-sided paired t-test over parts has p < 0.05, fails if the same test excludes a gap of 0.5 "
+        "points or more, and else is inconclusive; the claim holds if both do. This says how sure the order is for these "
+        "weights on other images; how much it differs from one training to another is the spread in the table, if there are "
+        "several networks."
+    ),
+)
+
+if __name__ == "__main__":
+    raise SystemExit(study.main())
