@@ -6,10 +6,11 @@ Claim C21 (§3.2).
     python -m studies.single_layer --seeds 0 1 2 3 4 5 6 7          # a closer look at small differences
     python -m studies.single_layer --preset paper --data cifar10    # the paper's recipe, for a GPU
 
-The paper calls the single-layer case, y = W₁x + x, similar to a linear layer and saw no advantage of it. It prints no numbers, and says neither for which depth nor whether the ReLU that follows every addition of
-its blocks follows this one too; with it, y = max(0, W₁x + x) is not linear. Both forms are trained: `single` has the ReLU
-and is what the verdict rests on; `single-linear` has none. Two-layer blocks (`basic`) stand beside them as a control,
-where the depth is theirs too: that one layer has no advantage says little where two have none.
+The paper calls the single-layer case, y = W₁x + x, similar to a linear layer and saw no advantage of it. It prints no
+numbers, and says neither for which depth nor whether the ReLU that follows every addition of its blocks follows this one
+too; with it, y = max(0, W₁x + x) is not linear. Both forms are trained: `single` has the ReLU and is what the verdict
+rests on; `single-linear` has none. Two-layer blocks (`basic`) stand beside them as a control, where the depth is theirs
+too: that one layer has no advantage says little where two have none.
 
 A claim of no advantage turns the test round. Is the plain network's test error above the residual one's? If it is, the
 claim fails; if an advantage of 0.5 points or more is excluded, it holds; else it is inconclusive. The verdict is on the

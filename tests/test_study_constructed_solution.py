@@ -34,7 +34,8 @@ def inputs(seed: int, count: int = 8) -> torch.Tensor:
 
 
 def assert_equal_to_rounding(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    assert float((ours - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+    # A dead network's logits are all zero, and rounding is then that of its layers, whose values are near 1.
+    assert float((ours - expected).abs().max()) <= 1e-4 * max(1e-2, float(expected.abs().max()))
 
 
 networks = st.builds(
