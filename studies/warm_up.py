@@ -193,11 +193,8 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
             first = history[history["epoch"] <= max(10, history["epoch"].min())]
             early.plot(first["iteration"], first["train_error"], **line)
         early.plot([], [], label=start, **line)
-    for axis, title, top in (
-        (whole, "test error, whole training", rp.figures.error_limit(histories)),
-        (early, "training error, first ten epochs", 100),
-    ):
-        axis.set(title=title, xlabel="iterations", ylim=(0, top), xlim=(0, None))
+    for axis, title in ((whole, "test error, whole training"), (early, "training error, first ten epochs")):
+        axis.set(title=title, xlabel="iterations", ylim=(0, 100), xlim=(0, None))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     whole.set_ylabel("error (%)")
     for level in (80, 90):
