@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pandas
 import pytest
+import torch
 
 import resprobe as rp
 from studies import complexity
-from studies.complexity import judge, study
+from studies.complexity import _peak_memory, _time, judge, study
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,42 @@ def test_table_and_figure(results):
     cost, _ = study.draw(results)["figure"].figure.axes
     plain, option_a = cost.lines[0], cost.lines[1]
     assert plain.get_ydata().tolist() == option_a.get_ydata().tolist()
+
+
+def test_the_fastest_pass_is_the_one_that_counts(results, monkeypatch):
+    """What else the machine does can only add."""
+    ticks = iter([0.0, 9.0, 10.0, 10.25, 20.0, 27.0])
+    monkeypatch.setattr(complexity.time, "perf_counter", lambda: next(ticks))
+    three = dataclasses.replace(results, options=dataclasses.replace(results.options, repeats=3))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert _time("imagenet/resnet-18", three)["forward_ms"] == 250.0
+        assert torch.get_num_threads() == 2  # timed by one, and given back
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+def test_the_memory_of_a_pass_is_seen_each_time():
+    """Also when an earlier pass has left memory of that size behind."""
+
+    class Large(torch.nn.Module):
+        def forward(self, x):
+            parts = [x + index for index in range(1024)]  # 64 MiB in small parts, which the process keeps when freed
+            self.last = x + 1  # what lies above them in memory, so that they cannot be given back by themselves
+            return sum(part.sum() for part in parts)
+
+    network, image = Large(), torch.zeros(2**14)
+    network(image)
+    for _ in range(2):
+        assert 50 < _peak_memory(network, image) < 100
+
+
+def test_no_pass_cannot_be_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["--repeats", "0"]) == 2
+    assert capsys.readouterr().err == "error: repeats (=0) must be a whole number ≥ 1\n"
 
 
 def test_options_of_trainings_are_put_away(capsys):

@@ -44,8 +44,9 @@ def verdict(stds) -> rp.Verdict:
 def test_curves_as_in_the_paper_confirm_the_claim():
     found = verdict(FIG_7)
     assert found.verdict == "holds"
-    assert "residual-110 0.40 ± 0.01" in found.measured
+    assert "ResNet-110 0.400 ± 0.010" in found.measured
     assert "ResNet-56 is smaller in 100% of the layers" in found.evidence
+    assert "plain-20 above ResNet-20: difference +0.30 in mean std" in found.evidence
 
 
 def test_responses_as_large_as_the_plain_ones_refute_it():
@@ -59,6 +60,28 @@ def test_deeper_networks_with_larger_responses_refute_it():
 def test_noise_and_single_seeds_are_inconclusive():
     assert verdict(FIG_7 | {("residual", 56): [0.2, 1.5, 0.6]}).verdict == "inconclusive"
     assert verdict({key: values[:1] for key, values in FIG_7.items()}).verdict == "inconclusive"
+
+
+def test_a_difference_counts_in_proportion_to_the_responses():
+    """Where weight decay has made all responses small, small differences are effects, and their absence is none."""
+    tenth = {key: [value / 10 for value in values] for key, values in FIG_7.items()}
+    assert verdict(tenth).verdict == "holds"
+    assert verdict(tenth | {("residual", 110): [0.070, 0.071, 0.069]}).verdict == "fails"
+    assert verdict(tenth | {("residual", 110): [0.060, 0.071, 0.069]}).verdict == "inconclusive"
+
+
+@pytest.mark.parametrize("reading", ["test", "train"])
+def test_modes_that_disagree_are_inconclusive(reading):
+    ours, other = results(FIG_7), results(FIG_7 | {("residual", 110): [0.80, 0.81, 0.79]})
+    rows = ours.measurements["reading"] == reading
+    ours.measurements.loc[rows, "std"] = other.measurements.loc[rows, "std"]
+    (found,) = judge(ours)
+    assert found.verdict == "inconclusive"
+    # The closed form is training mode's, and has no say of its own.
+    rows = ours.measurements["reading"] == "closed"
+    same = results(FIG_7)
+    same.measurements.loc[rows, "std"] = other.measurements.loc[rows, "std"]
+    assert judge(same)[0].verdict == "holds"
 
 
 def test_half_the_networks_are_half_a_test():
@@ -76,6 +99,28 @@ def test_both_panels_of_figure_7():
     line = next(line for line in by_size.lines if line.get_label() == "ResNet-110")
     assert line.get_ydata() == pytest.approx([0.48, 0.44, 0.36, 0.32])
     assert {line.get_linestyle() for line in ordered.lines if line.get_label().startswith("plain")} == {"--"}
+    # One network that has not trained may not squash all others.
+    assert {axis.get_yscale() for axis in (ordered, by_size)} == {"log"}
+    (legend,) = study.draw(results(FIG_7))["figure"].figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "plain-20",
+        "plain-56",
+        "ResNet-20",
+        "ResNet-56",
+        "ResNet-110",
+    ]
+
+
+def test_the_table_says_which_networks_have_trained():
+    ours = results({key: FIG_7[key] for key in [("plain", 20), ("residual", 20)]})
+    assert study.tabulate(ours).columns.tolist()[-1] == "mean std, closed form"  # of published weights it is not known
+    rows = [("plain", 81.5), ("plain", 80.5), ("residual", 0.1), ("residual", 0.3)]
+    runs = pandas.DataFrame(
+        [{"kind": kind, "depth": 20, "seed": i % 2, "train_error": error} for i, (kind, error) in enumerate(rows)]
+    )
+    table = study.tabulate(dataclasses.replace(ours, table=runs)).set_index("network")
+    assert table["training error (%)"].to_dict() == {"plain-20": "81.00 ± 0.71", "ResNet-20": "0.20 ± 0.14"}
+    assert table.loc["ResNet-20", "mean std, test images"] == "0.700 ± 0.010"
 
 
 def test_the_plan_is_figure_7s():
@@ -87,6 +132,23 @@ def test_the_plan_is_figure_7s():
         ("residual", 56),
         ("residual", 110),
     ]
+
+
+def test_weight_decay_has_the_effect_of_the_papers_64k_iterations():
+    *_, deep = layer_responses.plan(study.presets["quick"])
+    plain, *_ = layer_responses.plan(study.presets["quick"])
+    digits, paper = rp.recipes.digits_quick(), rp.recipes.cifar_paper()
+    # 32,000 · 0.1 + 16,000 · 0.01 + 16,000 · 0.001 = 3376, and 200 · 0.05 + 100 · 0.005 + 100 · 0.0005 = 10.55.
+    assert plain.recipe(digits).weight_decay == pytest.approx(1e-4 * 3376 / 10.55)
+    assert plain.recipe(digits).warm_up_rate is None
+    assert (deep.recipe(digits).warm_up_rate, deep.recipe(digits).warm_up_until) == (0.005, 80.0)
+    # The paper's own recipe is left as it is, and its runs are those of other studies.
+    assert dataclasses.replace(plain.recipe(paper), name=paper.name) == paper
+    with_warm_up = rp.recipes.cifar_paper(depth=110)
+    assert dataclasses.replace(deep.recipe(with_warm_up), name=paper.name) == with_warm_up
+    # A longer training has more of it already; it is never lowered.
+    longer = rp.recipes.cifar_paper(128_000)
+    assert plain.recipe(longer).weight_decay == 1e-4
 
 
 def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch):
