@@ -257,7 +257,7 @@ def pictures(
         raise rp.UsageError(f"shown has {len(seen)} images, but {len(images)} are explained")
     columns = min(8, len(images))
     bands = -(-len(images) // columns)
-    figure, _ = rp.figures.new_figure(width=1.6 * columns + 0.4, height=3.9 * bands)
+    figure, _ = rp.figures.new_figure(width=1.6 * columns + 0.4, height=4.4 * bands)
     figure.clear()  # the house's size and layout; pictures need axes of their own
     axes = figure.subplots(2 * bands, columns, squeeze=False)
     for axis in axes.flat:

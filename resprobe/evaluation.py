@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -202,11 +202,12 @@ def ten_crops(images: Tensor, size: int) -> list[Tensor]:
 def _multi_scale(images: ImageSet | FolderSet, batch_size: int) -> Views:
     if isinstance(images, ImageSet):
         raise UsageError("protocol (='multi-scale') needs image files (folder:PATH); small images have one scale")
-    streams: list[Callable[[], Iterator]] = [
-        lambda scale=scale: _files_at(images, scale * images.size // 224) for scale in SCALES
-    ]
-    for scales in zip(*(stream() for stream in streams), strict=True):
-        yield [batch for batch, _ in scales], scales[0][1]
+    streams = [_files_at(images, scale * images.size // 224) for scale in SCALES]
+    # Files of one shape that follow each other go through the network together; the largest scale has 8 times the pixels.
+    for _, alike in itertools.groupby(zip(*streams, strict=True), lambda scales: [each[0].shape for each in scales]):
+        while group := list(itertools.islice(alike, max(1, batch_size // 25))):
+            views = [torch.cat([view for view, _ in at_scale]) for at_scale in zip(*group, strict=True)]
+            yield views, torch.cat([scales[0][1] for scales in group])
 
 
 def _files_at(images: FolderSet, shorter: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -88,6 +88,7 @@ def write_report(
         "drawings": drawings,
         "images": {name: base64.b64encode(png).decode() for name, png in images.items()},
         "summary": summary(study, verdicts, setting, results),
+        "followed": "the paper's data and recipe" if results.runs else "nothing was trained",
         "how_sure": study.how_sure or _how_sure(results),
         "environment": {name: value for name, value in environment.items() if value is not None},
         "duration": in_words(record["config"]["seconds_of_training"]) if results.runs else None,

@@ -269,7 +269,6 @@ def _pictures(results: rp.Results) -> rp.Drawing:
     data = rp.load_data(results.options.data)
     images, labels = next(iter(data.test.views(PICTURES)))
     figure = pictures(run.network, run.network.normalization(images), labels, shown=images)
-    figure.set_figheight(figure.get_figheight() + 0.5)  # or the titles are cut off
     return rp.Drawing(
         figure,
         f"The first test images, and below each what speaks for (red) and against (blue) its class in ResNet-{deep}, seed "

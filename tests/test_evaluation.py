@@ -276,6 +276,19 @@ def test_ten_crop_of_many_files_comes_in_batches(tmp_path):
     assert result.loss == pytest.approx(sum(one.loss for one in single) / 3, rel=1e-6)
 
 
+def test_multi_scale_takes_files_of_one_shape_together(tmp_path):
+    random, paths = np.random.default_rng(1), []
+    for index, (width, height) in enumerate([(30, 40), (30, 40), (30, 40), (40, 30), (30, 40)]):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(paths[-1])
+    files, net = FolderSet(tuple(paths), torch.tensor([0, 1, 0, 1, 1])).cropped(28), Recording()
+    result = on(net, files, "multi-scale", normalization=COLOUR, batch_size=50)
+    assert [len(view) for view in net.seen] == [2] * 5 + [1] * 5 + [1] * 5 + [1] * 5
+    single = [on(net, files.select(torch.tensor([index])), "multi-scale", normalization=COLOUR) for index in range(5)]
+    assert (result.images, result.errors) == (5, sum(one.errors for one in single))
+    assert result.loss == pytest.approx(sum(one.loss for one in single) / 5, rel=1e-6)
+
+
 def test_scales_are_in_proportion_to_the_crop(tmp_path):
     Image.new("RGB", (60, 40), (9, 99, 199)).save(tmp_path / "a.png")
     net, files = Recording(), FolderSet((tmp_path / "a.png",), torch.tensor([0])).cropped(112)
