@@ -234,6 +234,7 @@ def test_91_convolutions_of_resnet_101_are_shared() -> None:
     assert sum("shortcut" not in name for name in names) == 91
 
 
+@pytest.mark.usefixtures("clean_registries")
 def test_a_network_with_a_strangers_block_can_be_a_backbone() -> None:
     class Strange(rp.Block):
         weighted_layers = 2
