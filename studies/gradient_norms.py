@@ -1,0 +1,466 @@
+"""Gradient norms: do deep plain networks fail because gradients vanish, or in spite of healthy ones?
+
+Claim C6 (§4.1); C6b is ours.
+
+    python -m studies.gradient_norms                             # embedded digits, minutes on two cores
+    python -m studies.gradient_norms --depth 56                  # 110 is the default, at initialization only
+    python -m studies.gradient_norms --preset paper --data cifar10
+
+§4.1: in plain networks with batch normalization forward signals keep a variance and gradients have healthy norms, so that
+neither vanishes. No numbers are printed. Two problems are to be told apart: gradients that vanish or explode, and
+degradation without either.
+
+What is compared is the ratio of the gradients of the loss for the first and for the last block's output, root mean squares
+over the images of a mini-batch in training mode, in decades (log10). It is 0 where gradients arrive as they set out,
+below 0 where they vanish on their way back, above 0 where they explode. Gradients of weights are measured and tabulated
+too, but their ratio cannot tell: without normalization a layer's weight gradient is the product of the signal from before
+and the gradient from behind, so that both ends of a network in which all has vanished have the same norm of almost zero.
+
+Looked at are networks at initialization (with and without batch normalization, from He's and from a naive initialization:
+normal, std 0.01) and after training, in float64 since float32 ends at 1e-38; and networks along their training, as they
+train, at ten readings in every power of ten of iterations. What a verdict says of training rests on the median of the
+readings. The lowest (for C6b the highest) is stated beside it: it tells of single mini-batches, and goes further the more
+often one looks. What would refute the claims stands with them below.
+
+Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, training in bf16; n = 3, ± std; record in
+docs/measurements/2026-11-21-gradient-norms-quick/), decades:
+- at initialization plain-20/56/110 1.06 ± 0.03, 3.33 ± 0.13, 6.78 ± 0.24; their residual twins 0.53 ± 0.03, 0.99 ± 0.08,
+  1.30 ± 0.09; the control, plain without batch normalization from small weights, −16.10 ± 0.12, −52.31 ± 0.20, −106.75 ± 0.36;
+- along training plain-20/56, median 0.50 ± 0.05, −0.95 ± 0.21, lowest 0.19 ± 0.06, −4.19 ± 0.49, at 0.03 ± 0.03 and
+  83.30 ± 5.21 % training error. C6 holds; by the lowest single reading it would fail. C6b fails, at initialization;
+- the paper preset: not tested.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import resprobe as rp
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.axes import Axes
+    from torch import Tensor, nn
+
+LIMIT = 3.0
+"""Decades of change with depth that count as vanishing or exploding (a thousandfold). Fixed before any run."""
+LOWEST = -20.0
+"""Decades at which figures end below."""
+BELOW_FLOAT64, BELOW_FLOAT32 = 1e-300, 1e-14
+"""What a gradient of 0 is taken for. float32 ends at 1e-38, so squares at numbers of 1e-19: over the two million responses of a
+CIFAR-10 mini-batch a root mean square of 2e-15."""
+PROBE = "gradient-norms"
+CONDITIONS = {
+    ("batch", "he"): "BN, He",
+    ("batch", "small-normal"): "BN, small normal",
+    ("none", "he"): "no BN, He",
+    ("none", "small-normal"): "no BN, small normal",
+}
+"""Normalization and initialization. The first is the paper's, the last the control in which gradients must vanish."""
+PAPERS, CONTROL = ("batch", "he"), ("none", "small-normal")
+NETWORK = ["kind", "depth", "norm", "init"]
+
+DO_NOT_VANISH = rp.Claim(
+    id="C6",
+    statement="In plain networks with batch normalization neither forward signals nor gradients vanish",
+    section="§4.1",
+    paper="forward signals have non-zero variances, gradients healthy norms (plain-34 on ImageNet; no numbers)",
+    falsifier="a forward signal without variance; or, from the shallowest to the deepest plain network, a fall of the ratio of "
+    "the first to the last block's gradient by 1e-3 or more, at initialization or in the median along training",
+)
+DO_NOT_EXPLODE = rp.Claim(
+    id="C6b",
+    statement="In plain networks with batch normalization gradients do not explode with depth either",
+    section="§4.1, of healthy norms",
+    paper="healthy norms (plain-34 on ImageNet; no numbers); that gradients explode is not spoken of",
+    falsifier="from the shallowest to the deepest plain network, a rise of the ratio of the first to the last block's gradient "
+    "by 1e3 or more, at initialization or in the median along training",
+    beyond=True,
+)
+
+
+@dataclass(frozen=True)
+class Options(rp.Options):
+    """The depths of networks to train, and one more depth to look at before training."""
+
+    depth: int = 110
+    """depth of one more plain and one more residual network, measured at initialization only"""
+
+
+def plan(options: Options) -> list[rp.Planned]:
+    """Networks as the paper's at every depth, and the control at the shallowest: there, batch normalization alone decides."""
+    for depth in (*options.depths, options.depth):  # a depth that is not there is said before training
+        rp.build(f"cifar/plain-{depth}", block=options.block)
+    shallow = min(options.depths)
+    networks = [(kind, depth, *PAPERS) for depth in options.depths for kind in ("plain", "residual")]
+    return [
+        rp.Planned(dict(zip(NETWORK, one, strict=True)), *_network(options, *one), probes=(PROBE,))
+        for one in (*networks, ("plain", shallow, *CONTROL))
+    ]
+
+
+def _network(options: Options, kind: str, depth: int, norm: str, init: str) -> tuple[str, dict[str, str]]:
+    """Name and options of a network."""
+    chosen = {"block": options.block, "norm": norm, "init": init}
+    if kind == "plain":
+        return f"cifar/plain-{depth}", chosen
+    return f"cifar/resnet-{depth}", chosen | {"shortcut": options.shortcut}
+
+
+def measure(results: rp.Results) -> pandas.DataFrame:
+    """One row a layer and one a block (`part`), network, seed and `moment` (initialization, or trained).
+
+    Labels and `moment`, `part`, `layer`, `position` (in the forward pass, from 1); of a layer `forward_std`, the standard
+    deviation of its responses, `gradient_norm` ‖∇W‖ and `gradient_to_weight` ‖∇W‖/‖W‖; of a block `output_gradient_rms`.
+    """
+    import pandas
+    import torch
+
+    options, data = results.options, rp.load_data(results.options.data)
+    recipe = rp.default_recipe(data)
+    normalize = rp.Normalization.fit(data.train.sample(2000), recipe.normalization)
+    device = torch.device("cpu" if results.device.startswith("mps") else results.device)  # MPS has no float64
+    rows = []
+
+    def look(network: nn.Module, seed: int, **labels: object) -> None:
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+        batch, classes = next(iter(data.train.select(order[: recipe.batch_size]).views(recipe.batch_size)))
+        network = network.to(device, torch.float64).train()
+        table = _one_pass(network, normalize(batch).to(device, torch.float64), classes.to(device))
+        rows.append(table.assign(**labels, seed=seed))
+
+    depths = sorted({*options.depths, options.depth})
+    fit = {"in_channels": data.in_channels, "num_classes": data.num_classes}
+    for kind, depth, condition, seed in itertools.product(("plain", "residual"), depths, CONDITIONS, options.seeds):
+        labels = _labels(kind, depth, condition)
+        name, chosen = _network(options, **labels)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # as a training begins
+            network = rp.build(name, **chosen, **fit)
+        look(network, seed, **labels, moment="initialization")
+    for row, run in zip(results.table.itertuples(), results.runs, strict=True):
+        trained = copy.deepcopy(run.network)  # the run's own stays as it is
+        look(trained, row.seed, **{name: getattr(row, name) for name in NETWORK}, moment="trained")
+    return pandas.concat(rows, ignore_index=True)
+
+
+def _one_pass(network: nn.Module, images: Tensor, labels: Tensor) -> pandas.DataFrame:
+    """Forward signals and gradients of every layer and block for one mini-batch."""
+    import pandas
+    from torch.nn import functional as F
+
+    with rp.attach(network, "layer-responses", PROBE) as (responses, gradients):
+        F.cross_entropy(network(images), labels).backward()
+    forward, backward = responses.table(), gradients.table()
+    layers = forward[forward["kind"] != "shortcut"].sort_values("position")[["layer", "std"]]
+    layers = layers.rename(columns={"std": "forward_std"}).assign(part="layer", position=range(1, len(layers) + 1))
+    layers = layers.merge(backward[["layer", "gradient_norm", "gradient_to_weight"]], on="layer")
+    blocks = backward[backward["kind"] == "block"].sort_values("position")
+    blocks = blocks[["layer", "position", "output_gradient_rms"]].assign(part="block")
+    return pandas.concat([layers, blocks], ignore_index=True)
+
+
+def ratios(results: rp.Results) -> pandas.DataFrame:
+    """One row a network, seed and reading: `decades` of the first to the last block's gradient; `at_most` if that is a bound.
+
+    `moment`: "initialization" and "trained" from `measure`, "training" from the probe at its iterations (from 0).
+    """
+    import pandas
+
+    rows = []
+    blocks = results.measurements[results.measurements["part"] == "block"]
+    for key, group in blocks.groupby([*NETWORK, "seed", "moment"], sort=False):
+        rows.append((*key, math.nan, *_decades(group, BELOW_FLOAT64)))
+    for row, run in zip(results.table.itertuples(), results.runs, strict=True):
+        table = run.tables[PROBE]
+        for iteration, group in table[table["kind"] == "block"].groupby("iteration"):
+            labels = (row.kind, row.depth, row.norm, row.init, row.seed, "training")
+            rows.append((*labels, iteration, *_decades(group, BELOW_FLOAT32)))
+    return pandas.DataFrame(rows, columns=[*NETWORK, "seed", "moment", "iteration", "decades", "at_most"])
+
+
+def _decades(blocks: pandas.DataFrame, below: float) -> tuple[float, bool]:
+    """log10 of the first to the last block's gradient, and whether that is a bound, `below` standing for 0.
+
+    NaN if no gradient sets out, as when every image is fitted.
+    """
+    gradients = blocks.sort_values("position")["output_gradient_rms"]
+    first, last = float(gradients.iloc[0]), float(gradients.iloc[-1])
+    return (math.log10((first or below) / last), first == 0) if last else (math.nan, False)
+
+
+def _labels(kind: str, depth: int, condition: tuple[str, str]) -> dict[str, object]:
+    return dict(zip(NETWORK, (kind, depth, *condition), strict=True))
+
+
+def _rows(table: pandas.DataFrame, **labels: object) -> pandas.DataFrame:
+    return table[(table[list(labels)] == list(labels.values())).all(axis=1)]
+
+
+def _over_seeds(readings: pandas.DataFrame, reduce: str = "median") -> list[float]:
+    """One value a seed: of its readings the median, the lowest ("min") or the highest ("max")."""
+    return readings.groupby("seed")["decades"].agg(reduce).dropna().tolist()
+
+
+def judge(results: rp.Results) -> list[rp.Verdict]:
+    table, options = ratios(results), results.options
+    depths, trained = sorted({*options.depths, options.depth}), sorted(options.depths)
+    if len(depths) == 1:
+        reason = "two depths are needed to compare"
+        return [rp.Verdict(claim, "not tested", "one depth only", reason) for claim in (DO_NOT_VANISH, DO_NOT_EXPLODE)]
+
+    def decades(moment: str, depth: int, reduce: str = "median", condition: tuple[str, str] = PAPERS) -> list[float]:
+        return _over_seeds(_rows(table, moment=moment, **_labels("plain", depth, condition)), reduce)
+
+    def path(moment: str, over: list[int], *how: Any) -> str:
+        means = (rp.mean_std(decades(moment, depth, *how)) for depth in over)
+        return " → ".join(means) + f" at {', '.join(map(str, over))} layers"
+
+    def change(test: Callable[..., rp.Comparison], moment: str, over: list[int], *how: Any) -> rp.Comparison:
+        return test(decades(moment, over[0], *how), decades(moment, over[-1], *how))
+
+    verdicts = []
+    for claim, test, extreme, which in (
+        (DO_NOT_VANISH, _stays_above, "min", "lowest"),
+        (DO_NOT_EXPLODE, _stays_below, "max", "highest"),
+    ):
+        found = change(test, "initialization", depths)
+        words = [found.verdict]
+        said = [f"plain-{depths[-1]} {BOUNDS[test]} plain-{depths[0]} at initialization: {found}"]
+        if len(trained) > 1:
+            found, single = (change(test, "training", trained, reduce) for reduce in ("median", extreme))
+            words.append(found.verdict)
+            said.append(f"plain-{trained[-1]} {BOUNDS[test]} plain-{trained[0]} along training, median: {found}")
+            said.append(f"by the {which} single reading instead, along training: {single.verdict} ({single})")
+        else:
+            words.append("not tested")
+            said.append("along training one depth only, so that was not tested")
+        if claim is DO_NOT_VANISH:
+            vanishes = change(_stays_above, "initialization", depths, "median", CONTROL).verdict == "fails"
+            std = _smallest_forward_std(results)
+            words += ["holds" if vanishes else "inconclusive", "holds" if std > 0 else "fails"]
+            said.append(
+                f"control, {CONDITIONS[CONTROL]}: {path('initialization', depths, 'median', CONTROL)} at initialization, "
+                + (
+                    "which vanishes as it must"
+                    if vanishes
+                    else "of which vanishing cannot be said, so the test shows nothing"
+                )
+            )
+            said.append(f"smallest standard deviation of a layer's responses: {std:.2g}")
+        word = "fails" if "fails" in words else "holds" if set(words) == {"holds"} else "inconclusive"
+        measured = (
+            f"first to last block's gradient in decades: at initialization {path('initialization', depths)}; along training, "
+            f"median {path('training', trained, 'median')}, {which} single reading {path('training', trained, extreme)}"
+        )
+        verdicts.append(rp.Verdict(claim, word, measured, "; ".join(said)))
+    return verdicts
+
+
+def _stays_above(shallow: list[float], deep: list[float]) -> rp.Comparison:
+    return rp.compare(deep, [decades - LIMIT for decades in shallow], margin=0.0, unit="decades")
+
+
+def _stays_below(shallow: list[float], deep: list[float]) -> rp.Comparison:
+    return rp.compare([decades + LIMIT for decades in shallow], deep, margin=0.0, unit="decades")
+
+
+BOUNDS = {_stays_above: "above a thousandth of", _stays_below: "below a thousand times"}
+
+
+def _smallest_forward_std(results: rp.Results) -> float:
+    """Of all layers of the paper's plain networks, at initialization and after training."""
+    ours = _rows(results.measurements, kind="plain", norm=PAPERS[0], init=PAPERS[1])
+    return float(ours["forward_std"].min())
+
+
+def draw(results: rp.Results) -> dict[str, rp.Drawing]:
+    return {
+        "figure-problem-one": _problem_one(results, "plain"),
+        "figure-problem-one-residual": _problem_one(results, "residual"),
+        "figure-problem-two": _problem_two(results),
+    }
+
+
+def _problem_one(results: rp.Results, kind: str) -> rp.Drawing:
+    """Forward signals and gradients along the deepest network at initialization, with and without normalization."""
+    from matplotlib.ticker import MaxNLocator
+
+    table = results.measurements
+    deep = table["depth"].max()
+    table = _rows(table, kind=kind, depth=deep, moment="initialization")
+    palette = rp.figures.colours(list(CONDITIONS))
+    figure, panels = rp.figures.new_figure(2, height=4.6, share_y=False)
+    said = []
+    for (norm, init), name in CONDITIONS.items():
+        rows = _rows(table, norm=norm, init=init)
+        # The broad lines show beside the narrow ones where the two fall together, as they do with BN.
+        style = {
+            "color": palette[norm, init],
+            "ls": "-" if norm == "batch" else (0, (4, 2)),
+            "lw": 3.0 if init == "he" else 1.4,
+        }
+        forward = _by_position(rows, "forward_std")
+        backward = _by_position(rows, "output_gradient_rms")
+        backward = backward - backward.iloc[-1]
+        for axis, curves in zip(panels, (forward, backward), strict=True):
+            _line(axis, curves, label=name, **style)
+        said.append(
+            f"{name}: forward std {_power(forward.iloc[-1].mean())} in the last layer, gradient {_power(backward.iloc[0].mean())}"
+        )
+    panels[0].set_title("forward: std of responses")
+    panels[0].set_xlabel("layer, in order")
+    panels[1].set_title("backward: gradient, relative to the last block's")
+    panels[1].set_xlabel("block, in order")
+    panels[1].axhspan(-LIMIT, LIMIT, color="0.93", zorder=0)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    for axis in panels:
+        _decades_axis(axis)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    name = f"{kind}-{deep}" if kind == "plain" else f"ResNet-{deep}"
+    on = results.options.data.partition(":")[0]
+    return rp.Drawing(
+        figure,
+        f"Problem one, {name} on {on} at initialization: standard deviation of each layer's responses (left), and gradient "
+        "of the loss for each block's output relative to the last block's (right); gradients travel from right to left. Grey: a "
+        f"thousandth to a thousand times. Mean over seeds; lines are cut off below 10^{LOWEST:.0f}. "
+        + "; ".join(said)
+        + ".",
+        f"Forward signals and gradients along {name}. " + "; ".join(said) + ".",
+    )
+
+
+def _problem_two(results: rp.Results) -> rp.Drawing:
+    """Along training: the ratio of gradients beside the training error."""
+    table, options = ratios(results), results.options
+    training = table[table["moment"] == "training"]
+    extremes = sorted({min(options.depths), max(options.depths)})
+    palette = rp.figures.colours(extremes)
+    figure, (left, right) = rp.figures.new_figure(2, height=4.6, share_y=False)
+    said = []
+    networks = [*itertools.product(("plain", "residual"), extremes, [PAPERS]), ("plain", extremes[0], CONTROL)]
+    for kind, depth, condition in networks:
+        labels = _labels(kind, depth, condition)
+        decades, errors = (
+            _rows(frame, **labels).pivot(index="iteration", columns="seed", values=value)
+            for frame, value in ((training, "decades"), (results.histories, "train_error"))
+        )
+        name = f"plain-{depth}" if kind == "plain" else f"ResNet-{depth}"
+        style = {"color": palette[depth], "ls": (0, (4, 2)) if kind == "plain" else "-"}
+        if condition == CONTROL:
+            name, style = f"plain-{depth}, {CONDITIONS[CONTROL]}", {"color": "0.25", "ls": ":"}
+        _line(left, decades.set_axis(decades.index + 1), label=name, **style)
+        _line(right, errors, label=name, **style)
+        middle, error = rp.mean_std(decades.median().tolist()), rp.mean_std(results.values("train_error", **labels))
+        said.append(f"{name}: median {middle} decades, final training error {error} %")
+    left.set_title("first to last block's gradient")
+    right.set_title("training error (%)")
+    for axis in (left, right):
+        axis.set_xscale("log")
+        axis.set_xlabel("iteration")
+    left.axhspan(-LIMIT, LIMIT, color="0.93", zorder=0)
+    _decades_axis(left)
+    right.set_ylim(0, 100)
+    right.set_xlim(left.get_xlim())
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+    over = f"mean over {len(options.seeds)} seeds, band ± std" if len(options.seeds) > 1 else "one seed"
+    return rp.Drawing(
+        figure,
+        f"Problem two, on {options.data.partition(':')[0]}: ratio of the gradients for the first and the last block's output "
+        "(left; grey: a thousandth to a thousand times) and running training error (right) over iterations. Where gradients "
+        "arrive and the error stays high, vanishing is not the cause. Dashed: plain, solid: residual, dotted: the control "
+        f"without batch normalization; gradients that come to 0 in float32 are drawn at {BELOW_FLOAT32:g}; {over}.",
+        "Gradients and training error over iterations. " + "; ".join(said) + ".",
+    )
+
+
+def _by_position(rows: pandas.DataFrame, figure: str) -> pandas.DataFrame:
+    """log10 of a figure: one row a position, one column a seed."""
+    rows = rows[rows[figure].notna()]
+    return rows.pivot(index="position", columns="seed", values=figure).clip(lower=1e-300).map(math.log10)
+
+
+def _line(axis: Axes, curves: pandas.DataFrame, **style: object) -> None:
+    """Mean over the columns, which are seeds, with a band of a standard deviation."""
+    mean, spread = curves.mean(axis=1), curves.std(axis=1).fillna(0.0)
+    axis.plot(mean.index, mean, **({"lw": 1.8} | style))
+    axis.fill_between(mean.index, mean - spread, mean + spread, color=style["color"], alpha=0.15, lw=0)
+
+
+def _decades_axis(axis: Axes) -> None:
+    """Ticks at whole decades; what vanishes leaves the axis, or it would squash everything else."""
+    from matplotlib.ticker import MaxNLocator
+
+    highest = max(float(max(line.get_ydata())) for line in axis.lines)
+    axis.set_ylim(max(LOWEST, axis.get_ylim()[0]), max(highest, LIMIT) + 1)
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
+    axis.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$")
+
+
+def _power(decades: float) -> str:
+    return f"10^{round(decades, 1) + 0.0:.1f}"  # + 0.0: never "-0.0"
+
+
+def tabulate(results: rp.Results) -> pandas.DataFrame:
+    """One row a network; the paper prints no numbers to put beside."""
+    import pandas
+
+    table, rows = ratios(results), []
+    for (kind, depth, *condition), layers in results.measurements.groupby(NETWORK, sort=False):
+        labels = _labels(kind, depth, tuple(condition))
+        start = _rows(layers, moment="initialization")
+        norms = _rows(start, part="layer").sort_values("position").groupby("seed")["gradient_norm"]
+        training = _rows(table, moment="training", **labels)
+        bound = "≤ " if training["at_most"].any() else ""
+        lowest, highest = (rp.mean_std(_over_seeds(training, reduce)) for reduce in ("min", "max"))
+        errors = results.values("train_error", **labels)
+        rows.append(
+            {
+                "network": f"{kind}-{depth}",
+                "condition": CONDITIONS[tuple(condition)],
+                "smallest forward std": f"{start['forward_std'].min():.2g}",
+                "‖∇W‖, first; last layer": f"{norms.first().mean():.2g}; {norms.last().mean():.2g}",
+                "ratio at start (decades)": rp.mean_std(_over_seeds(_rows(table, moment="initialization", **labels))),
+                "median in training": bound + rp.mean_std(_over_seeds(training)),
+                "lowest; highest": f"{bound}{lowest}; {highest}" if errors else "–",
+                "training error (%)": rp.mean_std(errors) if errors else "not trained",
+            }
+        )
+    return pandas.DataFrame(rows)
+
+
+_QUICK = Options(preset="quick", data="digits", depths=(20, 56), seeds=(0, 1, 2), iterations=400)
+
+study = rp.Study(
+    name="gradient_norms",
+    title="Plain networks degrade although their gradients do not vanish",
+    description=(
+        "Measures forward signals and gradients along plain and residual networks, with and without batch normalization, at "
+        "initialization and along training (claim C6; §4.1)."
+    ),
+    claims=(DO_NOT_VANISH, DO_NOT_EXPLODE),
+    presets={
+        "quick": _QUICK,
+        "paper": replace(_QUICK, preset="paper", data="cifar10", depths=(20, 32, 44, 56, 110), iterations=64_000),
+    },
+    plan=plan,
+    measure=measure,
+    judge=judge,
+    draw=draw,
+    tabulate=tabulate,
+    how_sure=(
+        "Figures are mean ± standard deviation over seeds: of the initial weights, the images measured with, and the training. A "
+        "part of a claim (at initialization; along training) holds if a one-sided Welch test over seeds has p < 0.05 that "
+        "the ratio of gradients changes with depth by less than a factor of 1,000; it fails if the same test says by more; else "
+        "it is inconclusive, as is one seed. The factor was fixed beforehand. A claim holds if all of its parts do, and fails "
+        "if one of them does; C6 can hold only if the control without batch normalization is seen to vanish."
+    ),
+)
+
+if __name__ == "__main__":
+    raise SystemExit(study.main())
