@@ -74,8 +74,8 @@ _PLACE = ("layer", "call", "stage", "block", "position", "kind", "kernel_size", 
 COLUMNS = (*_PLACE, "channels", "mean", "std", "count")
 CHANNEL_COLUMNS = (*_PLACE, "channel", "mean", "std", "count")
 
-_SCRATCH = 2**17
-"""Numbers that are worked on at a time on a CPU: 512 KiB stay in the cache, and are all the memory that it costs."""
+_SCRATCH = 2**18
+"""Numbers that are worked on at a time on a CPU: 1 MiB stays in the cache, and is all the memory that it costs."""
 
 Use = tuple[str, int]
 """A module's name and which call to it in the pass, from 0."""
