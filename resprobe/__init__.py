@@ -1,42 +1,29 @@
 """resprobe: a research analysis toolkit for residual networks (He et al. 2015, arXiv:1512.03385).
 
-Public names are imported when first used, so that a command's `--help` need not wait for torch.
+Public names are imported when first used, so that a command's `--help` need not wait for torch. They are listed in
+`__init__.pyi` alone, where type checkers and editors look for them.
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "resprobe.blocks": ("BLOCKS", "Block", "register_block"),
-    "resprobe.claims": ("Claim", "Comparison", "Verdict", "compare", "mean_std"),
-    "resprobe.data": ("DATASETS", "Data", "FolderSet", "ImageSet", "Normalization", "load_data", "register_dataset"),
-    "resprobe.errors": ("TrainingDiverged", "UsageError"),
-    "resprobe.evaluation": ("Evaluation", "evaluate", "precise_batch_norm"),
-    "resprobe.extensions": ("load_plugin",),
-    "resprobe.initialization": ("INITIALIZATIONS", "register_initialization"),
-    "resprobe.layers": ("Layers",),
-    "resprobe.networks": ("NETWORKS", "Network", "NetworkSpec", "build", "register_network"),
-    "resprobe.normalization": ("NORMALIZATIONS", "register_normalization"),
-    "resprobe.probes": ("PROBES", "Probe", "attach", "register_probe"),
-    "resprobe.recipes": ("Recipe", "learning_rate"),
-    "resprobe.runs": ("Run", "RunConfig", "RunStore", "default_recipe", "train"),
-    "resprobe.shortcuts": ("SHORTCUTS", "register_shortcut"),
-    "resprobe.study": ("Drawing", "Options", "Planned", "Results", "Study"),
-    "resprobe.weights": ("load_weights",),
-}
-_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-_MODULES = ("figures", "networks", "probes", "recipes")
+_LIST = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
+_HOME = {alias.name: node.module for node in _LIST.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+"""Public name → the module it comes from; None where it is a module itself."""
 
-__all__ = sorted([*_HOME, *_MODULES])
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> object:
-    if name in _MODULES:
-        return import_module(f"resprobe.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'resprobe' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    home = _HOME[name]
+    if home is None:
+        return import_module(f"resprobe.{name}")
+    value = getattr(import_module(f"resprobe.{home}"), name)
     globals()[name] = value
     return value
 

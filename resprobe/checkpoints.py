@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pickle
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises `StorageError` in one line if the disk is full or the place cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A process number is not enough: the folder may be shared by machines that count alike.
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with scratch.open("wb") as stream:

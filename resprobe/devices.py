@@ -40,6 +40,8 @@ def resolve_precision(name: str, device: torch.device) -> str:
     if name != "auto":
         return name
     if device.type == "cuda":
+        if not torch.cuda.is_available():  # the GPUs are another machine's
+            raise UsageError("precision (='auto') cannot be decided without a GPU; accepted here: fp32, bf16")
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu":
         return "bf16" if _cpu_computes_bf16() else "fp32"

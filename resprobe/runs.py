@@ -253,6 +253,7 @@ def train(
     device: str | torch.device = "auto",
     precision: str = "auto",
     recompute: bool = False,
+    step: str = "auto",
     progress: bool | Callable[[Progress], None] = True,
 ) -> Run:
     """Trains `network` on `data`, or finds that this has been done.
@@ -261,7 +262,8 @@ def train(
     `NAME:PATH`, or a `Data`. `recipe`: by default the paper's (`default_recipe`). `runs`: the folder runs are kept in;
     None keeps nothing on disk. `probes` are attached on their schedules and their tables saved with the run.
     `recompute`: compute activations again in the backward pass instead of keeping them (see `resprobe.recompute`): the
-    same numbers with less memory. `progress`: a bar, or a function that is told at every log point.
+    same numbers with less memory. `step`: how steps are executed, "eager", "graph" or "compile" (see `resprobe.steps`).
+    `progress`: a bar, or a function that is told at every log point.
 
     Raises `UsageError` for what cannot be done as asked and `TrainingDiverged` when the loss stops being finite.
     """
@@ -276,7 +278,7 @@ def train(
     if len(set(names)) < len(names) or "" in names:
         raise UsageError(f"probes ({', '.join(map(repr, names))}) must have a name each, and each its own")
     if runs is None:
-        training = _prepare(config, network, loaded, chosen_device, made, recompute)
+        training = _prepare(config, network, loaded, chosen_device, made, recompute, step)
         with _watching(progress, config) as watch:
             training.run(lambda _, news: watch(news))
         return _finish(training, config, None)[0]
@@ -288,7 +290,7 @@ def train(
         with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
             # It may have been finished while another command held the lock.
             found = together.told(lambda: store.find(config, names)) or _train_in_store(
-                store, config, network, loaded, chosen_device, made, recompute, progress
+                store, config, network, loaded, chosen_device, made, recompute, step, progress
             )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
         if found._network is None:
@@ -305,6 +307,7 @@ def _train_in_store(
     device: torch.device,
     probes: list[Probe],
     recompute: bool,
+    step: str,
     progress: bool | Callable[[Progress], None],
 ) -> Run:
     together = team()
@@ -313,7 +316,7 @@ def _train_in_store(
     if together.first:
         for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
             left.unlink(missing_ok=True)
-    training = _prepare(config, network, data, device, probes, recompute)
+    training = _prepare(config, network, data, device, probes, recompute, step)
     kept = together.told(lambda: load_checkpoint(checkpoint))
     if kept is not None:
         if all(probe.name in kept["probes"] for probe in probes):
@@ -324,7 +327,7 @@ def _train_in_store(
         _write_json(
             path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
         )
-        _write_json(path / "environment.json", environment(device))
+        _write_json(path / "environment.json", environment(device) | {"step": training.how})
     saved_at = time.monotonic()
 
     with _watching(progress if together.first else False, config) as watch:
@@ -364,7 +367,7 @@ def _train_in_store(
 
 
 def _prepare(
-    config: RunConfig, network: Any, data: Data, device: torch.device, probes: list[Probe], recompute: bool
+    config: RunConfig, network: Any, data: Data, device: torch.device, probes: list[Probe], recompute: bool, step: str
 ) -> Training:
     if not isinstance(network, nn.Module):
         with torch.random.fork_rng(devices=[]):
@@ -379,6 +382,7 @@ def _prepare(
         precision=config.precision,
         probes=probes,
         recompute=recompute,
+        step=step,
     )
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from resprobe.cluster import RayCluster
     from resprobe.data import Data
     from resprobe.networks import NetworkSpec
     from resprobe.recipes import Recipe
@@ -64,8 +65,14 @@ class Options:
     """auto: bf16 where the processor computes in it, else fp32; weights stay in fp32"""
     recompute: bool = False
     """compute activations again in the backward pass instead of keeping them: same numbers, less memory, more time"""
+    step: Literal["auto", "eager", "graph", "compile"] = "auto"
+    """training steps operation by operation, as one captured CUDA graph (auto on CUDA), or compiled"""
     concurrency: str = "auto"
     """runs at a time; auto: one a core on a CPU, one on a GPU"""
+    executor: Literal["local", "ray"] = "local"
+    """where runs are trained: on this machine, or on the nodes of a Ray cluster, which share the folder of runs"""
+    address: str = ""
+    """Ray cluster, HOST:PORT; by default RAY_ADDRESS, the cluster that runs on this machine, or a new one of it alone"""
     plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE|MODULE")] = ()
     """plugin to load first: a file (my_block.py) or a module (package.module)"""
     dry_run: bool = False
@@ -77,7 +84,20 @@ class Options:
 
 
 # What does not change what is measured: where it is computed and where it is put.
-_NOT_THE_SETTING = {"preset", "device", "precision", "recompute", "concurrency", "dry_run", "plugin", "out", "runs"}
+_NOT_THE_SETTING = {
+    "preset",
+    "device",
+    "precision",
+    "recompute",
+    "step",
+    "concurrency",
+    "executor",
+    "address",
+    "dry_run",
+    "plugin",
+    "out",
+    "runs",
+}
 
 
 @dataclass(frozen=True)
@@ -137,7 +157,7 @@ class Study:
     what came out, `measure` looks at them where their training is not the whole story, `judge` says what that means,
     `draw` shows it, and `tabulate` puts it beside the paper's numbers. `main` does the rest. `how_sure` replaces the
     report's words on seeds where a study does not rest on them. `paper_data`: what the paper's experiment ran on, from
-    which departures are told.
+    which departures are told; `departs` tells those that are in neither data nor recipe.
     """
 
     name: str
@@ -153,6 +173,7 @@ class Study:
     measure: Callable[[Results], pandas.DataFrame] | None = None
     how_sure: str = ""
     paper_data: Literal["CIFAR-10", "ImageNet"] = "CIFAR-10"
+    departs: Callable[[Options], Sequence[str]] | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""
@@ -213,7 +234,7 @@ class Study:
             setting=setting,
             recipes=recipes,
             environment=environment,
-            command=" ".join([f"python -m studies.{self.name}", *map(shlex.quote, arguments)]),
+            command=" ".join([called_as(self.name), *map(shlex.quote, arguments)]),
             seconds=time.perf_counter() - started,
         )
 
@@ -239,6 +260,20 @@ def _gather(
     study: Study, options: Options, ahead: list[Survey] | None = None
 ) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
     """Finds or trains the runs and puts them into tables. With `ahead`, only surveys are made, and put there."""
+    if options.executor == "ray":
+        from resprobe.cluster import ray_cluster
+
+        with ray_cluster(options.address, options.device) as cluster:
+            return _gather_on(cluster, study, options, ahead)
+    if options.address:
+        raise UsageError(f"address (={options.address!r}) is that of a Ray cluster; it needs --executor ray")
+    return _gather_on(None, study, options, ahead)
+
+
+def _gather_on(
+    cluster: RayCluster | None, study: Study, options: Options, ahead: list[Survey] | None
+) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
+    """Does what `_gather` says, with the runs trained on a cluster or on this machine."""
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
     from resprobe.devices import flush_denormals, resolve_device, resolve_precision
@@ -247,14 +282,17 @@ def _gather(
     from resprobe.extensions import load_plugin
     from resprobe.networks import resolve
     from resprobe.runs import RunStore, check_seed
+    from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency, run_all, survey
 
     flush_denormals()
     for plugin in options.plugin:
         load_plugin(plugin)
     concurrency = parse_concurrency(options.concurrency)
-    device = join(resolve_device(options.device))
+    device = join(resolve_device(options.device)) if cluster is None else cluster.device
+    here = device if cluster is None else cluster.here
     precision = resolve_precision(options.precision, device)
+    resolve_step(options.step, device, recompute=options.recompute)
     for name in ("depths", "seeds"):
         values = getattr(options, name)
         if not values or len(set(values)) < len(values):
@@ -277,18 +315,22 @@ def _gather(
     for then in (study.then, None):
         jobs = [job for _, job in fresh]
         if ahead is not None:
-            ahead += [survey(jobs, store, device=device, concurrency=concurrency)] if jobs else []
+            ahead += [survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster)] if jobs else []
             if then is None or (ahead and ahead[-1].missing):
                 return None
             runs += [store.find(job.config, job.probes) for job in jobs]
         elif jobs:
-            runs += run_all(jobs, store, device=device, concurrency=concurrency, plugins=options.plugin)
+            runs += run_all(
+                jobs, store, device=device, concurrency=concurrency, plugins=options.plugin, cluster=cluster
+            )
         labelled += fresh
-        results = _tables(options, labelled, runs, device=str(device), precision=precision)
+        results = _tables(options, labelled, runs, device=str(here), precision=precision)
         if then is None:
             break
         fresh = _jobs(then(results), options, data, precision)
-    made_with, first = environment(device) | {"precision": precision}, team().first
+    made_with, first = environment(here) | {"precision": precision}, team().first
+    if cluster is not None:
+        made_with["device"] = cluster.name
     leave()
     if not first:  # what is left to do is to measure and to write
         return None
@@ -313,7 +355,8 @@ def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: s
             recipe = default_recipe(data, options.iterations, config.network.depth)
             recipe = recipe if one.recipe is None else one.recipe(recipe)
             config = dataclasses.replace(config, data=options.data, recipe=recipe)
-            labelled.append((dict(one.labels) | {"seed": seed}, Job(config, one.probes, built, options.recompute)))
+            job = Job(config, one.probes, built, options.recompute, options.step)
+            labelled.append((dict(one.labels) | {"seed": seed}, job))
     return labelled
 
 
@@ -346,6 +389,13 @@ def _check_networks(specs: set[NetworkSpec]) -> None:
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
+def called_as(study: str = "") -> str:
+    """How a study, or the list of them, is called: by the console command where that was used, else by `python -m`."""
+    if Path(sys.argv[0]).stem == "resprobe":
+        return f"resprobe {study}".rstrip()
+    return f"python -m studies.{study}".rstrip(".")
+
+
 def offered(options: type[Options]) -> list[str]:
     """Names of the options that a command line takes: those that the study does not put away."""
     hints = get_type_hints(options, include_extras=True)
@@ -370,7 +420,7 @@ def _parse_with_tyro(study: Study, defaults: Options, arguments: Sequence[str]) 
         with contextlib.redirect_stderr(said):
             return tyro.cli(
                 type(defaults),
-                prog=f"python -m studies.{study.name}",
+                prog=called_as(study.name),
                 description=study.description,
                 default=defaults,
                 args=list(arguments),

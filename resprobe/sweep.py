@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,6 +33,9 @@ from resprobe.extensions import load_plugin
 from resprobe.runs import Run, RunConfig, RunStore, train
 from resprobe.training import Progress
 
+if TYPE_CHECKING:
+    from resprobe.cluster import RayCluster
+
 
 class SweepFailed(RuntimeError):
     """Some runs of a sweep failed; the others went on. The text names each failure and what is kept."""
@@ -43,13 +46,14 @@ class Job:
     """One run of a sweep, with the names of the probes whose tables it must have.
 
     `network`: a built network to be trained on from its weights; None: one initialized from the run's seed. `recompute`
-    saves memory in training (see `resprobe.recompute`).
+    saves memory in training (see `resprobe.recompute`); `step` is how steps are executed (see `resprobe.steps`).
     """
 
     config: RunConfig
     probes: tuple[str, ...] = ()
     network: nn.Module | None = None
     recompute: bool = False
+    step: str = "auto"
 
     @property
     def work(self) -> int:
@@ -116,17 +120,28 @@ def in_words(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def survey(jobs: Sequence[Job], store: RunStore, *, device: torch.device, concurrency: int | None = None) -> Survey:
+def survey(
+    jobs: Sequence[Job],
+    store: RunStore,
+    *,
+    device: torch.device,
+    concurrency: int | None = None,
+    cluster: RayCluster | None = None,
+) -> Survey:
     """Looks for the runs of `jobs` in `store`, and times a few training steps of what is missing.
 
-    `concurrency` None takes one run a core on a CPU and one run at a time on a GPU.
+    `concurrency` None takes one run a core on a CPU and one run at a time on a GPU. `cluster` trains in place of this
+    machine.
     """
     missing = {job.config.key: job for job in jobs if store.find(job.config, job.probes) is None}
     # The longest first, so that no worker is left alone with one at the end.
     ordered = tuple(sorted(missing.values(), key=lambda job: -job.work))
-    cores = _cores()
-    workers = min(concurrency or (cores if device.type == "cpu" else 1), len(ordered))
-    threads = max(1, cores // max(1, workers))
+    if cluster is None:
+        cores = _cores()
+        workers = min(concurrency or (cores if device.type == "cpu" else 1), len(ordered))
+        threads = max(1, cores // max(1, workers))
+    else:
+        workers, threads, _ = cluster.share(len(ordered), concurrency)
     done = [store.iterations_done(job.config) for job in ordered]
     seconds: tuple[float, ...] = ()
     reason = ""
@@ -135,7 +150,8 @@ def survey(jobs: Sequence[Job], store: RunStore, *, device: torch.device, concur
     except Exception as error:  # whatever is wrong with a network, its training says it better
         reason = " ".join(str(error).split()) or type(error).__name__
     begun = sum(count > 0 for count in done)
-    return Survey(len(jobs), ordered, begun, workers, threads, device_name(device), seconds, reason)
+    name = device_name(device) if cluster is None else cluster.name
+    return Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason)
 
 
 def _seconds(jobs: Sequence[Job], done: Sequence[int], device: torch.device, threads: int) -> Iterator[float]:
@@ -161,25 +177,28 @@ def run_all(
     device: torch.device,
     concurrency: int | None = None,
     plugins: Sequence[str] = (),
+    cluster: RayCluster | None = None,
 ) -> list[Run]:
     """The runs for `jobs`, in their order: found in `store`, or trained and kept there.
 
-    `concurrency` as for `survey`. `plugins` are loaded in every process. Raises `SweepFailed` at the end if any run
-    failed, and `UsageError` at once if one cannot be begun.
+    `concurrency` and `cluster` as for `survey`. `plugins` are loaded in every process. Raises `SweepFailed` at the end
+    if any run failed, and `UsageError` at once if one cannot be begun.
     """
     together = team()
     if together.size > 1:  # they train one run together, one run after the other
         concurrency = 1
-    ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency))
+    ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
     failures: dict[str, Exception] = {}
-    with _Board(ahead) as board:
+    with Board(ahead) as board:
         ordered, workers = ahead.missing, ahead.workers
-        if workers <= 1:
+        if cluster is not None and ordered:
+            cluster.train(ordered, store, concurrency, plugins, board, failures)
+        elif workers <= 1:
             for job in ordered:
                 try:
-                    metrics = _train(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
+                    metrics = train_job(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
                     board.finished(job, metrics)
                 except UsageError:
                     raise
@@ -201,7 +220,8 @@ def run_all(
     return found  # type: ignore[return-value]
 
 
-def _train(job: Job, store: RunStore, device: torch.device, watch: Callable[[Progress], None]) -> dict[str, float]:
+def train_job(job: Job, store: RunStore, device: torch.device, watch: Callable[[Progress], None]) -> dict[str, float]:
+    """Trains one run in this process and keeps it in `store`. `watch` is told of its progress. Gives its metrics."""
     config = job.config
     run = train(
         # A copy: the network is trained in place, and is where the run begins for whoever holds it.
@@ -214,6 +234,7 @@ def _train(job: Job, store: RunStore, device: torch.device, watch: Callable[[Pro
         device=device,
         precision=config.precision,
         recompute=job.recompute,
+        step=job.step,
         progress=watch,
     )
     return run.metrics
@@ -231,7 +252,7 @@ def _train_in_processes(
     workers: int,
     threads: int,
     plugins: Sequence[str],
-    board: _Board,
+    board: Board,
     failures: dict[str, Exception],
 ) -> None:
     # Spawned, not forked: torch's threads and CUDA do not survive a fork.
@@ -274,7 +295,7 @@ def _train_in_processes(
         listener.join(timeout=5)
 
 
-def _listen(news: Any, board: _Board) -> None:
+def _listen(news: Any, board: Board) -> None:
     while (item := news.get()) is not None:
         board.tell(*item)
 
@@ -311,7 +332,7 @@ def _train_in_worker(job: Job, root: str, device: str) -> dict[str, float]:
     _worker["training"] = True
     try:
         store = RunStore(root)
-        return _train(job, store, torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
+        return train_job(job, store, torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
     except KeyboardInterrupt:
         os._exit(0)  # the pool has already handed it the next run, which would be trained for nobody
     finally:
@@ -325,7 +346,7 @@ def _cores() -> int:
 # -- what the user sees --------------------------------------------------------------------------------------------
 
 
-class _Board:
+class Board:
     """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone."""
 
     def __init__(self, ahead: Survey):
@@ -336,7 +357,7 @@ class _Board:
         self.done, self.lock = 0, threading.Lock()
         self.bar: Any = None
 
-    def __enter__(self) -> _Board:
+    def __enter__(self) -> Board:
         from tqdm import tqdm
 
         self.bar = tqdm(
@@ -353,7 +374,7 @@ class _Board:
     def tell(self, key: str, news: Progress) -> None:
         """Takes a run's latest figures."""
         with self.lock:
-            if key not in self.work:
+            if self.share.get(key, 1.0) == 1.0:  # late news of a finished run
                 return
             self.latest[key] = news
             self._set_share(key, news.iteration / news.iterations)

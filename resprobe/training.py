@@ -26,6 +26,7 @@ from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.probes import Probe
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import recomputing
+from resprobe.steps import CapturedStep, resolve_step
 
 # What normalizations are fitted on where images come from files; small sets are used whole.
 _FIT_IMAGES = 2000
@@ -62,7 +63,9 @@ class Training:
         precision: str = "fp32",
         probes: Sequence[Probe] = (),
         recompute: bool = False,
+        step: str = "auto",
     ):
+        self.how = resolve_step(step, device, recompute=recompute)
         if device.type == "cpu" and not flush_denormals():
             warnings.warn(
                 "torch's threads were started before resprobe was imported, so denormal floats are not flushed and deep "
@@ -79,7 +82,13 @@ class Training:
         self.team = team()
         self.part = self.team.part(recipe)
         self.parallel = self.team.parallel(self.network, device)
+        self.forward = torch.compile(self.parallel) if self.how == "compile" else self.parallel
         self.optimizer = _optimizer(self.network, recipe, device)
+        self.rate = recipe.learning_rate
+        self._place_rate()
+        # Captured at the first step: what is captured must not move to another place in memory afterwards.
+        self.capturing = self.how != "eager" and device.type == "cuda" and self.team.size == 1 and not recompute
+        self.captured: CapturedStep | None = None
         self.iteration = 0
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
@@ -99,7 +108,7 @@ class Training:
             "lowest_error": self.lowest_error,
             "random": self.random,
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._optimizer_state(),
             "probes": {probe.name: probe.state() for probe in self.probes},
         }
 
@@ -111,9 +120,25 @@ class Training:
         self.random = state["random"] if self.team.first else self._first_random_state()
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.rate = float(self.optimizer.param_groups[0]["lr"])
+        self._place_rate()
+        self.captured = None
         for probe in self.probes:
             probe.load_state(state["probes"][probe.name])
         self.last_good = self._remember()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """The same on every device: the rate as a number."""
+        state = self.optimizer.state_dict()
+        for group in state["param_groups"]:
+            group["lr"] = self.rate
+        return state
+
+    def _place_rate(self) -> None:
+        """On CUDA the rate is a tensor, whose value a captured step reads anew each time."""
+        for group in self.optimizer.param_groups:
+            on_device = self.device.type == "cuda"
+            group["lr"] = torch.tensor(self.rate, device=self.device) if on_device else self.rate
 
     def _remember(self) -> dict[str, Any]:
         """A copy of the state on the device, to go back to if the loss stops being finite."""
@@ -146,7 +171,7 @@ class Training:
                 row = {
                     "iteration": self.iteration,
                     "epoch": self.iteration * recipe.batch_size / len(self.data.train),
-                    "learning_rate": self.optimizer.param_groups[0]["lr"],
+                    "learning_rate": self.rate,
                     "train_loss": mean_loss,
                     "train_error": error,
                     "test_loss": math.nan,
@@ -165,36 +190,63 @@ class Training:
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration: forward, backward, update. Gives the mean loss and the count of wrong images, on the device."""
-        recipe = self.recipe
-        self._set_learning_rate(learning_rate(recipe, self.iteration, self.lowest_error, self._plateaus()))
+        rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
+        self._set_learning_rate(rate)
         measuring = [probe for probe in self.probes if probe.schedule(self.iteration)]
-        # Computed twice, layers would be measured twice: the few iterations that are measured keep their activations.
-        keeping = recomputing(self.network) if self.recompute and not measuring else nullcontext()
-        try:
-            for probe in measuring:
-                probe.attach(self.network)
-            loss, wrong = self._zeros(), self._zeros()
-            part_size = recipe.bn_batch or len(labels)
-            left = len(labels)
-            with keeping:
-                for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
-                    left -= len(part)
-                    with gathering(self.parallel, last=left == 0):
-                        with autocast(self.device, self.precision):
-                            logits = self.parallel(part)
-                        logits = logits.float()
-                        part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
-                        part_loss.backward()
-                    loss += part_loss.detach()
-                    wrong += (logits.detach().argmax(1) != part_labels).sum()
-            for probe in measuring:
-                probe.after_backward(self.network, self.iteration)
-        finally:
-            for probe in measuring:
-                probe.detach()
+        if measuring:
+            try:
+                for probe in measuring:
+                    probe.attach(self.network)
+                # Hooks are called by neither a graph nor a compiled network, and twice where activations are recomputed:
+                # the few iterations that are measured run as they are written.
+                loss, wrong = self._gradients(images, labels, self.parallel)
+                for probe in measuring:
+                    probe.after_backward(self.network, self.iteration)
+            finally:
+                for probe in measuring:
+                    probe.detach()
+            self._descend()
+            return loss, wrong
+        if self.capturing and self.captured is None:
+            self.captured = self._capture(images, labels)
+        return (self.captured or self._update)(images, labels)
+
+    def _update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with recomputing(self.network) if self.recompute else nullcontext():
+            given = self._gradients(images, labels, self.forward)
+        self._descend()
+        return given
+
+    def _gradients(self, images: Tensor, labels: Tensor, forward: nn.Module) -> tuple[Tensor, Tensor]:
+        """Forward and backward, in parts where batch normalization is over parts."""
+        loss, wrong = self._zeros(), self._zeros()
+        part_size = self.recipe.bn_batch or len(labels)
+        left = len(labels)
+        for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
+            left -= len(part)
+            with gathering(self.parallel, last=left == 0):
+                with autocast(self.device, self.precision):
+                    logits = forward(part)
+                logits = logits.float()
+                part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
+                part_loss.backward()
+            loss += part_loss.detach()
+            wrong += (logits.detach().argmax(1) != part_labels).sum()
+        return loss, wrong
+
+    def _descend(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, wrong
+
+    def _capture(self, images: Tensor, labels: Tensor) -> CapturedStep | None:
+        try:
+            return CapturedStep(self._update, images, labels, self.network, self.optimizer)
+        except RuntimeError as error:  # a stranger's block that asks the device for a number, above all
+            self.capturing = False
+            self.optimizer.zero_grad(set_to_none=True)  # what the attempt left
+            said = " ".join(str(error).split())
+            warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {said}")
+            return None
 
     def _batches(self, start: int, part: slice | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         part = self.part if part is None else part
@@ -209,14 +261,20 @@ class Training:
         return plateaus(self.recipe, [row["test_error"] for row in self.rows if not math.isnan(row["test_error"])])
 
     def _set_learning_rate(self, rate: float) -> None:
+        if rate == self.rate:
+            return
         for group in self.optimizer.param_groups:
-            if group["lr"] != rate and self.recipe.momentum_form == "caffe":
+            if self.recipe.momentum_form == "caffe":
                 # Caffe's velocity holds the rate it was gathered under; torch's does not.
                 for parameter in group["params"]:
                     velocity = self.optimizer.state[parameter].get("momentum_buffer")
                     if velocity is not None:
-                        velocity.mul_(group["lr"] / rate)
-            group["lr"] = rate
+                        velocity.mul_(self.rate / rate)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.rate = rate
 
     def _zeros(self) -> Tensor:
         return torch.zeros((), device=self.device)
@@ -239,6 +297,7 @@ class Training:
         """Goes back to the last log point and repeats the window step by step, to name where the numbers broke."""
         where = ""
         self.load_state(_copy(self.last_good))
+        self.capturing = False
         if self.team.size > 1:  # repeated step by step, the processes would not stop at the same one
             raise TrainingDiverged(f"the loss is not finite; the weights of iteration {self.iteration} are kept")
         _set_random_state(self.random, self.device)

@@ -64,8 +64,8 @@ def test_side_by_side_gives_the_same_weights_as_one_by_one(tmp_path):
 def test_a_job_asked_for_twice_is_trained_once(tmp_path, monkeypatch):
     asked = jobs(8)
     trained = []
-    real = sweep._train
-    monkeypatch.setattr(sweep, "_train", lambda job, *others: trained.append(job) or real(job, *others))
+    real = sweep.train_job
+    monkeypatch.setattr(sweep, "train_job", lambda job, *others: trained.append(job) or real(job, *others))
     runs = run_all([*asked, *asked], rp.RunStore(tmp_path), device=CPU)
     assert len(trained) == 1
     assert runs[0].metrics == runs[1].metrics

@@ -62,7 +62,7 @@ def recipe(**changes: Any) -> Recipe:
 
 def training(net: nn.Module | None = None, data: Data | None = None, *, device=CPU, **changes: Any) -> Training:
     """A training of a tiny network on a few digits. `changes` are of the recipe or the training."""
-    own = {name: changes.pop(name) for name in ("seed", "precision", "probes", "recompute") if name in changes}
+    own = {name: changes.pop(name) for name in ("seed", "precision", "probes", "recompute", "step") if name in changes}
     return Training(net or network(), data or digits(), recipe(**changes), device=device, **own)
 
 

@@ -1,0 +1,251 @@
+"""Captured and compiled steps: the same training as operation by operation.
+
+A graph needs a card. What is around it (tensors that keep their place, what a warm-up leaves, probes between, resuming) is
+tested on any machine, with a stand-in that runs the captured work anew at each replay.
+"""
+
+import warnings
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import resprobe as rp
+from plugins.gradient_norms import GradientNorms
+from resprobe import steps
+from resprobe.steps import CapturedStep, resolve_step
+from resprobe.training import Training, _copy
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _alike():
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Replays run the work anew, into the tensors of the first time. Tells how often something was captured."""
+    captures = []
+
+    def record(work, device):
+        kept = [value.clone() for value in _dry(work)]
+
+        def replay():
+            for place, value in zip(kept, work(), strict=True):
+                place.copy_(value)
+
+        captures.append(work)
+        return replay, tuple(kept)
+
+    monkeypatch.setattr(steps, "_record", record)
+    monkeypatch.setattr(steps, "_warm_up", lambda work, device: [work() for _ in range(3)])
+    prepare = Training.__init__
+
+    def capturing(self, *args, **options):
+        prepare(self, *args, **options)
+        self.capturing = not self.recompute
+
+    monkeypatch.setattr(Training, "__init__", capturing)
+    return captures
+
+
+def _dry(work):
+    """What a capture knows of its work: shapes, and no numbers."""
+    return torch.zeros(()), torch.zeros(())
+
+
+def pair(**changes):
+    """The same training operation by operation, and captured."""
+    made = [tiny.training(**changes) for _ in range(2)]
+    made[0].capturing = False
+    return made
+
+
+def assert_alike(one, other):
+    tiny.assert_same(one.network.state_dict(), other.network.state_dict())
+    tiny.assert_same(one.rows, other.rows)
+    tiny.assert_same(one.state()["optimizer"], other.state()["optimizer"])
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16"},
+        {"bn_batch": 8},
+        {"momentum_form": "caffe"},
+        {"nesterov": True},
+        {"momentum": 0.0},
+        {"weight_decay_on": "weights"},
+        {"warm_up_rate": 0.01, "warm_up_until": 85.0},
+    ],
+    ids=str,
+)
+def test_a_captured_training_is_the_same_to_the_last_bit(changes):
+    eager, captured = pair(**changes)
+    eager.run()
+    captured.run()
+    assert eager.captured is None and isinstance(captured.captured, CapturedStep)
+    assert_alike(eager, captured)
+
+
+def test_it_is_captured_once_and_again_after_resuming(stand_in):
+    whole, first = pair()
+    whole.run()
+
+    class Stop(Exception):
+        pass
+
+    def stop(training, news):
+        if news.iteration == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        first.run(stop)
+    assert len(stand_in) == 1
+    resumed = tiny.training()
+    resumed.load_state(first.state())
+    resumed.run()
+    assert len(stand_in) == 2
+    assert_alike(whole, resumed)
+    first.load_state(first.last_good)  # velocities have moved to another place
+    assert first.captured is None
+    first.run()
+    assert len(stand_in) == 3
+    assert_alike(whole, first)
+
+
+def test_measured_iterations_run_as_they_are_written(stand_in):
+    tables, ends = [], []
+    for capturing in (False, True):
+        probe = GradientNorms(rp.probes.every(4))
+        training = tiny.training(probes=[probe])
+        training.capturing = capturing
+        training.run()
+        tables.append(probe.table())
+        ends.append(training)
+    assert len(stand_in) == 1
+    assert tables[0]["iteration"].nunique() == 3 and tables[0].equals(tables[1])
+    assert_alike(*ends)
+
+
+class Asking(nn.Module):
+    """Asks the device for a number, which no capture can answer."""
+
+    def forward(self, x):
+        return x * float(x.mean() < 1e9)
+
+
+def test_what_cannot_be_captured_runs_as_it_is_written(monkeypatch):
+    def refuse(work, device):
+        raise RuntimeError("operation not permitted when\n stream is capturing")
+
+    monkeypatch.setattr(steps, "_record", refuse)
+    monkeypatch.setattr(steps, "_warm_up", lambda work, device: [work() for _ in range(3)])
+    eager, other = pair()
+    other.capturing = True
+    eager.run()
+    with pytest.warns(
+        UserWarning, match="cannot be captured as a CUDA graph, and runs as it is written: operation not"
+    ):
+        other.run()
+    assert not other.capturing
+    assert_alike(eager, other)
+
+
+def test_a_warm_up_leaves_nothing_behind():
+    net = tiny.network().train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    first, *others = net.parameters()
+    optimizer.state[first]["momentum_buffer"] = torch.full_like(first, 3.0)
+    places = {name: value.data_ptr() for name, value in net.state_dict().items()}
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with steps._undone(net, optimizer):
+        net(torch.randn(8, 1, 8, 8)).square().sum().backward()
+        optimizer.step()
+        assert tiny.differ(before, net.state_dict())
+    tiny.assert_same(before, dict(net.state_dict()))
+    assert places == {name: value.data_ptr() for name, value in net.state_dict().items()}
+    assert (optimizer.state[first]["momentum_buffer"] == 3).all()
+    assert all((optimizer.state[other]["momentum_buffer"] == 0).all() for other in others)
+
+
+def test_which_step_is_taken():
+    assert resolve_step("auto", CPU) == "eager"
+    assert resolve_step("auto", CUDA) == "graph"
+    assert resolve_step("auto", CUDA, recompute=True) == "eager"
+    assert resolve_step("compile", CPU) == "compile"
+    for name, options, message in (
+        ("graph", {"device": CPU}, r"step \(='graph'\) needs a CUDA device; accepted on cpu: auto, eager, compile"),
+        ("graph", {"device": CUDA, "recompute": True}, r"step \(='graph'\) does not go with recompute"),
+        (
+            "grahp",
+            {"device": CPU},
+            r"step \(='grahp'\) is unknown; accepted: auto, eager, graph, compile; nearest: graph",
+        ),
+    ):
+        with pytest.raises(rp.UsageError, match=message):
+            resolve_step(name, **options)
+    with pytest.raises(rp.UsageError, match="needs a CUDA device"):
+        rp.train("cifar/resnet-8", data="digits", step="graph", device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_step_gives_the_same_losses():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the compiler's own
+        eager, compiled = (tiny.training(iterations=6, milestones=(4,), step=step) for step in ("eager", "compile"))
+        assert (eager.how, compiled.how) == ("eager", "compile")
+        eager.run()
+        compiled.run()
+    for one, other in zip(eager.rows, compiled.rows, strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+    for name, value in eager.network.state_dict().items():
+        torch.testing.assert_close(compiled.network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_gpu_a_graph_trains_as_the_eager_step(precision):
+    eager, graph = (
+        tiny.training(device=CUDA, precision=precision, step=step, iterations=60, milestones=(30,))
+        for step in ("eager", "graph")
+    )
+    eager.run()
+    graph.run()
+    assert graph.captured is not None
+    assert_alike(eager, graph)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_random_numbers_and_resuming_go_on_as_without_a_graph():
+    def noisy():
+        net = tiny.network()
+        net.stage2[0].branch.relu1 = nn.Dropout(0.5)
+        return net
+
+    eager, graph = (tiny.training(noisy(), device=CUDA, step=step) for step in ("eager", "graph"))
+    eager.run()
+    states = []
+    graph.run(lambda training, news: states.append(_copy(training.state())) if news.iteration == 6 else None)
+    assert_alike(eager, graph)
+    resumed = tiny.training(noisy(), device=CUDA, step="graph")
+    resumed.load_state(states[0])
+    resumed.run()
+    assert_alike(eager, resumed)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_network_that_waits_for_the_device_trains_without_a_graph():
+    net = tiny.network()
+    net.stage2[0].branch.relu1 = Asking()
+    training = tiny.training(net, device=CUDA)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph"):
+        training.run()
+    assert training.iteration == 12
