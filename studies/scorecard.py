@@ -37,7 +37,7 @@ from typing import Any
 import studies
 from resprobe.claims import VERDICTS, Claim
 from resprobe.errors import UsageError, not_accepted
-from resprobe.study import Study, notes_on_one_line, offered
+from resprobe.study import Study, called_as, notes_on_one_line, offered
 
 UNTESTED = {
     Claim(
@@ -48,40 +48,12 @@ UNTESTED = {
         "the same six networks, trained anew, with a top-5 error not below 4.82 %",
     ): "quoted only: the six ImageNet networks are not rebuilt",
     Claim(
-        "C18",
-        "ResNet-101 in the place of VGG-16 improves detection on PASCAL VOC",
-        "§4.3, App. A; Table 7",
-        "mAP 73.2 → 76.4 % (VOC 2007 test), 70.4 → 73.8 % (VOC 2012 test)",
-        "mAP of ResNet-101 not above that of VGG-16 under the same trainer",
-    ): "no study of detection yet",
-    Claim(
-        "C19",
-        "ResNet-101 in the place of VGG-16 improves detection on COCO",
-        "§4.3, App. A; Table 8",
-        "mAP@.5 41.5 → 48.4 %, mAP@[.5, .95] 21.2 → 27.2 %",
-        "mAP@[.5, .95] of ResNet-101 not above that of VGG-16 under the same trainer",
-    ): "no study of detection yet",
-    Claim(
-        "C20",
-        "Box refinement, global context and multi-scale testing each improve detection",
-        "App. B; Table 9",
-        "mAP@[.5, .95] on COCO val 27.2 → 29.9 → 30.0 → 32.5 %",
-        "a step after which mAP@[.5, .95] is not higher",
-    ): "no study of detection yet",
-    Claim(
         "C22",
         "A 110-layer residual network has fewer parameters than FitNet and Highway networks, and a lower error",
         "§4.2, Table 6",
         "1.7 M parameters and 6.43 %; FitNet 2.5 M and 8.39 %, Highway 2.3 M and 7.54 %",
         "one of those networks, trained anew, with a test error not above that of the residual network",
     ): "the other methods' rows are quoted only; their networks are not trained here",
-    Claim(
-        "C24",
-        "Batch normalization is fixed in fine-tuning for detection, mainly to save memory",
-        "App. A",
-        "statistics computed anew over ImageNet, then fixed; no numbers are printed",
-        "at a small batch, fixed statistics make no difference",
-    ): "no study of detection yet",
 }
 """What the paper claims and no study states, with the reason. A study that states one of these takes its place. C17* is
 the half of C17 that its study leaves."""
@@ -482,7 +454,7 @@ def _commands(options: argparse.Namespace, known: Sequence[Study], broken: Mappi
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m studies.scorecard", description=__doc__.partition("\n")[0])
+    parser = Parser(prog=called_as("scorecard"), description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="where the studies' reports are (default: results)"
     )
@@ -495,9 +467,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--runs", default="runs", help="folder in which finished runs are kept and found again (default: runs)"
     )
     parser.add_argument("--dry-run", action="store_true", help="say how long --run would take; then stop")
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        raise not_accepted("option", unknown[0], parser.known())
+    options = parser.parse(arguments)
     if options.run not in (None, "quick", "paper"):
         raise not_accepted("--run", options.run, ["quick", "paper"])
     for name in ("studies", "data", "dry_run"):
@@ -511,17 +481,21 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """One whose errors are one line."""
 
     def __init__(self, **settings: Any):
-        super().__init__(**settings, allow_abbrev=False)
+        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            raise not_accepted("option", unknown[0], known)
+        return options
 
     def error(self, message: str) -> None:
         raise UsageError(message)
-
-    def known(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
 
 
 if __name__ == "__main__":

@@ -163,10 +163,10 @@ def test_what_no_study_states_is_not_tested_with_the_reason():
     assert all(row.verdict == "not tested" and row.evidence and not row.study for row in untested.values())
 
 
-@pytest.mark.parametrize("stated", ["C18", "C18a"])
+@pytest.mark.parametrize("stated", ["C22", "C22a"])
 def test_a_study_takes_the_place_of_what_was_not_tested(stated, tmp_path):
-    rows = gather([fabricated("detection", claim(stated), claim("C17"))], tmp_path)
-    assert [row.study for row in rows if row.claim.id.startswith("C18")] == ["detection"]
+    rows = gather([fabricated("others", claim(stated), claim("C17"))], tmp_path)
+    assert [row.study for row in rows if row.claim.id.startswith("C22")] == ["others"]
     assert "C17*" in [row.claim.id for row in rows], "the study tests the small form only"
 
 
@@ -233,10 +233,10 @@ def test_the_page_shows_verdicts_by_sign_and_word_and_links_the_reports(page, tm
     assert "digits, n = 2 seeds; 2026-11-21" in one and "<code>python -m studies.depth --seeds 0 1</code>" in one
     assert "<dt>why</dt><dd>C4: p = 0.01</dd>" in cards["C4-depth"]
     assert "seed" not in re.sub(r"<dd><code>.*?</code></dd>", "", cards["R1-ours"])
-    assert "no study of detection yet" in cards["C18"]
-    for link in set(re.findall(r'href="([^#"]+)"', text)):
+    assert "their networks are not trained here" in cards["C22"]
+    for link in set(re.findall(r'href="((?!data:)[^#"]+)"', text)):
         assert (tmp_path / "results/scorecard" / html.unescape(link)).is_file()
-    assert text.index("Claims of the paper") < text.index('id="C24"') < text.index("Beyond the paper</h2>")
+    assert text.index("Claims of the paper") < text.index('id="C22"') < text.index("Beyond the paper</h2>")
 
 
 def test_the_picture_is_the_first_figure_small_and_within_the_page(page):
@@ -316,7 +316,7 @@ def test_a_study_that_does_not_import_does_not_take_the_list_down(tmp_path):
     assert listed.stdout.startswith(
         "python -m studies.early\n    C9   not tested             It is so (§1)\npython -m studies.later\n"
     )
-    assert "(no study tests C17*, C18, C19, C20, C22, C24)" in listed.stdout
+    assert "(no study tests C17*, C22)" in listed.stdout
 
 
 def test_the_list_does_not_wait_for_torch(tmp_path):

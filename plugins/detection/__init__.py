@@ -20,8 +20,10 @@ _PUBLIC = {
     "plugins.detection.metrics": ("coco_metrics", "mean_average_precision", "voc_average_precision"),
     "plugins.detection.model": ("Detector", "cost", "faster_rcnn", "trainable"),
     "plugins.detection.normalization": ("FrozenBatchNorm2d", "freeze_batch_norm"),
+    "plugins.detection.recipes": ("DetectionRecipe", "coco_paper", "shapes_quick", "voc_paper"),
     "plugins.detection.shapes": ("draw_shapes",),
     "plugins.detection.spec": ("DetectorSpec",),
+    "plugins.detection.training": ("DetectorRun", "kept_for_backward", "train_detector"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -1,0 +1,372 @@
+"""Training a Faster R-CNN, kept in a run store and found again by what it is.
+
+    run = train_detector(network, "shapes", shapes_quick(), seed=0, runs="runs", shorter_side=192, longer_side=192)
+    run.metrics["mAP"], run.history, run.model
+
+Approximate joint training: the four losses of RPN and head are added and minimized together, with no gradient through
+the proposals' coordinates. The paper trains the two in turn (Ren et al.'s 4-step training).
+
+Difficult and crowd objects are not trained on. Which images make a batch, their flips, and the samples that the losses
+are taken over are functions of (seed, iteration) alone: on a CPU a resumed run ends in the same bits as an unbroken one.
+All figures are in percent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+from torch import Tensor, nn
+
+import resprobe as rp
+from plugins.detection.data import DetectionData, DetectionSet, Target, flip, load_detection
+from plugins.detection.improvements import detect
+from plugins.detection.metrics import coco_metrics, voc_average_precision
+from plugins.detection.model import Detector, faster_rcnn
+from plugins.detection.recipes import DetectionRecipe
+from plugins.detection.spec import DetectorSpec
+from resprobe.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, write_atomically
+from resprobe.data.images import generator
+from resprobe.devices import autocast, resolve_device, resolve_precision
+from resprobe.environment import environment
+from resprobe.registry import source_digest
+from resprobe.runs import check_seed
+
+FORMAT = 1
+"""Raised when the meaning of a stored run changes."""
+LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
+_CHECKPOINT_SECONDS = 30.0
+
+Prediction = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What a detector's run is. `start` is a digest of the weights that it begins with, the new layers' among them."""
+
+    network: str
+    detector: DetectorSpec
+    data: str
+    data_identity: str
+    recipe: DetectionRecipe
+    seed: int
+    precision: str
+    start: str
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the numbers, as JSON. What network, data and recipe are called does not."""
+        return {
+            "format": FORMAT,
+            "detector": dataclasses.asdict(self.detector),
+            "data": self.data_identity,
+            "recipe": self.recipe.identity(),
+            "seed": self.seed,
+            "precision": self.precision,
+            "start": self.start,
+        }
+
+    @property
+    def key(self) -> str:
+        """Hash of the identity."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def folder_name(self) -> str:
+        """For reading, with the key at its end."""
+        parts = ["detector", self.network, self.detector.bn, self.data, f"{self.recipe.iterations}it"]
+        parts += [f"seed{self.seed}", self.key]
+        return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts)
+
+
+@dataclass
+class DetectorRun:
+    """A finished run. `history`: one row a log point: iteration, learning_rate, loss, its four parts, mAP of the test
+    images (nan where not measured), seconds. `metrics`: what `score` gives for the test images. `model`: on the CPU."""
+
+    config: DetectorConfig
+    metrics: dict[str, float]
+    history: pandas.DataFrame
+    model: Detector
+    path: Path | None = None
+
+
+def train_detector(
+    network: nn.Module,
+    data: str | DetectionData,
+    recipe: DetectionRecipe,
+    *,
+    seed: int = 0,
+    runs: str | Path | rp.RunStore | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "auto",
+    progress: bool | Callable[[dict[str, float]], None] = True,
+    **options: Any,
+) -> DetectorRun:
+    """Trains a detector around a copy of `network`, or finds that this has been done.
+
+    `options` are those of `DetectorSpec` but for `num_classes`, which is the data's. `runs`: the folder that runs are
+    kept in; None keeps nothing on disk. `progress`: a bar, or a function that is told every row of the history.
+
+    Raises `rp.UsageError` for what cannot be done as asked and `rp.TrainingDiverged` when the loss stops being finite.
+    """
+    device = resolve_device(device)
+    precision = _precision(precision, device)
+    data = load_detection(data)
+    with _drawn_for(device, "detector", check_seed(seed)):
+        model = faster_rcnn(network, len(data.classes) + 1, **options)
+    spec = getattr(network, "spec", None)
+    name = spec.name if spec is not None else type(network).__name__
+    config = DetectorConfig(name, model.spec, data.name, data.identity, recipe, seed, precision, _start(model, spec))
+    if runs is None:
+        return _train(model.to(device), data, config, None, device, progress)
+    store = runs if isinstance(runs, rp.RunStore) else rp.RunStore(runs)
+    with store.lock(config, print):
+        found, path = store.find(config), store.folder(config)
+        if found is None:
+            return _train(model.to(device), data, config, path, device, progress)
+        from safetensors.torch import load_file
+
+        model.load_state_dict(load_file(path / "detector.safetensors"))
+        return DetectorRun(config, found.metrics, found.history, model.eval(), path)
+
+
+def _precision(name: str, device: torch.device) -> str:
+    """As everywhere, but for a CPU, on which torchvision pools regions in float32 only."""
+    if device.type == "cpu" and name == "bf16":
+        raise rp.UsageError("precision (='bf16') is not there for detectors on a CPU; accepted: auto, fp32")
+    return "fp32" if device.type == "cpu" and name == "auto" else resolve_precision(name, device)
+
+
+def _start(model: Detector, spec: object) -> str:
+    """Digest of the first weights, which of them train, how images are normalized, and the source of all modules that
+    are neither torch's nor ours."""
+    digest = hashlib.sha256(f"{spec} {model.transform.image_mean} {model.transform.image_std}".encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    digest.update(bytes(parameter.requires_grad for parameter in model.parameters()))
+    for kind in sorted(
+        {type(module) for module in model.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__)
+    ):
+        if kind.__module__.split(".")[0] not in ("torch", "torchvision"):
+            digest.update((source_digest(kind) or kind.__qualname__).encode())
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def _drawn_for(device: torch.device, *what: object) -> Iterator[None]:
+    """Torch's global random numbers as a function of `what`; the caller's are left as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(generator(*what).initial_seed())
+        yield
+
+
+def batch_choices(count: int, recipe: DetectionRecipe, seed: int, iteration: int) -> list[tuple[int, bool]]:
+    """The images of a batch, and which of them are flipped: one permutation an epoch, the epochs end to end."""
+    chosen = []
+    for place in range(iteration * recipe.batch_size, (iteration + 1) * recipe.batch_size):
+        epoch, position = divmod(place, count)
+        if not chosen or position == 0:
+            random = generator("detection epoch", seed, epoch)
+            order, drawn = torch.randperm(count, generator=random), torch.rand(count, generator=random)
+        chosen.append((int(order[position]), bool(drawn[position] < recipe.flip)))
+    return chosen
+
+
+def training_batch(
+    part: DetectionSet, recipe: DetectionRecipe, seed: int, iteration: int
+) -> tuple[list[Tensor], list[Target]]:
+    """Images in [0, 1] and the boxes and labels to be learned."""
+    images, targets = [], []
+    for index, flipped in batch_choices(len(part), recipe, seed, iteration):
+        image, target = flip(*part[index]) if flipped else part[index]
+        wanted = ~target["difficult"] & (target["iscrowd"] == 0)
+        images.append(image.float() / 255)
+        targets.append({name: target[name][wanted] for name in ("boxes", "labels")})
+    return images, targets
+
+
+def _train(
+    model: Detector,
+    data: DetectionData,
+    config: DetectorConfig,
+    path: Path | None,
+    device: torch.device,
+    progress: bool | Callable[[dict[str, float]], None],
+) -> DetectorRun:
+    recipe, seed = config.recipe, config.seed
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, recipe.rate(0), recipe.momentum, weight_decay=recipe.weight_decay)
+    rows: list[dict[str, float]] = []
+    kept = load_checkpoint(path / "checkpoint.pt") if path else None
+    if kept is not None:
+        model.load_state_dict(kept["model"])
+        optimizer.load_state_dict(kept["optimizer"])
+        rows = kept["rows"]
+    if path:
+        write_atomically(
+            path / "config.json", _json(config.identity() | {"network": config.network, "name": config.data})
+        )
+        write_atomically(path / "environment.json", _json(environment(device)))
+    measured_at = {round(recipe.iterations * k / recipe.evaluations) for k in range(recipe.evaluations)}
+    started = time.monotonic() - (rows[-1]["seconds"] if rows else 0)
+    saved_at, sums = time.monotonic(), dict.fromkeys(LOSSES, 0.0)
+    counted = 0
+
+    with _watching(progress, config) as tell:
+
+        def log(iteration: int, measure: bool) -> None:
+            nonlocal saved_at, counted
+            parts = {name: total / counted if counted else math.nan for name, total in sums.items()}
+            mean_ap = evaluate(model, data.test, data.classes, device, config.precision)["mAP"] if measure else math.nan
+            rate = recipe.rate(max(0, iteration - 1))
+            row = {"iteration": iteration, "learning_rate": rate, "loss": sum(parts.values()), **parts, "mAP": mean_ap}
+            rows.append(row | {"seconds": time.monotonic() - started})
+            sums.update(dict.fromkeys(LOSSES, 0.0))
+            counted = 0
+            # At log points only, where no sum is under way.
+            if path and time.monotonic() - saved_at >= _CHECKPOINT_SECONDS:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
+                save_checkpoint(path / "checkpoint.pt", state)
+                saved_at = time.monotonic()
+            tell(rows[-1])
+
+        if not rows:
+            log(0, measure=True)
+        for iteration in range(int(rows[-1]["iteration"]), recipe.iterations):
+            model.train()
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(iteration)
+            images, targets = training_batch(data.train, recipe, seed, iteration)
+            images = [image.to(device) for image in images]
+            targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
+            with _drawn_for(device, "detection samples", seed, iteration), autocast(device, config.precision):
+                losses = model(images, targets)
+            total = sum(losses.values())
+            if not torch.isfinite(total):
+                raise rp.TrainingDiverged(
+                    f"detector on {config.network}, seed {seed}: the loss is not finite at iteration {iteration}, "
+                    f"learning rate {recipe.rate(iteration):g}; a lower rate or bn='trained' may train"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            optimizer.step()
+            sums.update({name: sums[name] + float(losses[name].detach()) for name in LOSSES})
+            counted, done = counted + 1, iteration + 1
+            if done in measured_at or done % recipe.window == 0 or done == recipe.iterations:
+                log(done, measure=done in measured_at)
+    predictions = predict(model, data.test, device, config.precision)
+    metrics = score(predictions, data.test, data.classes)
+    rows[-1]["mAP"] = metrics["mAP"]
+    run = DetectorRun(config, metrics, pandas.DataFrame(rows), model.cpu().eval(), path)
+    if path:
+        from safetensors.torch import save
+
+        write_atomically(
+            path / "detector.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()})
+        )
+        write_atomically(path / "history.csv", run.history.to_csv(index=False, na_rep="nan").encode())
+        write_atomically(path / "detections.json", _json([_as_rows(each) for each in predictions]))
+        write_atomically(path / "result.json", _json({"metrics": metrics}))  # last: it says that all the rest is there
+        remove_checkpoints(path / "checkpoint.pt")
+    return run
+
+
+def kept_for_backward(model: Detector, images: list[Tensor], targets: list[Target]) -> int:
+    """Bytes that a training step keeps from its forward pass for its backward pass, parameters and buffers not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()  # several views may be kept of one
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        losses = model.train()(images, targets)
+    del losses  # which held what was kept until now
+    return sum(kept.values())
+
+
+def predict(
+    model: Detector, part: DetectionSet, device: torch.device, precision: str = "fp32", **improvements: Any
+) -> list[Prediction]:
+    """Detections in all images, one image at a time, on the CPU; `improvements` are those of `detect`."""
+    model.to(device).eval()
+    found = []
+    for image, _ in part:
+        with autocast(device, precision):
+            (one,) = detect(model, [image.to(device).float() / 255], **improvements)
+        found.append(
+            {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in one.items()}
+        )
+    return found
+
+
+def score(predictions: Sequence[Prediction], part: DetectionSet, classes: Sequence[str]) -> dict[str, float]:
+    """In percent: `mAP` (VOC, 11-point) and `mAP all-point`, AP of each class by either rule, and COCO's twelve figures."""
+    metrics = {}
+    for suffix, rule in (("", "11-point"), (" all-point", "all-point")):
+        each = voc_average_precision(predictions, part.targets, rule=rule, classes=classes)
+        metrics |= {f"mAP{suffix}": float(each.mean())} | {f"AP {name}{suffix}": ap for name, ap in each.items()}
+    metrics |= {f"COCO {name}": value for name, value in coco_metrics(predictions, part.targets).items()}
+    return {name: 100 * float(value) for name, value in metrics.items()}
+
+
+def evaluate(
+    model: Detector,
+    part: DetectionSet,
+    classes: Sequence[str],
+    device: torch.device,
+    precision: str,
+    **improvements: Any,
+) -> dict[str, float]:
+    """`score` of what the model detects in `part`."""
+    return score(predict(model, part, device, precision, **improvements), part, classes)
+
+
+def _as_rows(prediction: Prediction) -> list[dict[str, Any]]:
+    """The detections of one image as JSON: `box`, `label`, `score`."""
+    columns = [prediction[name].tolist() for name in ("boxes", "labels", "scores")]
+    return [dict(zip(("box", "label", "score"), values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _json(content: object) -> bytes:
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _watching(
+    progress: bool | Callable[[dict[str, float]], None], config: DetectorConfig
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    if callable(progress) or not progress:
+        yield progress if callable(progress) else lambda row: None
+        return
+    from tqdm.auto import tqdm
+
+    bar = tqdm(
+        total=config.recipe.iterations,
+        unit="it",
+        desc=f"detector on {config.network}, seed {config.seed}",
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
+    with bar:
+
+        def show(row: dict[str, float]) -> None:
+            measured = "" if math.isnan(row["mAP"]) else f", mAP {row['mAP']:.1f} %"
+            bar.set_postfix_str(f"loss {row['loss']:.3f}{measured}")
+            bar.update(row["iteration"] - bar.n)
+
+        yield show

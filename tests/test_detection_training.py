@@ -1,0 +1,239 @@
+"""Detectors are trained: what they see, that a resumed run is the unbroken one, and how they are found again."""
+
+import dataclasses
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import resprobe as rp
+from plugins.detection import draw_shapes, faster_rcnn, load_detection, training
+from plugins.detection.recipes import DetectionRecipe, coco_paper, shapes_quick, voc_paper
+from plugins.detection.training import batch_choices, score, train_detector, training_batch
+from tests import tiny
+
+RECIPE = DetectionRecipe("tiny", 6, batch_size=2, learning_rate=0.01, milestones=(4,), window=2, evaluations=2)
+SMALL = {
+    "shorter_side": 48,
+    "longer_side": 48,
+    "anchor_sizes": (8, 16),
+    "anchor_ratios": (1.0,),
+    "proposals_train": 30,
+    "proposals_test": 10,
+    "candidates_train": 100,
+    "candidates_test": 50,
+    "rpn_batch": 16,
+    "roi_batch": 8,
+    "roi_size": 4,
+    "bn": "trained",
+}
+
+
+@pytest.fixture(autouse=True)
+def _alike():
+    with tiny.one_thread():
+        yield
+
+
+@pytest.fixture(scope="module")
+def data():
+    return draw_shapes(48, 7, 3)
+
+
+def network(seed=0):
+    return tiny.network(seed=seed, in_channels=3, num_classes=5)
+
+
+def train(data, recipe=RECIPE, net=None, **options):
+    options = {"device": "cpu", "progress": False} | SMALL | options
+    return train_detector(net or network(), data, recipe, **options)
+
+
+def test_the_papers_schedules():
+    voc, coco = voc_paper(), coco_paper()
+    assert (voc.iterations, voc.batch_size, voc.momentum, voc.weight_decay, voc.flip) == (110_000, 1, 0.9, 5e-4, 0.5)
+    assert [voc.rate(iteration) for iteration in (0, 79_999, 80_000)] == pytest.approx([1e-3, 1e-3, 1e-4])
+    assert (coco.iterations, coco.batch_size) == (320_000, 8)
+    assert [coco.rate(iteration) for iteration in (239_999, 240_000)] == pytest.approx([1e-3, 1e-4])
+    short = voc_paper(1100)
+    assert (short.iterations, short.milestones) == (1100, (800,))
+
+
+def test_a_recipe_survives_json_and_its_name_is_no_part_of_it():
+    recipe = shapes_quick()
+    assert DetectionRecipe(**json.loads(json.dumps(dataclasses.asdict(recipe)))) == recipe
+    assert replace(recipe, name="other").identity() == recipe.identity()
+    assert replace(recipe, flip=0.0).identity() != recipe.identity()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"iterations": 0}, r"iterations \(=0\) must be a whole number ≥ 1"),
+        ({"flip": 1.5}, r"flip \(=1.5\) must be ≥ 0 and ≤ 1"),
+        ({"learning_rate": 0.0}, r"learning_rate \(=0.0\) must be > 0"),
+        ({"milestones": (4, 2)}, r"milestones \(=\(4, 2\)\) must rise"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_one_clear_line(wrong, message):
+    with pytest.raises(rp.UsageError, match=message):
+        replace(RECIPE, **wrong)
+
+
+def test_every_image_is_seen_once_an_epoch_and_half_are_flipped():
+    recipe = replace(RECIPE, batch_size=3)
+    seen = [choice for iteration in range(700) for choice in batch_choices(7, recipe, 0, iteration)]
+    for epoch in range(300):
+        assert sorted(index for index, _ in seen[7 * epoch : 7 * epoch + 7]) == list(range(7))
+    assert 0.45 < sum(flipped for _, flipped in seen) / len(seen) < 0.55
+    assert batch_choices(7, recipe, 0, 5) == seen[15:18]  # whatever came before
+    assert batch_choices(7, recipe, 1, 5) != seen[15:18]
+
+
+def test_flipped_images_keep_their_boxes_and_difficult_objects_are_left_out(data):
+    always, never = replace(RECIPE, flip=1.0), replace(RECIPE, flip=0.0)
+    (mirrored, _), (moved, *_) = training_batch(data.train, always, 0, 0)
+    (image, _), (target, *_) = training_batch(data.train, never, 0, 0)
+    assert torch.equal(mirrored, image.flip(-1)) and image.min() >= 0 and image.max() <= 1
+    assert moved["boxes"][:, 0].tolist() == (48 - target["boxes"][:, 2]).tolist()
+    part = data.train.select(range(1))
+    part.targets[0]["difficult"][0] = True
+    ((only,),) = (training_batch(part, replace(never, batch_size=1), 0, 0)[1],)
+    assert len(only["boxes"]) == len(part.targets[0]["boxes"]) - 1
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
+    whole = train(data, runs=tmp_path / "whole")
+
+    def kill(row):
+        if row["iteration"] == 4:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(data, runs=tmp_path / "broken", progress=kill)
+    torch.manual_seed(99)  # global random numbers are no part of it
+    rows = []
+    resumed = train(data, runs=tmp_path / "broken", progress=rows.append)
+    assert [row["iteration"] for row in rows] == [6]
+    tiny.assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    tiny.assert_same(whole.metrics, resumed.metrics)
+    tiny.assert_same(whole.history.to_dict("list"), resumed.history.to_dict("list"))
+    assert not list((tmp_path / "broken").rglob("checkpoint*"))
+
+
+def test_a_finished_run_is_found_by_what_it_is(data, tmp_path):
+    made = train(data, runs=tmp_path)
+    assert json.loads((made.path / "result.json").read_text())["metrics"].keys() == made.metrics.keys()
+    assert len(json.loads((made.path / "detections.json").read_text())) == len(data.test)
+    rows = []
+    again = train(data, replace(RECIPE, name="renamed"), runs=tmp_path, progress=rows.append)
+    assert rows == [] and again.path == made.path
+    tiny.assert_same(dict(made.model.state_dict()), dict(again.model.state_dict()))
+    tiny.assert_same(made.history.to_dict("list"), again.history.to_dict("list"))
+    keys = {made.config.key}
+    for changed in ({"seed": 1}, {"net": network(seed=1)}, {"roi": "align"}, {"recipe": replace(RECIPE, flip=0.0)}):
+        keys.add(train(data, **{"recipe": replace(RECIPE, iterations=1, milestones=()), **changed}).config.key)
+    assert len(keys) == 5
+
+
+def test_the_history_and_the_weights(data):
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    run = train(data, net=net)
+    assert run.history["iteration"].tolist() == [0, 2, 3, 4, 6]
+    assert run.history["mAP"].notna().tolist() == [True, False, True, False, True]
+    assert run.history["learning_rate"].tolist() == pytest.approx([0.01, 0.01, 0.01, 0.01, 0.001])
+    parts = run.history[list(training.LOSSES)].sum(axis=1)
+    assert run.history["loss"].iloc[1:].tolist() == pytest.approx(parts.iloc[1:].tolist())
+    assert run.history["mAP"].iloc[-1] == run.metrics["mAP"]
+    tiny.assert_same(before, dict(net.state_dict()))  # the backbone that was given is left as it is
+    first = next(iter(run.model.backbone.parameters()))
+    assert not torch.equal(first, next(iter(net.parameters())))
+
+
+def test_a_detector_learns_to_find_what_it_was_shown():
+    """Four images learned by heart: the loss falls and the mAP rises by a wide margin."""
+    few = draw_shapes(48, 4, 1)
+    few = replace(few, test=few.train)
+    recipe = replace(RECIPE, iterations=120, learning_rate=0.05, milestones=(100,), flip=0.0, window=10, evaluations=1)
+    run = train(few, recipe, roi_batch=32, rpn_batch=32)
+    first, last = run.history["mAP"].iloc[[0, -1]]
+    print(run.history, run.metrics)
+    assert run.history["loss"].iloc[-1] < 0.8 * run.history["loss"].iloc[1]
+    assert last > first + 10
+
+
+def test_perfect_predictions_score_a_hundred_percent(data):
+    perfect = [
+        {"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"]))} for t in data.test.targets
+    ]
+    found = score(perfect, data.test, data.classes)
+    assert found["mAP"] == found["mAP all-point"] == found["COCO AP50"] == pytest.approx(100)
+    label = int(data.test.targets[0]["labels"][0])
+    assert found[f"AP {data.classes[label - 1]}"] == pytest.approx(100)
+
+
+def test_divergence_is_one_clear_line(data):
+    with pytest.raises(rp.TrainingDiverged, match=r"cifar/resnet-8, seed 0: the loss is not finite at iteration \d"):
+        train(data, replace(RECIPE, learning_rate=1e12, milestones=()))
+
+
+def test_mistakes_are_one_clear_line(data):
+    with pytest.raises(rp.UsageError, match=r"precision \(='bf16'\) is not there for detectors on a CPU"):
+        train(data, precision="bf16")
+    with pytest.raises(rp.UsageError, match=r"seed \(=-1\)"):
+        train(data, seed=-1)
+    with pytest.raises(rp.UsageError, match=r"option of faster_rcnn \(='rio'\) is unknown"):
+        train(data, rio="pool")
+    with pytest.raises(rp.UsageError, match=r"detection data \(='cifar10'\) is unknown"):
+        train("cifar10")
+
+
+def test_an_image_without_objects_is_trained_on():
+    data = load_detection(draw_shapes(48, 2, 1))
+    empty = {name: value[:0] if value.ndim else value for name, value in data.train.targets[0].items()}
+    data = replace(data, train=replace(data.train, targets=(empty, empty)))
+    run = train(data, replace(RECIPE, iterations=2, milestones=()))
+    assert run.history["loss"].iloc[1:].notna().all()
+    assert run.history["loss_rpn_box_reg"].iloc[-1] == 0
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_once(data):
+    """Against a model of three tensors, and fixed normalization keeps less than one that trains."""
+
+    class Squares(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1000))
+
+        def forward(self, images, targets):
+            (image,) = images
+            scaled = image * self.weight  # keeps the image; the weight is the module's own
+            return {"loss": (scaled * scaled.view(10, 100).view(-1)).sum()}  # one tensor, kept as two views
+
+    assert training.kept_for_backward(Squares(), [torch.ones(1000)], []) == 2 * 4000
+    images, targets = training_batch(data.train, RECIPE, 0, 0)
+    kept = {}
+    for bn in ("frozen", "trained"):
+        torch.manual_seed(0)
+        model = faster_rcnn(network(), 6, **SMALL | {"bn": bn})
+        kept[bn] = training.kept_for_backward(model, images, targets)
+    assert 0 < kept["frozen"] < 0.9 * kept["trained"]
+
+
+def test_blood_cells_are_trained_on(shared_data):
+    """Real images in VOC's layout, two bad boxes among them, through the whole path."""
+    cells = load_detection(f"voc:{shared_data}/detection/bccd/BCCD")
+    few = replace(cells, test=cells.test.select(range(4)))
+    net = tiny.network(in_channels=3, num_classes=3)
+    run = train(few, replace(RECIPE, iterations=8, milestones=(), evaluations=1), net, longer_side=64)
+    assert {name[3:] for name in run.metrics if name.startswith("AP ") and "all-point" not in name} == set(
+        cells.classes
+    )
+    assert run.history["loss"].iloc[1:].notna().all()

@@ -1,0 +1,282 @@
+"""The detection study: verdicts follow the data, what is not run is not tested, figures and table show what was measured."""
+
+import json
+from dataclasses import replace
+
+import pandas
+import pytest
+
+import resprobe as rp
+from plugins.detection import draw_shapes
+from plugins.detection.recipes import coco_paper, shapes_quick, voc_paper
+from studies import detection
+from studies.detection import Options, judge, study
+
+PLAIN, RESIDUAL = "cifar/plain-20", "cifar/resnet-20"
+QUICK = study.presets["quick"]
+
+
+def rows(backbone, maps, *, bn="frozen", step="baseline", ap=None):
+    """One seed a value: a point in training at a third of the final mAP, and the final row."""
+    made = []
+    for seed, value in enumerate(maps):
+        labels = {"backbone": backbone, "seed": seed, "bn": bn, "step": step}
+        if step == "baseline":
+            made += [labels | {"iteration": 0, "mAP": 0.0}, labels | {"iteration": 100, "mAP": value / 3}]
+        made.append(
+            labels
+            | {
+                "iteration": 300,
+                "seconds": 0.02,
+                "macs": 2_500_000_000,
+                "kept_mib": 10.0 if bn == "frozen" else 16.0,
+                "run": f"run-{backbone[-2:]}-{bn}",
+                "mAP": value,
+            }
+            | {"mAP all-point": value - 1, "AP disc": value + 5, "AP star": value - 5, "AP disc all-point": 1.0}
+            | {"COCO AP": value / 2 if ap is None else ap[seed], "COCO AP50": value}
+        )
+    return made
+
+
+def results(made, **options):
+    return rp.Results(
+        replace(QUICK, **options), pandas.DataFrame(), pandas.DataFrame(), [], measurements=pandas.DataFrame(made)
+    )
+
+
+def words(made, **options):
+    return {verdict.claim.id: verdict for verdict in judge(results(made, **options))}
+
+
+TABLE_7 = rows(PLAIN, [50.0, 50.6]) + rows(RESIDUAL, [53.3, 53.7])
+
+
+def test_a_gain_as_in_table_7_confirms_the_claim_and_nothing_else_is_tested():
+    found = words(TABLE_7)
+    assert {name: verdict.verdict for name, verdict in found.items()} == {
+        "C18": "holds",
+        "C19": "not tested",
+        "C20": "not tested",
+        "C24": "not tested",
+        "C24b": "not tested",
+    }
+    assert found["C18"].measured == "mAP of cifar/plain-20 → cifar/resnet-20: 50.30 ± 0.42 → 53.50 ± 0.28 %"
+    assert "an analogue: not the paper's networks nor its data" in found["C18"].evidence
+    assert found["C24"].evidence == "needs --bn both"
+
+
+def test_no_gain_refutes_it_and_noise_or_one_seed_do_not():
+    assert words(rows(PLAIN, [53.3, 53.7]) + rows(RESIDUAL, [50.0, 50.6]))["C18"].verdict == "fails"
+    assert words(rows(PLAIN, [40.0, 60.0]) + rows(RESIDUAL, [53.3, 53.7]))["C18"].verdict == "inconclusive"
+    assert words(rows(PLAIN, [50.0]) + rows(RESIDUAL, [53.3]))["C18"].verdict == "inconclusive"
+
+
+def test_on_coco_it_is_c19_that_is_judged_by_cocos_ap():
+    made = rows(PLAIN, [41.5, 41.5], ap=[21.1, 21.3]) + rows(RESIDUAL, [41.5, 41.5], ap=[27.1, 27.3])
+    found = words(made, detection="coco:PATH")
+    assert (found["C18"].verdict, found["C19"].verdict) == ("not tested", "holds")
+    assert "21.20 ± 0.14 → 27.20 ± 0.14 %" in found["C19"].measured
+    assert words(made, detection="voc:PATH")["C18"].verdict == "fails"  # the same mAP on both sides
+    same = rows(PLAIN, [41.5, 41.5], ap=[27.1, 27.3]) + rows(RESIDUAL, [41.5, 41.5], ap=[21.1, 21.3])
+    assert words(same, detection="coco:PATH")["C19"].verdict == "fails"
+
+
+def test_the_papers_networks_are_no_analogue_and_a_hidden_truth_is_not_tested():
+    names = detection._PAPER_BACKBONES
+    made = rows(names[0], [73.1, 73.3]) + rows(names[1], [76.3, 76.5])
+    verdict = words(made, backbones=names, detection="voc:PATH")["C18"]
+    assert verdict.verdict == "holds" and "analogue" not in verdict.evidence
+    hidden = rows(names[0], [float("nan")] * 2) + rows(names[1], [float("nan")] * 2)
+    verdict = words(hidden, backbones=names, detection="voc:PATH@07++12")["C18"]
+    assert verdict.verdict == "not tested" and "not public" in verdict.evidence
+
+
+def test_every_step_of_table_9_must_gain():
+    def table_9(*maps):
+        steps = zip(detection.STEPS, maps, strict=False)
+        return rows(PLAIN, [21.0, 21.2]) + [
+            row
+            for step, value in steps
+            for row in rows(RESIDUAL, [0.0, 0.0], step=step, ap=[value - 0.05, value + 0.05])
+        ]
+
+    assert words(table_9(27.2, 29.9, 31.0, 32.5))["C20"].verdict == "holds"
+    found = words(table_9(27.2, 29.9, 29.0, 32.5))["C20"]
+    assert found.verdict == "fails" and "context: difference -0.90" in found.evidence
+    assert words(table_9(27.2, 29.9, 30.0, 32.5))["C20"].verdict == "fails"  # 0.1 points: no effect that matters
+    found = words(table_9(27.2, 29.9))["C20"]
+    assert found.verdict == "not tested"
+    assert "box refinement 29.90 ± 0.07" in found.measured
+    assert found.evidence.endswith("not there: context, multi-scale testing")
+
+
+def test_fixed_against_trained_normalization():
+    def both(trained, **changes):
+        made = [row | changes for row in rows(RESIDUAL, trained, bn="trained")]
+        return words(TABLE_7 + made, bn="both")
+
+    found = both([47.0, 47.4])
+    assert (found["C24"].verdict, found["C24b"].verdict) == ("holds", "holds")
+    assert "4 images a step: fixed 10.00 ± 0.00, trained 16.00 ± 0.00 MiB" in found["C24"].measured
+    assert found["C24"].evidence.startswith("38 % less")
+    assert "fixed 53.50 ± 0.28, trained 47.20 ± 0.28 %" in found["C24b"].measured
+    assert both([47.0, 47.4], kept_mib=10.0)["C24"].verdict == "fails"
+    assert both([60.0, 60.4])["C24b"].verdict == "fails"
+    assert both([40.0, 65.0])["C24b"].verdict == "inconclusive"
+    only = [row | {"bn": "trained"} for row in TABLE_7]
+    assert words(only, bn="trained")["C18"].verdict == "holds"
+
+
+def test_the_plan_is_the_two_backbones_and_weights_need_none(monkeypatch):
+    monkeypatch.setattr("plugins.detection.load_detection", lambda data: draw_shapes(48, 1, 1), raising=False)
+    planned = detection.plan(QUICK)
+    assert [(one.labels["backbone"], one.network, one.options) for one in planned] == [
+        (PLAIN, PLAIN, {"width": 8}),
+        (RESIDUAL, RESIDUAL, {"width": 8}),
+    ]
+    recipe = planned[0].recipe(rp.recipes.cifar_paper(300))
+    assert (recipe.batch_size, recipe.learning_rate) == (64, 0.05)
+    paper = study.presets["paper"]
+    (first, *_) = detection.plan(paper)
+    assert first.network == "imagenet/vgg-16"
+    assert first.recipe(rp.recipes.imagenet_paper()) == rp.recipes.imagenet_paper()
+    assert detection.plan(replace(paper, weights=("vgg16.pth", "resnet101.pth"))) == []
+
+
+def test_the_schedule_is_that_of_what_is_detected_in():
+    paper = study.presets["paper"]
+    assert detection.recipe_of(paper) == voc_paper()
+    assert detection.recipe_of(replace(paper, detection="coco:PATH", detection_iterations=320_000)) == coco_paper()
+    assert detection.recipe_of(QUICK) == shapes_quick()
+    assert detection.recipe_of(replace(paper, schedule="shapes", detection_iterations=600)) == shapes_quick(600)
+    assert detection.recipe_of(replace(paper, detection_rate=0.01)) == replace(voc_paper(), learning_rate=0.01)
+
+
+def test_sizes_are_in_proportion_to_the_side():
+    paper = detection.shape_of(study.presets["paper"])
+    assert paper == {"shorter_side": 600, "longer_side": 1000, "anchor_sizes": (128, 256, 512)}
+    half = detection.shape_of(replace(study.presets["paper"], side=300))
+    assert half == {"shorter_side": 300, "longer_side": 500, "anchor_sizes": (64, 128, 256)}
+    quick = detection.shape_of(QUICK)
+    assert (quick["shorter_side"], quick["anchor_sizes"], quick["roi_size"]) == (64, (8, 14, 24), 8)
+
+
+def test_departures_are_those_of_the_detectors_too():
+    said = detection.departs(QUICK)
+    assert said[0].startswith("detection: in drawn shapes instead of PASCAL VOC and COCO")
+    assert "backbones: cifar/plain-20 and cifar/resnet-20 instead of VGG-16 and ResNet-101" in said
+    assert "detectors: 1,000 iterations of 4 images, rate 0.06" in said
+    said = detection.departs(study.presets["paper"])
+    assert len(said) == 2 and "approximate joint training" in said[0]
+    small = replace(study.presets["paper"], side=300, weights=("vgg16.pth", "resnet101.pth"))
+    assert "detectors: shorter side 300 instead of 600 pixels, anchors in proportion" in detection.departs(small)
+    assert any("as the files have them" in line for line in detection.departs(small))
+    assert "detectors: 70,000 iterations of 1 image, rate 0.001" in detection.departs(
+        replace(study.presets["paper"], detection_iterations=70_000)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"backbones": ("cifar/plain-20",)}, r"backbones \(=cifar/plain-20\) must be two different networks"),
+        ({"weights": ("one.pth",)}, r"weights \(=one.pth\) must be two files"),
+        ({"detection": "voc:absent"}, r"detection data \(='voc:absent'\): there is no folder absent"),
+        ({"detection": "cifar10"}, r"detection data \(='cifar10'\) is unknown; accepted: shapes, voc:PATH, coco:PATH"),
+        ({"scales": (0, 600)}, r"scales \(=0 600\) must be shorter sides ≥ 1"),
+        ({"width": 0}, r"width \(=0\) must be a whole number ≥ 1"),
+    ],
+)
+def test_mistakes_are_one_clear_line(wrong, message):
+    with pytest.raises(rp.UsageError, match=message):
+        detection.plan(replace(QUICK, **wrong))
+
+
+def test_the_figures_show_what_was_measured(tmp_path):
+    data = draw_shapes()
+    target = data.test.targets[0]
+    found = [[] for _ in data.test.targets]
+    found[0] = [
+        {"box": target["boxes"][0].tolist(), "label": int(target["labels"][0]), "score": 0.9},
+        {"box": [0.0, 0.0, 9.0, 9.0], "label": 1, "score": 0.3},
+    ]
+    (tmp_path / "run-20-frozen").mkdir()
+    (tmp_path / "run-20-frozen" / "detections.json").write_text(json.dumps(found))
+    drawings = study.draw(results(TABLE_7, runs=str(tmp_path)))
+    left, right = drawings["figure"].figure.axes
+    lines = {line.get_label(): line for line in left.lines}
+    assert list(lines) == ["plain-20, BN frozen", "resnet-20, BN frozen"]
+    assert lines["resnet-20, BN frozen"].get_xdata().tolist() == [0, 100, 300]
+    assert lines["resnet-20, BN frozen"].get_ydata() == pytest.approx([0, 53.5 / 3, 53.5])
+    assert [bar.get_height() for bar in right.patches] == pytest.approx([55.3, 45.3, 58.5, 48.5])
+    assert [text.get_text() for text in right.get_xticklabels()] == ["disc", "star"]
+    assert "resnet-20 53.50 ± 0.28 %" in drawings["figure"].alt
+    axes = drawings["figure-pictures"].figure.axes
+    assert len(axes) == 8
+    assert len(axes[0].patches) == len(target["labels"])
+    (only,) = axes[4].texts  # what is found with a score below 0.5 is not drawn
+    assert only.get_text() == f"{data.classes[int(target['labels'][0]) - 1]} 0.90"
+
+
+def test_the_table_stands_beside_the_papers():
+    table = study.tabulate(results(TABLE_7)).set_index("backbone")
+    assert table["mAP (%)"].to_dict() == {PLAIN: "50.30 ± 0.42", RESIDUAL: "53.50 ± 0.28"}
+    assert table.loc[RESIDUAL, "AP disc"] == "58.5 ± 0.3"
+    assert table.loc[RESIDUAL, "10⁹ multiply-adds an image"] == "2.50"
+    assert "AP disc all-point" not in table and "paper (%)" not in table
+    names = detection._PAPER_BACKBONES
+    made = rows(names[0], [70.0]) + rows(names[1], [73.0])
+    table = study.tabulate(results(made, backbones=names, detection="voc:PATH"))
+    assert table["paper (%)"].tolist() == ["73.2 / 70.4", "76.4 / 73.8"]
+
+
+def test_the_whole_study_on_a_few_images(tmp_path, monkeypatch, capsys):
+    """Trains for real: two tiny backbones, all steps of Table 9, and normalization of both kinds."""
+    monkeypatch.chdir(tmp_path)
+    few = draw_shapes(48, 6, 2)
+    monkeypatch.setattr("plugins.detection.load_detection", lambda data: few, raising=False)
+    arguments = [
+        "--seeds",
+        "0",
+        "--iterations",
+        "2",
+        "--detection-iterations",
+        "2",
+        "--bn",
+        "both",
+        "--refine",
+        "--context",
+    ]
+    arguments += [
+        "--scales",
+        "32",
+        "64",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--concurrency",
+        "1",
+        "--width",
+        "4",
+    ]
+    arguments += ["--backbones", "cifar/plain-8", "cifar/resnet-8"]
+    assert study.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "what trains in the detector on cifar/resnet-8, batch normalization trained" in said.out, said.err
+    written = json.loads((tmp_path / "results/detection/verdict.json").read_text())
+    assert written["setting"] == "custom"
+    table = pandas.read_csv(tmp_path / "results/detection/measurements.csv").dropna(subset=["run"])
+    assert table[["bn", "step"]].agg(" ".join, axis=1).tolist() == [
+        "frozen baseline",
+        *(f"frozen {step}" for step in detection.STEPS),
+        "trained baseline",
+    ]
+
+
+def test_the_options_are_said_in_help():
+    assert isinstance(QUICK, Options)
+    assert study.parse(["--bn", "both", "--scales", "48", "64"]).scales == (48, 64)
+    with pytest.raises(rp.UsageError, match="accepted: frozen, trained, both"):
+        study.parse(["--bn", "fixed"])
