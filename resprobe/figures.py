@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
+import re
 from collections.abc import Sequence
 
 import matplotlib
 import pandas
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import ScaledTranslation
 
-PALETTE = "colorblind"
-"""Distinguishable without colour vision; no figure uses colour as its only sign."""
+PALETTE = {
+    "#016aa5": "#5186ba",
+    "#cd8404": "#de8f05",
+    "#029e73": "#74b498",
+    "#9c4300": "#d6662a",
+    "#cc78bc": "#e4c3dd",
+    "#745135": "#ca9161",
+    "#9b6b8d": "#a67296",
+    "#224f68": "#66b8ea",
+}
+"""Each colour on white → its twin on a dark page. The hues are those of seaborn's palette "colorblind"; the luminances are
+such that every line stands out from its page, and any two from each other in every kind of colour vision. Still no figure
+uses colour as its only sign."""
+LINE_CONTRAST, TEXT_CONTRAST = 3.0, 4.5
+"""Least contrast of a line and of a text with the page (WCAG 2.2, 1.4.11 and 1.4.3, level AA)."""
+DARK_PAGE = "#16181b"
+"""The page that a dark figure is made for."""
+
+Colour = tuple[float, float, float]
 
 
 def new_figure(
@@ -30,13 +52,17 @@ def new_figure(
     return figure, list(axes)
 
 
-def colours(names: Sequence[object]) -> dict[object, tuple[float, float, float]]:
-    """One colour a name, in order."""
-    return dict(zip(names, seaborn.color_palette(PALETTE, max(3, len(names))), strict=False))
+def colours(names: Sequence[object]) -> dict[object, Colour]:
+    """One colour a name, in order; from the ninth on they come again."""
+    return dict(zip(names, itertools.cycle(map(to_rgb, PALETTE)), strict=False))
 
+
+# -- error over iterations, error over depth -------------------------------------------------------------------------
 
 _LINES = {"train_error": {"ls": (0, (4, 2)), "lw": 1.1}, "test_error": {"ls": "-", "lw": 2.4}}
 """The paper's convention: training dashed, test bold."""
+_ROUND = (1, 2, 2.5, 5, 10)
+"""Steps between ticks, at any power of ten."""
 
 
 def curves(
@@ -63,9 +89,11 @@ def curves(
             axis.fill_between(mean.index, mean - spread, mean + spread, color=palette[value], alpha=0.15, lw=0)
         ends.append((float(mean.iloc[-1]), label.format(value), palette[value]))
     axis.set_xlabel("iterations")
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axis.set_xlim(0, histories["iteration"].max())  # lines end at the edge, where their names are
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND, integer=True))
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axis.set_ylim(0, top)
+    _error_ticks(axis)
     label_ends(axis, ends)
 
 
@@ -82,54 +110,151 @@ def line_key(axis: Axes) -> None:
     axis.legend(frameon=False, loc="upper right")
 
 
-def label_ends(axis: Axes, ends: Sequence[tuple[float, str, tuple]]) -> None:
-    """Writes each line's name at its right end, names moved apart where lines end close together."""
+def error_against_depth(axis: Axes, table: pandas.DataFrame, column: str, *, by: str = "kind") -> None:
+    """Final error over depth, one line a value of `by`, mean ± std over seeds with each seed as a dot beside it."""
+    palette, markers = colours(list(table[by].unique())), ["o", "s", "^", "D", "v", "P"]
+    aside = axis.transData + ScaledTranslation(7 / 72, 0, axis.get_figure().dpi_scale_trans)
+    ends = []
+    for (value, group), marker in zip(table.groupby(by, sort=False), markers, strict=False):
+        seeds, colour = group.groupby("depth")[column], palette[value]
+        mean, spread = seeds.mean(), seeds.std().fillna(0.0)
+        axis.errorbar(mean.index, mean, yerr=spread, color=colour, marker=marker, capsize=3, lw=2, elinewidth=1.2)
+        axis.plot(group["depth"], group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
+        ends.append((float(mean.iloc[-1]), str(value), colour))
+    axis.set_xticks(sorted(table["depth"].unique()))
+    axis.set_xlabel("depth (weighted layers)")
+    # Over all panels that share the axis, since the next one's errors may be larger; room for the marker of an error of 0.
+    axis.autoscale(axis="y")
+    top = max(1.0, axis.get_ylim()[1])
+    axis.set_ylim(-0.02 * top, top)
+    _error_ticks(axis)
+    label_ends(axis, ends)
+
+
+def _error_ticks(axis: Axes) -> None:
+    axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+# -- names at the ends of lines --------------------------------------------------------------------------------------
+
+
+def label_ends(axis: Axes, ends: Sequence[tuple[float, str, Colour]]) -> None:
+    """Writes each line's name at its right end. Where lines end close together names are moved apart, and a thin line
+    leads from each to its own. `ends`: where the line ends on the y axis, name, colour."""
     low, high = axis.get_ylim()
-    gap, placed = (high - low) * 0.055, -float("inf")
+    gap = 0.065 * (high - low)
     ordered = sorted(ends, key=lambda end: end[0])
-    positions = []
-    for y, _, _ in ordered:
-        placed = max(min(max(y, low), high), placed + gap)
-        positions.append(placed)
-    overflow = max(0.0, positions[-1] - high) if positions else 0.0
-    for position, (_, text, colour) in zip(positions, ordered, strict=True):
+    shown = [min(max(y, low), high) for y, _, _ in ordered]
+    edge = axis.get_yaxis_transform()  # x as a fraction of the axis, y in data
+    beside = edge + ScaledTranslation(14 / 72, 0, axis.get_figure().dpi_scale_trans)
+    for place, y, (_, text, colour) in zip(_apart(shown, gap, low, high), shown, ordered, strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "lw": 0.9, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1}
         axis.annotate(
             text,
-            (1, position - overflow),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
+            (1, y),
+            xycoords=edge,
+            xytext=(1, place),
+            textcoords=beside,
             va="center",
-            color=_dark(colour),
+            color=_text(colour),
             fontsize=10,
             fontweight="bold",
+            arrowprops=leader if abs(place - y) > 0.1 * gap else None,
         )
 
 
-def error_against_depth(axis: Axes, table: pandas.DataFrame, column: str, *, by: str = "kind") -> None:
-    """Final error over depth, one line a value of `by`, mean ± std over seeds with each seed as a dot."""
-    palette, markers = colours(list(table[by].unique())), ["o", "s", "^", "D", "v", "P"]
-    ends = []
-    for (value, group), marker in zip(table.groupby(by, sort=False), markers, strict=False):
-        seeds = group.groupby("depth")[column]
-        mean, spread = seeds.mean(), seeds.std().fillna(0.0)
-        axis.errorbar(mean.index, mean, yerr=spread, color=palette[value], marker=marker, capsize=3, lw=2)
-        axis.plot(group["depth"], group[column], ls="", marker=".", ms=4, color=_dark(palette[value]), alpha=0.6)
-        ends.append((float(mean.iloc[-1]), str(value), palette[value]))
-    axis.set_xticks(sorted(table["depth"].unique()))
-    axis.set_xlabel("depth (weighted layers)")
-    axis.set_ylim(bottom=-0.02 * axis.get_ylim()[1])  # room for the marker of an error of 0
-    label_ends(axis, ends)
+def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Ascending places moved by as little as makes them `gap` apart, within `low` and `high` where there is room."""
+    groups: list[list[float]] = []
+
+    def first(group: list[float]) -> float:
+        reach = (len(group) - 1) * gap
+        return max(low, min(sum(group) / len(group) - reach / 2, high - reach))
+
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and first(groups[-1]) - first(groups[-2]) < gap * len(groups[-2]):
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [first(group) + gap * index for group in groups for index in range(len(group))]
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
 
 
 def render(figure: Figure, kind: str) -> bytes:
     """The figure as "png" or "svg" bytes, the same for the same numbers."""
+    return _save(figure, kind, "none", dpi=160)
+
+
+def render_for_page(figure: Figure) -> tuple[bytes, bytes]:
+    """The figure as SVG for a light and for a dark page: without a background, and looking alike whatever fonts there are."""
+    light = _save(figure, "svg", "path", transparent=True)
+    return light, for_dark_page(light)
+
+
+def for_dark_page(svg: bytes) -> bytes:
+    """A figure that was drawn for a white page, in colours that contrast as much with `DARK_PAGE`. Images in it stay."""
+
+    def replace(match: re.Match[bytes]) -> bytes:
+        return match[1] + _on_dark(match[2].decode()).encode()
+
+    svg = re.sub(rb'((?:fill|stroke)(?:: |="))(#[0-9a-f]{6})', replace, svg)
+    return svg.replace(b"<svg ", f'<svg fill="{_on_dark("#000000")}" '.encode(), 1)  # what has no colour is black
+
+
+def _save(figure: Figure, kind: str, text: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "resprobe", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
+    with matplotlib.rc_context({"svg.hashsalt": "resprobe", "svg.fonttype": text}):
+        figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None, **options)
     return buffer.getvalue()
 
 
-def _dark(colour: tuple) -> tuple:
-    """The colour, dark enough to be read as text on white."""
-    return tuple(0.7 * channel for channel in colour[:3])
+# -- contrast --------------------------------------------------------------------------------------------------------
+
+
+def contrast(one: str | Colour, other: str | Colour) -> float:
+    """From 1 (the same) to 21 (black and white), as WCAG 2.2 defines it."""
+    brighter, darker = sorted((_luminance(_linear(one)), _luminance(_linear(other))), reverse=True)
+    return (brighter + 0.05) / (darker + 0.05)
+
+
+def _text(colour: Colour) -> Colour:
+    """The colour, made darker as far as text on white needs."""
+    # A hundredth more than is asked for, since colours are rounded when they are written.
+    linear, most = _linear(colour), 1.05 / (1.01 * TEXT_CONTRAST) - 0.05
+    return _encoded([channel * min(1.0, most / max(_luminance(linear), most)) for channel in linear])
+
+
+@functools.cache
+def _twins() -> dict[str, str]:
+    """A line and its name are of one colour on a dark page, where all of the palette can be read."""
+    return PALETTE | {to_hex(_text(to_rgb(colour))): twin for colour, twin in PALETTE.items()}
+
+
+def _on_dark(colour: str) -> str:
+    """The palette's twin of a colour. Of others: greys turned round, so that they contrast as much with `DARK_PAGE` as they
+    do with white, and colours made lighter where they need it for that."""
+    if colour in _twins():
+        return _twins()[colour]
+    linear, page = _linear(colour), _luminance(_linear(DARK_PAGE))
+    luminance = _luminance(linear)
+    wanted = 1.05 / (luminance + 0.05) * (page + 0.05) - 0.05
+    if max(to_rgb(colour)) - min(to_rgb(colour)) < 0.05:
+        return to_hex(_encoded([min(wanted, 0.82)] * 3))  # a little under white, which glares
+    share = max(0.0, (wanted - luminance) / (1 - luminance))  # of white
+    return to_hex(_encoded([channel + min(share, 0.8) * (1 - channel) for channel in linear]))
+
+
+def _luminance(linear: Sequence[float]) -> float:
+    return sum(weight * channel for weight, channel in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def _linear(colour: str | Colour) -> list[float]:
+    """Channels in proportion to light, from those of sRGB."""
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+
+
+def _encoded(linear: Sequence[float]) -> Colour:
+    red, green, blue = (12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055 for c in linear)
+    return red, green, blue

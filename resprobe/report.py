@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from resprobe.checkpoints import write_atomically
 from resprobe.claims import LEVEL, MARGIN, Verdict
-from resprobe.figures import render
+from resprobe.figures import render, render_for_page
 from resprobe.recipes import Recipe, cifar_paper, departures, imagenet_paper
 from resprobe.sweep import in_words
 
@@ -71,9 +71,10 @@ def write_report(
     }
     images = {}
     for name, drawing in drawings.items():
-        images[name] = render(drawing.figure, "png")
-        write_atomically(out / f"{name}.png", images[name])
+        write_atomically(out / f"{name}.png", render(drawing.figure, "png"))
         write_atomically(out / f"{name}.svg", render(drawing.figure, "svg"))
+        light, dark = map(base64.b64encode, render_for_page(drawing.figure))
+        images[name] = {"light": light.decode(), "dark": dark.decode()}
     tables = {"results": results.table, "measurements": results.measurements}
     for name, content in tables.items():
         if content is not None and len(content):
@@ -84,14 +85,14 @@ def write_report(
         "verdicts": verdicts,
         "symbols": SYMBOLS,
         "setting": SETTINGS[setting],
+        "data": results.options.data.partition(":")[0] if results.runs else "",
         "table": table,
         "drawings": drawings,
-        "images": {name: base64.b64encode(png).decode() for name, png in images.items()},
+        "images": images,
         "summary": summary(study, verdicts, setting, results),
         "followed": "the paper's data and recipe" if results.runs else "nothing was trained",
         "how_sure": study.how_sure or _how_sure(results),
-        "environment": {name: value for name, value in environment.items() if value is not None},
-        "duration": in_words(record["config"]["seconds_of_training"]) if results.runs else None,
+        "made": _made(record),
     }
     write_atomically(out / "report.md", render_template("report.md", page).encode())
     write_atomically(out / "report.html", render_template("report.html", page).encode())
@@ -111,6 +112,26 @@ def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Re
     return f"{study.title} ({SETTINGS[setting]}{data}). {said}"
 
 
+def _made(record: dict[str, Any]) -> dict[str, str]:
+    """How it was made, beside the command: when, in what time, on what, by which versions and commit."""
+    rest = {name: value for name, value in record["environment"].items() if value is not None}
+    time = f"{in_words(record['config']['seconds_of_study'])} for the command"
+    if trained := record["config"]["seconds_of_training"]:
+        time = f"{in_words(trained)} of training, summed over all runs; {time}"
+    commit = rest.pop("commit", "") + (", with local changes" if rest.pop("local_changes", False) else "")
+    processes = rest.pop("processes", 1)
+    made = {
+        "date": rest.pop("date"),
+        "time": time,
+        "device": f"{rest.pop('device')}; {rest.pop('precision')}, {rest.pop('threads')} threads",
+        "processes": f"{processes}" if processes > 1 else "",
+        "platform": rest.pop("platform"),
+        "commit": commit,
+        "versions": ", ".join(f"{name} {version}" for name, version in rest.items()),
+    }
+    return {name: value for name, value in made.items() if value}
+
+
 def _departures(study: Study, results: Results, recipes: Sequence[Recipe], environment: dict[str, Any]) -> list[str]:
     """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name."""
     found = []
@@ -128,6 +149,8 @@ def _departures(study: Study, results: Results, recipes: Sequence[Recipe], envir
         for line in own:
             everywhere = all(line in other for other in lines.values())
             found.append(line if everywhere else f"{recipe.name}: {line}")
+    if study.departs is not None:
+        found += study.departs(results.options)
     if (processes := environment.get("processes", 1)) > 1:
         found.append(f"batch normalization over the images of each of {processes} processes, not over the mini-batch")
     return list(dict.fromkeys(found))

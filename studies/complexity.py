@@ -84,6 +84,8 @@ class Options(rp.Options):
     iterations: tyro.conf.Suppress[int] = 1
     shortcut: tyro.conf.Suppress[str] = "A"
     concurrency: tyro.conf.Suppress[str] = "1"
+    executor: tyro.conf.Suppress[str] = "local"
+    address: tyro.conf.Suppress[str] = ""
     runs: tyro.conf.Suppress[str] = "runs"
 
 

@@ -171,10 +171,10 @@ def test_results_csv_is_tidy(done):
 def test_the_report_is_one_self_contained_file(done):
     folder, _ = done
     html = (folder / "results/degradation/report.html").read_text()
-    assert 'src="data:image/png;base64,' in html
+    assert 'src="data:image/svg+xml;base64,' in html
     for outside in ('src="http', 'href="http', "<script"):
         assert outside not in html
-    assert html.count('alt="') == 3
+    assert html.count('alt="') == 2 * 3  # three figures, for a light and for a dark page
     assert "custom setting" in html
     assert "would refute it" in html
 
@@ -330,14 +330,14 @@ def test_a_run_that_diverges_exits_with_1_and_the_others_go_on(tmp_path, monkeyp
     from resprobe.errors import TrainingDiverged
 
     monkeypatch.chdir(tmp_path)
-    trained = sweep._train
+    trained = sweep.train_job
 
     def diverge(job, *others):
         if "plain" in job.config.network.family:
             raise TrainingDiverged("cifar/plain-8, seed 0: the loss is not finite at iteration 3")
         return trained(job, *others)
 
-    monkeypatch.setattr(sweep, "_train", diverge)
+    monkeypatch.setattr(sweep, "train_job", diverge)
     arguments = ["--depths", "8", "--seeds", "0", "--iterations", "4", "--concurrency", "1"]
     assert study.main(arguments) == 1
     said = capsys.readouterr()
@@ -345,7 +345,7 @@ def test_a_run_that_diverges_exits_with_1_and_the_others_go_on(tmp_path, monkeyp
     assert "the same command goes on from there" in said.err
     assert "[2/2] cifar/resnet-8, seed 0: training error" in said.out
     assert not (tmp_path / "results/degradation/verdict.json").exists()
-    monkeypatch.setattr(sweep, "_train", trained)
+    monkeypatch.setattr(sweep, "train_job", trained)
     assert study.main(arguments) == 0
     assert "2 runs: 1 finished already, 1 to train" in capsys.readouterr().out
 

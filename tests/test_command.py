@@ -1,0 +1,98 @@
+"""The console command: it finds studies, says which is meant, and does not keep anyone waiting."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import resprobe as rp
+from studies.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def as_a_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/resprobe"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_study_is_run_with_its_options(capsys):
+    assert main(["degradation", "--depths", "8", "--seeds", "0", "--iterations", "2", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith("2 runs: 0 finished already, 2 to train")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["degradaton"], "study (='degradaton') is unknown; accepted: "),
+        (["layer-responses"], "; nearest: layer_responses\n"),
+        (["__main__"], "study (='__main__') is unknown"),
+        (["degradation", "--depth", "20"], "option (='--depth') is unknown; accepted: --preset, "),
+        (["degradation", "--depths", "21"], "depth (=21) must be 6n+2 with block 'basic'; nearest are 20 and 26"),
+        (
+            ["--reslts", "here"],
+            "option (='--reslts') is unknown; accepted: --help, --results, --version; nearest: --results",
+        ),
+        (["--results"], "argument --results: expected one argument"),
+        (["scorecard", "--run", "fast"], "--run (='fast') is unknown; accepted: quick, paper"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, said, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert said in error
+
+
+@pytest.mark.parametrize("name", ["degradation", "scorecard"])
+def test_help_names_the_command_that_was_given(name, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: resprobe {name} ")
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "studies/__main__.py")])
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: python -m studies.{name} ")
+
+
+def test_the_list_names_commands_that_can_be_given(capsys):
+    assert main([]) == 0
+    listed = capsys.readouterr().out
+    assert (
+        "resprobe degradation\n    C1   not tested             Deeper plain networks have higher training error"
+        in listed
+    )
+    assert "resprobe scorecard puts them on one page" in listed
+    assert "python -m" not in listed
+
+
+HEAVY = {"torch", "torchvision", "pandas", "numpy", "scipy", "matplotlib", "seaborn", "sklearn", "PIL"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["degradation", "--help"], ["detection", "--help"], ["degradaton"], []]
+)
+def test_nothing_that_takes_long_is_imported_for_an_answer(arguments, tmp_path):
+    code = (
+        "import sys\nfrom studies.__main__ import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        f"print(*({HEAVY!r} & set(sys.modules)), file=sys.stderr, sep=' and ')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert done.stderr.splitlines()[-1] == ""
+
+
+def test_public_names_are_all_there():
+    assert {"build", "train", "attach", "register_block", "recipes", "load_weights", "evaluate"} <= set(rp.__all__)
+    for name in rp.__all__:
+        assert getattr(rp, name) is not None
+    assert dir(rp) == rp.__all__
+    with pytest.raises(AttributeError, match="module 'resprobe' has no attribute 'biuld'"):
+        rp.biuld  # noqa: B018
