@@ -188,7 +188,9 @@ def _join(ray: ModuleType, address: str) -> None:
             # Ray itself takes half a minute and many lines to say that nobody is there.
             host, _, port = given.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-        ray.init(given or None, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # older Rays announce a change that is nothing to us
+            ray.init(given or None, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
         why = " ".join(str(error.__cause__ or error).split())
         raise UsageError(f"address (={given!r}) cannot be joined: {why}; {accepted}") from error
@@ -226,7 +228,8 @@ class _Losses:
         self.counts[job.config.key] = done, count
         if count == _LOSSES:
             return RuntimeError(f"{name}: lost {count} times at iteration {done}: {why}")
-        warnings.warn(f"{name} goes on from iteration {done} where there is room, since it lost its process: {why}")
+        lost = f"it lost its process ({count} of {_LOSSES} times at this iteration)"
+        warnings.warn(f"{name} goes on from iteration {done} where there is room, since {lost}: {why}")
         return None
 
 

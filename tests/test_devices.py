@@ -85,8 +85,16 @@ def test_auto_is_bf16_where_the_processor_computes_in_it(monkeypatch, native, ch
 
 @pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_is_bf16_from_ampere_on(monkeypatch, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert resolve_precision("auto", torch.device("cuda")) == chosen
+
+
+def test_auto_is_not_decided_for_a_card_that_is_not_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError) as caught:
+        resolve_precision("auto", torch.device("cuda"))
+    assert str(caught.value) == "precision (='auto') cannot be decided without a GPU; accepted here: fp32, bf16"
 
 
 def test_auto_is_fp32_elsewhere():
