@@ -1,16 +1,21 @@
-"""Timing several variants side by side: interleaved rounds, medians and spread, ratios of the same round."""
+"""Timing several variants side by side: medians and spread, ratios of the same round, straight lines, tables."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+
+from resprobe.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,46 @@ class Spread:
     n: int
 
     @classmethod
-    def of(cls, values: list[float]) -> Spread:
+    def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values), len(values))
 
     def __str__(self) -> str:
         return f"{self.median:,.2f} ({self.low:,.2f}–{self.high:,.2f}, n = {self.n})"
+
+
+@dataclass(frozen=True)
+class Line:
+    """The straight line y = intercept + slope · x of least squares, with what it leaves: `residuals` are y − line."""
+
+    intercept: float
+    slope: float
+    r_squared: float
+    residuals: tuple[float, ...]
+
+    @classmethod
+    def through(cls, x: Sequence[float], y: Sequence[float]) -> Line:
+        """Through at least two points of different x."""
+        slope, intercept = np.polyfit(x, y, 1)
+        residuals = np.asarray(y) - (intercept + slope * np.asarray(x))
+        spread = float(np.square(y - np.mean(y)).sum())
+        left = float(np.square(residuals).sum())
+        return cls(float(intercept), float(slope), 1 - left / spread if spread else 1.0, tuple(residuals.tolist()))
+
+
+class Deadline:
+    """A moment after which nothing new is begun."""
+
+    def __init__(self, seconds: float):
+        self.at = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until then; negative after it."""
+        return self.at - time.monotonic()
+
+    def within(self, seconds: float) -> Deadline:
+        """The earlier of this and `seconds` from now."""
+        return Deadline(min(seconds, self.left))
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -47,13 +87,52 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def ratios(rounds: list[Mapping[str, float]], ours: str) -> dict[str, Spread]:
+class Memory:
+    """The peak of memory since this was made: what torch allocated on a GPU, the process's resident memory on a CPU.
+
+    `peak()` is in bytes; None where it cannot be told (a CPU outside Linux, Apple's GPU).
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.known = device.type == "cuda" or (device.type == "cpu" and Path("/proc/self/clear_refs").exists())
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        elif self.known:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
+
+    def peak(self) -> int | None:
+        if not self.known:
+            return None
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(status["VmHWM"].split()[0]) * 1024
+
+
+def ratios(rounds: Sequence[Mapping[str, float]], ours: str) -> dict[str, Spread]:
     """`ours` over each rival, round by round: a machine's slow moments fall on both sides of a ratio."""
     rivals = [name for name in rounds[0] if name != ours]
     return {rival: Spread.of([each[ours] / each[rival] for each in rounds]) for rival in rivals}
 
 
-def write_json(path: Path, record: dict[str, Any]) -> None:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table. A bar inside a cell would end it, and is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def answering(work: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """A benchmark's exit code: 2 for arguments that cannot be used, said in one line, else 0."""
+    try:
+        work(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """Writes a benchmark's record and says where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, default=vars) + "\n")

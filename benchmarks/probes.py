@@ -31,7 +31,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from resprobe.devices import autocast, flush_denormals, resolve_device, resolve_precision
@@ -44,11 +44,12 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import resprobe as rp  # noqa: E402
-from benchmarks.measuring import Spread, ratios, seconds, synchronize, write_json  # noqa: E402
+from benchmarks.measuring import Memory, Spread, answering, ratios, seconds, synchronize, write_json  # noqa: E402
 from plugins import flops  # noqa: E402
 from plugins.gradient_norms import GradientNorms  # noqa: E402
 from plugins.layer_responses import LayerResponses  # noqa: E402
 from resprobe.environment import environment  # noqa: E402
+from resprobe.errors import UsageError  # noqa: E402
 
 TARGETS = {
     "layer-responses": {"cpu": 1.35, "cuda": 1.15},
@@ -152,19 +153,16 @@ def peak_bytes(depth: int, batch: int, device: torch.device, precision: str, pas
     network, images = subject(depth, batch, device)
     network.eval()
     probe = LayerResponses() if probed else rp.Probe()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu":
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
+    gc.collect()
+    memory = Memory(device)
     with torch.no_grad(), autocast(device, precision), rp.attach(network, probe):
         for _ in range(passes):
             network(images)
     synchronize(device)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) * 1024
+    peak = memory.peak()
+    if peak is None:
+        raise UsageError(f"memory cannot be told on {device.type} here; a CPU under Linux and CUDA can")
+    return peak
 
 
 def peaks(options: argparse.Namespace) -> dict[str, int]:
@@ -190,18 +188,7 @@ def report(title: str, rounds: list[dict[str, float]], device: torch.device) -> 
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=__doc__.split("\n")[0])
-    parser.add_argument("--depth", type=int, default=110)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/probes.json"))
-    parser.add_argument("--peak-of", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--probed", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     device = resolve_device(options.device)
@@ -235,5 +222,19 @@ def main() -> None:
     write_json(options.out, record)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=__doc__.split("\n")[0])
+    parser.add_argument("--depth", type=int, default=110)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/probes.json"))
+    parser.add_argument("--peak-of", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--probed", action="store_true", help=argparse.SUPPRESS)
+    return answering(run, parser.parse_args(arguments))
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

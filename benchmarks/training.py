@@ -1,192 +1,191 @@
-"""Training throughput: resprobe's loop beside the usual loop and beside the bare step.
+"""Training throughput: resprobe's loop beside the usual loop, Lightning, timm, and the bare step as the limit.
 
-    python -m benchmarks.training [--depths 20 56] [--rounds 9] [--steps 8] [--device auto]
+    python -m benchmarks.training [--networks cifar/resnet-20 cifar/resnet-56] [--rounds 7] [--device auto]
 
-Four variants train the same residual network (§4.2) at batch 128 in interleaved rounds of a few steps:
+Each loop trains the same network (§4.2) on the same 50,000 random images of CIFAR's shape at batch 128, in a process of
+its own, in interleaved rounds of a window of steps (see `benchmarks.turns`, which also says what a cold start is):
 
-- ours: `resprobe.training.Training`, with augmentation, schedule, logging and the safety copy at each log point;
-- bare, our precision: forward, backward, update on one fixed batch in the loop's own precision and memory format;
-- bare, fp32: the same in eager fp32, channels first;
-- usual: a DataLoader with PIL transforms, eager fp32, `.item()` at each step, as most CIFAR repositories train.
+- ours: `resprobe.training.Training`, with augmentation, schedule, logging and the safety copy at each log point, here
+  one a window; in each precision that the device has, with an eager step, a captured graph (CUDA) and a compiled network;
+- bare: the limit. Forward, backward, update on one fixed batch, no data, no log, with the same precision and step;
+- usual: a DataLoader with PIL transforms, eager float32, `.item()` at each step, as most CIFAR repositories train;
+- lightning: `Trainer.fit` with the usual DataLoader and PIL transforms, in float32 and in its mixed bf16;
+- timm: `create_loader` (PIL transforms, normalization on the device), its optimizer and the step of its training script,
+  in float32, and in bf16 with channels last.
 
-Images are random bytes of CIFAR's shape: what is in them costs nothing.
+The others are left as they come: on a CUDA device their float32 is torch's default, which is TF32 in convolutions, and
+named so. What is not installed or fails is listed as not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
-import time
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from resprobe.devices import autocast, flush_denormals, resolve_device, resolve_precision
+import torch
 
-flush_denormals()  # for every variant alike, before torch starts its threads
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
-from torchvision import transforms  # noqa: E402
-
-import resprobe as rp  # noqa: E402
-from benchmarks.measuring import Spread, ratios, seconds, synchronize, write_json  # noqa: E402
-from resprobe.environment import environment  # noqa: E402
-from resprobe.training import Training  # noqa: E402
+from benchmarks.loops import Case, absent, check_network
+from benchmarks.measuring import Deadline, Spread, answering, markdown, ratios, write_json
+from benchmarks.turns import Race, race
+from resprobe.devices import resolve_device, resolve_precision
+from resprobe.environment import environment
+from resprobe.errors import not_accepted
 
 BATCH = 128
-IMAGES = 2048
-WARM_UP = 3
-"""Steps of a rival before those that are timed."""
+NETWORKS = tuple(f"cifar/{family}-{depth}" for depth in (20, 56, 110) for family in ("plain", "resnet"))
 
 
-def random_data() -> rp.Data:
-    """Random bytes in CIFAR's shape."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=random)
-    labels = torch.randint(0, 10, (IMAGES,), generator=random)
-    whole = rp.ImageSet(images, labels)
-    return rp.Data("random", "random", whole, whole.select(torch.arange(128)), tuple("0123456789"))
+def precisions(device: torch.device) -> tuple[str, ...]:
+    """Those that the device computes in."""
+    fast = ("bf16",) if resolve_precision("auto", device) == "bf16" else ()
+    tf32 = ("tf32",) if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else ()
+    return ("fp32", *tf32, *fast)
 
 
-class Pictures(Dataset):
-    """The same images as the usual data set gives them: PIL images through transforms."""
-
-    def __init__(self, images: rp.ImageSet):
-        to_pil = transforms.ToPILImage()
-        self.pictures = [to_pil(image) for image in images.images]
-        self.labels = images.labels.tolist()
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize((0.49, 0.48, 0.45), (0.25, 0.24, 0.26)),
-            ]
-        )
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int):
-        return self.transform(self.pictures[index]), self.labels[index]
+def steps(device: torch.device) -> tuple[str, ...]:
+    """Those that the device can do."""
+    return ("eager", "graph", "compile") if device.type == "cuda" else ("eager", "compile")
 
 
-def sgd(network: nn.Module, **options) -> torch.optim.SGD:
-    return torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, **options)
+def loops(device: torch.device) -> list[tuple[str, str, str]]:
+    """All (loop, precision, step) that are worth timing on a device; the one that is compared with the rest first."""
+    own, ways = precisions(device), steps(device)
+    best, usual = own[-1], "tf32" if "tf32" in own else "fp32"
+    first = ("ours", best, default_step(device))
+    every = [("ours", precision, step) for precision in reversed(own) for step in ways]
+    every += [("bare", best, step) for step in ways] + [("bare", "fp32", "eager")]
+    every += [("usual", usual, "eager")]
+    every += [(rival, precision, "eager") for rival in ("lightning", "timm") for precision in {usual: 0, best: 0}]
+    return list(dict.fromkeys([first, *every]))
 
 
-def bare_step(depth: int, device: torch.device, precision: str):
-    """A function that does one step on a fixed batch."""
-    ours = precision != "fp32 channels first"
-    network = rp.build(f"cifar/resnet-{depth}").to(device)
-    images, labels = torch.randn(BATCH, 3, 32, 32, device=device), torch.randint(0, 10, (BATCH,), device=device)
-    if ours:
-        network = network.to(memory_format=torch.channels_last)
-        images = images.contiguous(memory_format=torch.channels_last)
-    optimizer = sgd(network, fused=True) if ours and device.type in ("cpu", "cuda") else sgd(network)
-
-    def step() -> None:
-        with autocast(device, precision if ours else "fp32"):
-            logits = network(images)
-        F.cross_entropy(logits.float(), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
+def default_step(device: torch.device) -> str:
+    """What `step="auto"` takes."""
+    return "graph" if device.type == "cuda" else "eager"
 
 
-def usual_loop(depth: int, device: torch.device, images: rp.ImageSet, workers: int):
-    """A function that does one iteration of the usual loop, its loader's workers running on beside it."""
-    network = rp.build(f"cifar/resnet-{depth}").to(device)
-    optimizer = sgd(network)
-    loader = DataLoader(
-        Pictures(images),
-        BATCH,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        persistent_workers=workers > 0,
-    )
-    batches = itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
-
-    def step() -> float:
-        pictures, labels = next(batches)
-        pictures, labels = pictures.to(device), labels.to(device)
-        loss = F.cross_entropy(network(pictures), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    return step
+def chosen(texts: Sequence[str] | None, device: torch.device) -> list[tuple[str, str, str]]:
+    """The loops named by their labels, such as "ours eager bf16" or "usual fp32"; None: all. Raises `UsageError`."""
+    known = {Case(loop, "", precision, step).label: (loop, precision, step) for loop, precision, step in loops(device)}
+    for text in texts or ():
+        if text not in known:
+            raise not_accepted("loops", text, known)
+    return [known[text] for text in texts or known]
 
 
-def measure(depth: int, device: torch.device, precision: str, rounds: int, steps: int, workers: int) -> list[dict]:
-    """Images a second of each variant, a mapping a round; the first round only warms up."""
-    data = random_data()
-    own_step = bare_step(depth, device, precision)
-    fp32_step = bare_step(depth, device, "fp32 channels first")
-    usual_step = usual_loop(depth, device, data.train, workers)
-    recipe = rp.recipes.cifar_paper()
-    # A log point ends each round, so that logging and its safety copy are paid for, as often as every `steps` steps.
-    # Of two windows the first is not timed: whoever comes after another variant first gets its caches and threads back.
-    total = 2 * steps * (rounds + 1)
-    recipe = dataclasses.replace(recipe, iterations=total, milestones=(), window=steps, evaluations=1)
-    training = Training(rp.build(f"cifar/resnet-{depth}"), data, recipe, device=device, precision=precision)
-    done: list[dict] = []
-    timed_from: float | None = None
-
-    def at_log_point(training: Training, news: object) -> None:
-        nonlocal timed_from
-        synchronize(device)
-        if timed_from is None:
-            timed_from = time.perf_counter()
-            return
-        took = {"ours": time.perf_counter() - timed_from}
-        for name, step in (("bare, our precision", own_step), ("bare, fp32", fp32_step), ("usual", usual_step)):
-            for _ in range(WARM_UP):
-                step()
-            took[name] = seconds(lambda step=step: [step() for _ in range(steps)], device)
-        done.append({name: steps * BATCH / duration for name, duration in took.items()})
-        timed_from = None
-
-    training.test_now = lambda part=None: rp.Evaluation(1, 0, 0.0, 0.0, 0.0)  # testing is no part of a step
-    training.run(at_log_point)
-    return done[1:]
+def cases(
+    network: str, which: Sequence[tuple[str, str, str]], **options: Any
+) -> tuple[dict[str, Case], dict[str, str]]:
+    """Those that can be timed, by label, and why the others cannot."""
+    every = [Case(loop, network, precision, step, **options) for loop, precision, step in which]
+    missing = {case.label: reason for case in every if (reason := absent(case.loop))}
+    return {case.label: case for case in every if case.label not in missing}, missing
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
-    parser.add_argument("--depths", type=int, nargs="+", default=[20, 56])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=8, help="steps of each variant a round")
-    parser.add_argument("--workers", type=int, default=2, help="of the usual loop's DataLoader")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training.json"))
-    options = parser.parse_args()
+def measure(
+    network: str,
+    which: Sequence[tuple[str, str, str]],
+    rounds: int,
+    *,
+    threads: int | None = None,
+    deadline: Deadline | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """One network's loops, timed: images a second, cold starts, ratios of the first to the rest, and what is missing."""
+    ready, missing = cases(network, which, **options)
+    return outcome(race(ready, rounds, threads=threads, deadline=deadline), ready, missing)
+
+
+def outcome(found: Race, ready: Mapping[str, Case], missing: Mapping[str, str]) -> dict[str, Any]:
+    """What was timed, as figures to print and to keep."""
+    speeds = found.rounds({label: case.batch * case.window for label, case in ready.items()})
+    record: dict[str, Any] = {"images_per_second": {}, "cold_seconds": {}, "peak_bytes": {}}
+    for label, timed in found.timed.items():
+        record["images_per_second"][label] = Spread.of([each[label] for each in speeds])
+        record["cold_seconds"][label], record["peak_bytes"][label] = timed.cold, timed.peak
+    record["compared"] = compared = next(iter(found.timed), None)
+    record["over"] = ratios(speeds, compared) if compared else {}
+    record["not_measured"] = {**missing, **found.missing}
+    return record
+
+
+def report(network: str, record: Mapping[str, Any]) -> str:
+    """A network's figures as a Markdown table."""
+    compared = record["compared"]
+    lines = [f"### {network}", ""]
+    if compared:
+        rows = [
+            (
+                label,
+                f"{speed.median:,.0f} ({speed.low:,.0f}–{speed.high:,.0f})",
+                record["over"].get(label, "—"),
+                f"{record['cold_seconds'][label]:.1f}",
+            )
+            for label, speed in record["images_per_second"].items()
+        ]
+        lines += [markdown(("loop", "images/s, median (range)", f"{compared} / it", "cold start (s)"), rows)]
+    lines += [f"not measured: {label} ({reason})" for label, reason in record["not_measured"].items()]
+    return "\n".join(lines)
+
+
+def default_window(device: torch.device) -> int:
+    """Steps a window: as many as the recipe averages a logged figure over on a GPU, a second's work on a CPU."""
+    return 100 if device.type == "cuda" else 8
+
+
+def run(options: argparse.Namespace) -> None:
     device = resolve_device(options.device)
-    precision = resolve_precision(options.precision, device)
+    which = chosen(options.loops, device)
+    for network in options.networks:
+        check_network(network)
+    options.window = options.window or default_window(device)
     machine = environment(device)
     print(
-        f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads; ours in {precision}, batch {BATCH}"
+        f"{machine['device']}, torch {machine['torch']}, {options.threads or machine['threads']} threads; batch {BATCH}, "
+        f"windows of {options.window} steps\n",
+        flush=True,
     )
-    record = {"environment": machine, "precision": precision, "batch": BATCH, "steps": options.steps, "networks": {}}
-    for depth in options.depths:
-        rounds = measure(depth, device, precision, options.rounds, options.steps, options.workers)
-        speed = {name: Spread.of([each[name] for each in rounds]) for name in rounds[0]}
-        against = ratios(rounds, "ours")
-        print(f"\nResNet-{depth}: images/s, median (range)")
-        for name, spread in speed.items():
-            print(f"  {name:<22} {spread}")
-        for name, spread in against.items():
-            print(f"  ours / {name:<15} {spread}")
-        record["networks"][f"resnet-{depth}"] = {"images_per_second": speed, "ours_over": against}
+    record = {
+        "environment": machine,
+        "batch": BATCH,
+        "window": options.window,
+        "rounds": options.rounds,
+        "networks": {},
+    }
+    record["load"] = os.getloadavg() if hasattr(os, "getloadavg") else None
+    for network in options.networks:
+        found = measure(
+            network,
+            which,
+            options.rounds,
+            threads=options.threads,
+            batch=BATCH,
+            window=options.window,
+            device=str(device),
+            workers=options.workers,
+            data=options.data,
+        )
+        print(report(network, found) + "\n", flush=True)
+        record["networks"][network] = found
     write_json(options.out, record)
 
 
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=["cifar/resnet-20", "cifar/resnet-56"])
+    parser.add_argument("--loops", nargs="+", metavar="LOOP", help="by their names in the table; all by default")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--window", type=int, help="steps of each loop a window; by default 8, on a GPU 100")
+    parser.add_argument("--workers", type=int, default=2, help="of a DataLoader")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", default="random", help="random or random:COUNT")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training.json"))
+    return answering(run, parser.parse_args(arguments))
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

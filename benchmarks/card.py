@@ -1,0 +1,446 @@
+"""Numbers on a card: one command that checks and measures what a GPU is for, in under eight minutes.
+
+    python -m benchmarks.card [--minutes 7.5] [--parts equality training …] [--out results/benchmarks/card.json]
+
+In this order, each part with its share of the time:
+
+- equality: a training with the captured and with the compiled step beside the eager one, from the same seed, in float32
+  and bf16: losses at the log points and weights at the end. A captured step runs the same kernels and must be equal to
+  the last bit wherever the eager one, run twice, is. Otherwise, and for a compiled step, which rounds elsewhere, the
+  tolerance is `TOLERANCE` times what rounding does to the eager training in as many iterations: every initial weight
+  moved by the last digit of the precision. Rounding grows as training goes on, so this is asked of every log point;
+- training: `benchmarks.training` for ResNet-20, -56, -110 and their plain twins, with cold starts;
+- concurrency: 1, 2, 4, 8 runs at a time (`benchmarks.scaling`);
+- probes: what they cost (`benchmarks.probes`, all but memory); detection: beside torchvision's (`benchmarks.detection`);
+- checkpoint, start, depth: as in `benchmarks.scaling`.
+
+It prints one Markdown table with card, versions and date, and lists what was not measured and why. `--device cpu --quick`
+does a small version of it without a GPU, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from resprobe.devices import flush_denormals, resolve_device
+
+flush_denormals()
+
+import torch  # noqa: E402
+
+import resprobe as rp  # noqa: E402
+from benchmarks import data as _random  # noqa: E402, F401 (registers the data set)
+from benchmarks import scaling, training  # noqa: E402
+from benchmarks.measuring import Deadline, Spread, answering, markdown, ratios, write_json  # noqa: E402
+from resprobe.environment import environment  # noqa: E402
+from resprobe.errors import UsageError  # noqa: E402
+
+TOLERANCE = 10.0
+
+
+@dataclasses.dataclass
+class Card:
+    """The device, how much time there is, and what has been found: rows of (what, setting, measured, beside it)."""
+
+    device: torch.device
+    quick: bool
+    deadline: Deadline
+    rows: list[tuple[str, str, str, str]] = dataclasses.field(default_factory=list)
+    missing: dict[str, str] = dataclasses.field(default_factory=dict)
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        return training.precisions(self.device)[-1]
+
+    def add(self, what: str, setting: str, measured: object, beside: object = "") -> None:
+        self.rows.append((what, setting, str(measured), str(beside)))
+
+    def where(self, deadline: Deadline) -> scaling.Where:
+        step = training.default_step(self.device)
+        data = "random:256" if self.quick else "random:4096"
+        return scaling.Where(self.device, self.precision, step, data=data, deadline=deadline)
+
+    def plan(self, **changes: Any) -> scaling.Plan:
+        plan = dataclasses.replace(scaling.CUDA, **changes)
+        if not self.quick:
+            return plan
+        few = dataclasses.replace(plan, depths=(20, 32, 44), checkpoint_depths=(20,), concurrency=(1,))
+        return dataclasses.replace(few, batch=8, iterations=4, starts=1, rounds=1, window=1)
+
+
+# -- equality ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Between two trainings: the relative difference of the loss at each log point, and |Δw| / |w| over all weights."""
+
+    losses: tuple[float, ...]
+    weights: float
+
+    @classmethod
+    def between(cls, one: rp.Run, other: rp.Run) -> Difference:
+        losses = one.history["train_loss"], other.history["train_loss"]
+        first, second = one.network.state_dict(), other.network.state_dict()
+        pairs = [(first[name].double(), second[name].double()) for name in first if first[name].is_floating_point()]
+        apart = sum(float((a - b).square().sum()) for a, b in pairs)
+        size = sum(float(a.square().sum()) for a, _ in pairs)
+        return cls(tuple((losses[0] - losses[1]).abs() / losses[0].abs()), (apart / size) ** 0.5)
+
+    @property
+    def exact(self) -> bool:
+        return self.weights == 0 and not any(self.losses)
+
+    def within(self, other: Difference, times: float) -> bool:
+        """At most so many times what the other has come to by the next log point, at every one.
+
+        What comes much earlier is no rounding; just when rounding begins to grow is chance.
+        """
+        allowed = [*itertools.accumulate(other.losses, max)][1:] + [max(other.losses)]
+        losses = all(ours <= times * most for ours, most in zip(self.losses, allowed, strict=True))
+        return losses and self.weights <= times * other.weights
+
+    def __str__(self) -> str:
+        if self.exact:
+            return "equal to the last bit"
+        return f"losses {self.losses[0]:.0e} at first, {max(self.losses):.0e} at most, weights {self.weights:.0e} apart"
+
+
+def trained(card: Card, precision: str, step: str, iterations: int, *, nudged: bool = False) -> rp.Run:
+    """ResNet-20 from seed 0; `nudged`: with every initial weight moved, up or down, by the last digit of `precision`."""
+    digit = torch.finfo(torch.bfloat16 if precision == "bf16" else torch.float32).eps
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        network = rp.build("cifar/resnet-20")
+        for parameter in network.parameters() if nudged else ():
+            parameter.mul_(1 + digit * torch.randn_like(parameter).sign())
+    recipe = dataclasses.replace(
+        rp.recipes.cifar_paper(iterations),
+        batch_size=16 if card.quick else 128,
+        learning_rate=0.01,
+        window=min(10, iterations),
+        evaluations=1,
+        bn_test_statistics="running",
+    )
+    data = "random:256" if card.quick else "random:4096"
+    with same_kernels():
+        return rp.train(network, data, recipe, device=card.device, precision=precision, step=step, progress=False)
+
+
+@contextlib.contextmanager
+def same_kernels() -> Iterator[None]:
+    """cuDNN's choice of kernels by rule, not by a race that may end otherwise the next time."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
+
+
+def verdict(step: str, found: Difference, again: Difference, nudge: Difference) -> tuple[bool, str]:
+    """Whether a step is equal to the eager one, and by which measure; `again`: the eager one from itself."""
+    if found.exact:
+        return True, "equal"
+    if step == "graph" and again.exact:
+        return False, "NOT EQUAL: the eager step repeats itself to the last bit"
+    good = found.within(nudge, TOLERANCE)
+    measure = f"{TOLERANCE:g} × what the weights' last digit does ({nudge})"
+    return good, f"within {measure}" if good else f"NOT WITHIN {measure}"
+
+
+def equality(card: Card, deadline: Deadline) -> None:
+    iterations = 4 if card.quick else 300
+    others = [step for step in training.steps(card.device) if step != "eager"]
+    if card.quick:
+        card.missing |= {f"equality: {step}": "left out by --quick" for step in others}
+        others = []
+    found: list[dict[str, Any]] = []
+    for precision in dict.fromkeys(("fp32", card.precision)):
+        if deadline.left <= 0:
+            card.missing[f"equality in {precision}"] = "no time left"
+            continue
+        eager = trained(card, precision, "eager", iterations)
+        again = Difference.between(eager, trained(card, precision, "eager", iterations))
+        nudge = Difference.between(eager, trained(card, precision, "eager", iterations, nudged=True))
+        setting = f"ResNet-20, {precision}, {iterations} iterations"
+        card.add("eager against itself", setting, again, f"with the weights' last digit moved: {nudge}")
+        found.append({"precision": precision, "step": "eager", "difference": again, "nudged": nudge})
+        for step in others:
+            if deadline.left <= 0:
+                card.missing[f"equality: {step} in {precision}"] = "no time left"
+                continue
+            difference = Difference.between(eager, trained(card, precision, step, iterations))
+            good, why = verdict(step, difference, again, nudge)
+            card.add(f"{step} against eager", setting, difference, why)
+            found.append({"precision": precision, "step": step, "difference": difference, "equal": good, "why": why})
+    card.record["equality"] = found
+
+
+# -- speed ---------------------------------------------------------------------------------------------------------
+
+
+def throughput(card: Card, deadline: Deadline) -> None:
+    """The first networks with all that matters, their plain twins with the least: a twin differs by its additions."""
+    every = training.loops(card.device)
+    best, step = card.precision, training.default_step(card.device)
+    least = [each for each in every if each in {("ours", best, step), ("ours", best, "eager")} or each[0] == "usual"]
+    most = [
+        each
+        for each in every
+        if each[2] != "compile" and (each[0] not in ("bare", "lightning", "timm") or each[1] == best)
+    ]
+    wanted: dict[str, list[tuple[str, str, str]]] = {
+        "cifar/resnet-20": [*most, ("ours", best, "compile")],
+        "cifar/resnet-110": most,
+        "cifar/resnet-56": most,
+        **{f"cifar/plain-{depth}": least for depth in (20, 56, 110)},
+    }
+    if card.quick:
+        wanted = {"cifar/resnet-20": [least[0], least[-1]]}
+    card.record["training"] = {}
+    for network, which in wanted.items():
+        if deadline.left <= 0:
+            card.missing[f"training of {network}"] = "no time left"
+            continue
+        found = training.measure(
+            network,
+            which,
+            1 if card.quick else 3,
+            deadline=deadline,
+            batch=8 if card.quick else training.BATCH,
+            window=1 if card.quick else 50,
+            device=str(card.device),
+            data="random:256" if card.quick else "random",
+        )
+        card.record["training"][network] = found | telling(card.device)
+        for label, speed in found["images_per_second"].items():
+            beside = f"cold start {found['cold_seconds'][label]:.1f} s"
+            if label in found["over"]:
+                beside = f"{found['compared']} / it {found['over'][label]}; {beside}"
+            else:
+                beside = f"64,000 iterations: {64_000 * training.BATCH / speed.median / 60:.1f} min; {beside}"
+            card.add("training, images/s", f"{network}, {label}", speed, beside)
+        card.missing |= {f"training of {network}, {label}": why for label, why in found["not_measured"].items()}
+
+
+def telling(device: torch.device) -> dict[str, Any]:
+    """Clock (MHz), power (W) and temperature (°C) of the card, where the driver's library tells torch."""
+    if device.type != "cuda":
+        return {}
+    told: dict[str, Any] = {}
+    for name, ask, scale in (
+        ("clock_mhz", torch.cuda.clock_rate, 1),
+        ("power_w", torch.cuda.power_draw, 1000),
+        ("temperature_c", torch.cuda.temperature, 1),
+    ):
+        with contextlib.suppress(Exception):  # pynvml is not installed, or the driver does not say
+            told[name] = ask(device) / scale
+    return told
+
+
+def concurrency(card: Card, deadline: Deadline) -> None:
+    trained_there = card.record.get("training", {}).get("cifar/resnet-20", {})
+    speed = next(iter(trained_there.get("images_per_second", {}).values()), None)
+    # Eight seconds of training each: the processes do not start at the same moment.
+    iterations = 10_000 if speed is None else max(1000, round(8 * speed.median / 128))
+    found = scaling.of_concurrency(card.where(deadline), card.plan(iterations=iterations))
+    card.record["concurrency"] = found
+    first = found["rows"][0] if found["rows"] else {}
+    for row in found["rows"]:
+        card.add(
+            "runs at a time, images/s",
+            f"{found['network']}, {row['together']} at a time, {found['iterations']:,} iterations",
+            f"{row['training']:,.0f} (× {row['training'] / first['training']:.2f})",
+            f"whole sweep: {row['whole']:,.0f} (× {row['whole'] / first['whole']:.2f})",
+        )
+    card.missing |= {f"concurrency, {what}": why for what, why in found["not_measured"].items()}
+
+
+# -- what comes with it --------------------------------------------------------------------------------------------
+
+
+def probes(card: Card, deadline: Deadline) -> None:
+    from benchmarks import probes
+
+    depth, batch, rounds = (20, 8, 1) if card.quick else (110, 128, 5)
+    network, images = probes.subject(depth, batch, card.device)
+    parts = {
+        "layer-responses": ("a forward pass", probes.forward_rounds(network, images, rounds, card.precision)),
+        "gradient-norms": ("a training step", probes.step_rounds(network, images, rounds, card.precision)),
+    }
+    card.record["probes"] = {}
+    for probe, (of, timed) in parts.items():
+        over = {name: ratios(timed, name)["bare"] for name in timed[0] if name != "bare"}
+        card.record["probes"][probe] = {"rounds": timed, "over_bare": over}
+        for name, spread in over.items():
+            target = probes.TARGETS[probe].get(card.device.type) if name == probe else None
+            beside = f"wanted: at most {target}" if target else ""
+            card.add("probe, time over bare", f"{name} in {of} of ResNet-{depth}", spread, beside)
+    card.missing["memory of probes"] = "see python -m benchmarks.probes"
+
+
+def detection(card: Card, deadline: Deadline) -> None:
+    from benchmarks import detection
+
+    backbone, side, rounds = ("imagenet/resnet-18", 64, 1) if card.quick else ("imagenet/resnet-50", 600, 5)
+    models = detection.subjects(backbone, side, card.device)
+    images, targets = detection.batch(1, side, card.device)
+    setting = f"{backbone}, one image of {side} pixels, fp32"
+    for model in models.values():
+        model.eval()
+    with torch.no_grad():
+        work = {name: (lambda model=model: model(images)) for name, model in models.items()}
+        inference = detection.rounds_of(work, rounds, card.device)
+    for model in models.values():
+        model.train()
+    optimizers = {name: torch.optim.SGD(model.parameters(), 1e-6, 0.9) for name, model in models.items()}
+    work = {
+        name: (lambda name=name: detection.step(models[name], optimizers[name], images, targets)) for name in models
+    }
+    steps = detection.rounds_of(work, rounds, card.device)
+    card.record["detection"] = {"setting": setting, "inference": inference, "training step": steps}
+    for what, timed in (("inference", inference), ("training step", steps)):
+        speed = Spread.of([1 / each["ours"] for each in timed])
+        over = ratios(timed, "ours")["torchvision"]
+        card.add(f"detection, {what}, images/s", setting, speed, f"time, ours over torchvision's: {over}")
+
+
+def checkpoint(card: Card, deadline: Deadline) -> None:
+    card.record["checkpoint"] = found = scaling.of_checkpoint(card.where(deadline), card.plan())
+    for row in found["rows"]:
+        card.add(
+            "a checkpoint, s",
+            f"ResNet-{row['depth']}, {row['bytes'] / 2**20:.1f} MiB",
+            row["seconds"],
+            f"{100 * row['share']:.2f} % of the time, one every {found['interval_seconds']:g} s",
+        )
+
+
+def start(card: Card, deadline: Deadline) -> None:
+    card.record["start"] = found = scaling.of_start(card.where(deadline), card.plan(starts=3))
+    card.add("start of a study, s", "--help", found["help"], f"wanted: at most {found['help_target']}")
+    card.add("start of a study, s", "to the first iteration", found["first_iteration"])
+
+
+def depth(card: Card, deadline: Deadline) -> None:
+    plan = card.plan(depths=(20, 110, 434, 1202), rounds=3)
+    card.record["depth"] = found = scaling.of_depth(card.where(deadline), plan)
+    for row in found["rows"]:
+        memory = "" if row["bytes"] is None else f"{row['bytes'] / 2**20:,.0f} MiB"
+        step = f"{1000 * row['seconds'].median:,.2f}"
+        card.add("a training step, ms", f"ResNet-{row['depth']}, batch {found['batch']}", step, memory)
+    if line := found.get("seconds_line"):
+        card.add(
+            "line through depths, ms",
+            f"depths {', '.join(str(row['depth']) for row in found['rows'])}",
+            f"{1000 * line.intercept:.2f} + {1000 * line.slope:.4f} · depth",
+            f"R² = {line.r_squared:.5f}",
+        )
+    card.missing |= {f"a training step of ResNet-{what}": why for what, why in found["not_measured"].items()}
+
+
+# -- all of it -----------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, tuple[Callable[[Card, Deadline], None], float, float]] = {
+    "equality": (equality, 0, 90),
+    "training": (throughput, 0, 200),
+    "concurrency": (concurrency, 20, 90),
+    "probes": (probes, 20, 30),
+    "detection": (detection, 20, 30),
+    "checkpoint": (checkpoint, 10, 20),
+    "start": (start, 25, 30),
+    "depth": (depth, 20, 120),
+}
+"""Each part, the seconds without which it is not begun, and those after which it begins nothing more."""
+
+
+def work_through(card: Card, parts: Sequence[str]) -> None:
+    """Does the parts in order. One that fails or has no time left is listed, and the next is begun."""
+    for name in parts:
+        part, needs, most = PARTS[name]
+        if card.deadline.left <= needs:
+            card.missing[name] = "no time left"
+            continue
+        print(f"{name} …", file=sys.stderr, flush=True)
+        started = time.monotonic()
+        try:
+            part(card, card.deadline.within(most))
+        except Exception as error:  # what has been measured must not be lost with what could not be
+            traceback.print_exc()
+            card.missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        card.record.setdefault("seconds", {})[name] = time.monotonic() - started
+    for name in PARTS:
+        if name not in parts:
+            card.missing[name] = "not asked for"
+
+
+def title(machine: dict[str, object], device: torch.device) -> str:
+    """What everything was measured on and with."""
+    words = [f"{machine['device']}", f"torch {machine['torch']}", f"Python {machine['python']}"]
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        words.insert(
+            1, f"{properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} multiprocessors"
+        )
+        words += [f"CUDA {torch.version.cuda}", f"cuDNN {torch.backends.cudnn.version()}"]
+    words += [f"resprobe {machine['resprobe']} ({str(machine.get('commit', 'no commit'))[:10]})", f"{machine['date']}"]
+    return ", ".join(words)
+
+
+def report(card: Card, machine: dict[str, object]) -> str:
+    """Everything as Markdown: title, table, what was not measured."""
+    lines = [title(machine, card.device), ""]
+    for network, found in card.record.get("training", {}).items():
+        told = (name for name in ("clock_mhz", "power_w", "temperature_c") if name in found)
+        said = [f"{name.replace('_', ' ')} {found[name]:g}" for name in told]
+        lines += [f"after {network}: {', '.join(said)}"] if said else []
+    lines += ["", markdown(("what", "setting", "measured", "beside it"), card.rows), ""]
+    if card.missing:
+        lines += ["Not measured:", "", *(f"- {what}: {why}" for what, why in card.missing.items())]
+    return "\n".join(lines)
+
+
+def run(options: argparse.Namespace) -> None:
+    started = time.monotonic()
+    device = resolve_device(options.device)
+    if device.type != "cuda" and not options.quick:
+        raise UsageError(
+            f"device (={device.type!r}) is no CUDA device, which this benchmark is for; --device cpu --quick does a small "
+            "version without one"
+        )
+    card = Card(device, options.quick, Deadline(60 * options.minutes))
+    machine = environment(device)
+    card.record |= {"environment": machine, "quick": options.quick, "precision": card.precision}
+    card.record["load"] = os.getloadavg() if hasattr(os, "getloadavg") else None
+    work_through(card, options.parts)
+    card.record |= {"rows": card.rows, "not_measured": card.missing, "minutes": (time.monotonic() - started) / 60}
+    print(report(card, machine))
+    print(f"\n{card.record['minutes']:.1f} minutes")
+    write_json(options.out, card.record)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.card", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=7.5, help="after these nothing new is begun")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="a few iterations of everything, to see that it works")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks/card.json"))
+    return answering(run, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
