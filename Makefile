@@ -4,28 +4,38 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: demo test lint format clean
+.PHONY: demo test docs lint format clean
 
 demo: $(VENV)/.installed  ## the degradation study on embedded digits
 	$(BIN)/python -m studies.degradation $(ARGS)
 
-test: $(VENV)/.installed lint  ## everything that can be tested without a GPU
+test: $(VENV)/.installed-dev lint  ## everything that can be tested without a GPU
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed
+docs: $(VENV)/.installed-dev  ## the pages of docs/ with their notebooks, into docs/_build/html
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html
+	@echo "docs: docs/_build/html/index.html"
+
+lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(VENV)/.installed
+format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resprobe needs Python 3.11 or newer; name one with PYTHON=...")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "resprobe needs Python 3.11 or newer; name one with PYTHON=...")'
+	@echo "installing PyTorch and what else resprobe needs into $(VENV); a minute or two"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "installing what tests and docs need into $(VENV); a minute"
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info docs/_build

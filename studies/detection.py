@@ -421,11 +421,11 @@ def _draw_curves(results: rp.Results) -> rp.Drawing:
     left.set_title("mean over classes")
     left.legend(frameon=False, loc="upper left")
     classes = _classes(table)
-    for offset, name in enumerate(options.backbones):
+    for offset, (name, hatch) in enumerate(zip(options.backbones, (None, "//"), strict=True)):
         values = [_values(results, f"AP {label}", name) for label in classes]
         heights = [sum(each) / len(each) if each else 0.0 for each in values]
         places = [place + (offset - 0.5) * 0.4 for place in range(len(classes))]
-        right.bar(places, heights, 0.38, color=palette[name], label=_short(name))
+        right.bar(places, heights, 0.38, color=palette[name], hatch=hatch, edgecolor="white", label=_short(name))
         for place, each in zip(places, values, strict=True):
             right.plot([place] * len(each), each, ls="", marker=".", color="0.2", ms=5)
     right.set_xticks(range(len(classes)), classes, rotation=45 if len(classes) > 6 else 0)
