@@ -49,6 +49,9 @@ def test_decorator_returns_what_it_decorates(fruits):
     assert fruits.register("apple")(apple) is apple
 
 
+YOURS = "one of yours comes with --plugin FILE, or rp.load_plugin(FILE)"
+
+
 def test_unknown_name_gets_the_nearest_one(fruits):
     with pytest.raises(rp.UsageError) as error:
         fruits["Aple"]
@@ -58,13 +61,13 @@ def test_unknown_name_gets_the_nearest_one(fruits):
 def test_no_name_is_suggested_when_none_comes_close(fruits):
     with pytest.raises(rp.UsageError) as error:
         fruits["zzz"]
-    assert str(error.value) == "fruit (='zzz') is unknown; accepted: apple, banana"
+    assert str(error.value) == f"fruit (='zzz') is unknown; accepted: apple, banana; {YOURS}"
 
 
 def test_empty_registry_says_so():
     with pytest.raises(rp.UsageError) as error:
         Registry("fruit")["apple"]
-    assert str(error.value) == "fruit (='apple') is unknown; accepted: none are registered"
+    assert str(error.value) == f"fruit (='apple') is unknown; accepted: none are registered; {YOURS}"
 
 
 def test_second_thing_under_a_name_is_refused_and_the_first_stays(fruits):
