@@ -140,14 +140,14 @@ def trained(card: Card, precision: str, step: str, iterations: int, *, nudged: b
 
 @contextlib.contextmanager
 def same_kernels() -> Iterator[None]:
-    """cuDNN's choice of kernels by rule, not by a race that may end otherwise the next time."""
+    """cuDNN's kernels by rule, not by a race that may end otherwise the next time; float32 is float32, not TF32."""
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = before
+        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def verdict(step: str, found: Difference, again: Difference, nudge: Difference) -> tuple[bool, str]:
@@ -367,8 +367,11 @@ PARTS: dict[str, tuple[Callable[[Card, Deadline], None], float, float]] = {
 """Each part, the seconds without which it is not begun, and those after which it begins nothing more."""
 
 
-def work_through(card: Card, parts: Sequence[str]) -> None:
-    """Does the parts in order. One that fails or has no time left is listed, and the next is begun."""
+def work_through(card: Card, parts: Sequence[str], keep: Callable[[], None] = lambda: None) -> None:
+    """Does the parts in order. One that fails or has no time left is listed, and the next is begun.
+
+    `keep` is called after each, so that what ends the whole does not take what has been measured.
+    """
     for name in parts:
         part, needs, most = PARTS[name]
         if card.deadline.left <= needs:
@@ -382,6 +385,7 @@ def work_through(card: Card, parts: Sequence[str]) -> None:
             traceback.print_exc()
             card.missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         card.record.setdefault("seconds", {})[name] = time.monotonic() - started
+        keep()
     for name in PARTS:
         if name not in parts:
             card.missing[name] = "not asked for"
@@ -425,11 +429,15 @@ def run(options: argparse.Namespace) -> None:
     machine = environment(device)
     card.record |= {"environment": machine, "quick": options.quick, "precision": card.precision}
     card.record["load"] = os.getloadavg() if hasattr(os, "getloadavg") else None
-    work_through(card, options.parts)
-    card.record |= {"rows": card.rows, "not_measured": card.missing, "minutes": (time.monotonic() - started) / 60}
+
+    def keep() -> None:
+        card.record |= {"rows": card.rows, "not_measured": card.missing, "minutes": (time.monotonic() - started) / 60}
+        write_json(options.out, card.record, say=False)
+
+    work_through(card, options.parts, keep)
+    keep()
     print(report(card, machine))
-    print(f"\n{card.record['minutes']:.1f} minutes")
-    write_json(options.out, card.record)
+    print(f"\n{card.record['minutes']:.1f} minutes; {options.out}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import resprobe as rp
-from benchmarks.measuring import Spread, ratios, seconds, synchronize, write_json
+from benchmarks.measuring import Spread, answering, ratios, seconds, synchronize, write_json
 from plugins.detection import faster_rcnn
 from resprobe.devices import resolve_device
 from resprobe.environment import environment
@@ -110,7 +110,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detection", description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="imagenet/resnet-50")
     parser.add_argument("--side", type=int, default=224)
@@ -119,7 +119,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/detection.json"))
-    options = parser.parse_args()
+    return answering(run, parser.parse_args(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -164,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

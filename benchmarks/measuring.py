@@ -132,8 +132,9 @@ def answering(work: Callable[[argparse.Namespace], None], options: argparse.Name
     return 0
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a benchmark's record and says where."""
+def write_json(path: Path, record: Mapping[str, Any], *, say: bool = True) -> None:
+    """Writes a benchmark's record and, if asked to, says where."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, default=vars) + "\n")
-    print(f"\nwritten to {path}")
+    if say:
+        print(f"\nwritten to {path}")

@@ -114,16 +114,18 @@ class Runner:
 
     def window(self, deadline: Deadline | None = None) -> dict[str, Any]:
         """Lets it do one window: seconds, and the peak of memory so far. Raises `Stopped`."""
+        if deadline is not None and deadline.left <= 0:
+            raise OutOfTime("no time left")
         with contextlib.suppress(BrokenPipeError):
             print("go", file=self.process.stdin, flush=True)
         return self.word(deadline)
 
-    def close(self) -> None:
-        """Ends the process, with its loader's processes if it has any."""
+    def close(self, patience: float = 10.0) -> None:
+        """Ends the process, with its loader's processes if it has any; after `patience` seconds, whatever it does."""
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         try:
-            self.process.wait(timeout=10)
+            self.process.wait(timeout=patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -165,7 +167,10 @@ def race(
 
     def drop(label: str, reason: str) -> None:
         found.missing[label] = reason
-        runners.pop(label).close()
+        runners.pop(label).close(patience())
+
+    def patience() -> float:
+        return 10.0 if deadline is None else max(0.0, min(10.0, deadline.left))
 
     try:
         for label, case in cases.items():
@@ -192,7 +197,7 @@ def race(
                         peaks[label] = said["peak"]
     finally:
         for runner in runners.values():
-            runner.close()
+            runner.close(patience())
     for label in runners:
         if windows[label]:
             cold = first[label] - statistics.median(windows[label])

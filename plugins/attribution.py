@@ -42,7 +42,8 @@ and the random numbers are not touched, and no other probe sees them. Hooks are 
 network's answers is not explained. Images are given as the network takes them, normalized.
 
 Blocks are those of resprobe and of torchvision's ResNets; in the copy, torchvision's work out of place. A block that is
-used twice in one pass is refused by name, as is one that does not simply add its branch and its shortcut.
+used twice in one pass is refused by name, as is one that does not simply add its branch and its shortcut. A network without
+blocks, such as VGG, has neither; `integrated_gradients` and `pictures` explain any network.
 
 `torch.compile` and `DistributedDataParallel`: what is explained is the module beneath, uncompiled, in this process.
 """

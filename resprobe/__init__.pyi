@@ -42,6 +42,6 @@ from .runs import (
 )
 from .shortcuts import SHORTCUTS as SHORTCUTS, register_shortcut as register_shortcut
 from .study import Drawing as Drawing, Options as Options, Planned as Planned, Results as Results, Study as Study
-from .weights import load_weights as load_weights
+from .weights import load_network as load_network, load_weights as load_weights
 
 __version__: str

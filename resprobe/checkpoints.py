@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import glob
 import hashlib
 import io
 import os
 import pickle
-import time
 import uuid
 import warnings
 from pathlib import Path
@@ -20,8 +17,6 @@ import torch
 from resprobe.errors import UsageError
 
 _MAGIC = b"resprobe checkpoint 1 sha256 "
-_ABANDONED = 3600.0
-"""Seconds after which a half-written file has no writer any more."""
 
 
 class StorageError(UsageError):
@@ -37,7 +32,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
         with scratch.open("wb") as stream:
             stream.write(content)
             stream.flush()
@@ -49,14 +43,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         if scratch_exists:
             scratch.unlink()
         raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was half-written") from error
-
-
-def _sweep(path: Path) -> None:
-    """Removes what writers of `path` left behind that were killed in the middle, and so long ago that none is at work."""
-    for scratch in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            if time.time() - scratch.stat().st_mtime > _ABANDONED:
-                scratch.unlink()
 
 
 def check_writable(folder: Path, option: str) -> None:

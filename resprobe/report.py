@@ -75,7 +75,9 @@ def write_report(
         write_atomically(out / f"{name}.svg", render(drawing.figure, "svg"))
         light, dark = map(base64.b64encode, render_for_page(drawing.figure))
         images[name] = {"light": light.decode(), "dark": dark.decode()}
-    tables = {"results": results.table, "measurements": results.measurements}
+    # Where nothing was trained, what was measured is the result.
+    tables = {"results": results.table if len(results.table) else results.measurements}
+    tables["measurements"] = results.measurements
     for name, content in tables.items():
         if content is not None and len(content):
             write_atomically(out / f"{name}.csv", content.to_csv(index=False).encode())

@@ -10,9 +10,12 @@ On a CPU it does not pay: measured in docs/measurements/.
 
 from __future__ import annotations
 
+import pickle
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -60,9 +63,9 @@ class CapturedStep:
         def work() -> tuple[Tensor, Tensor]:
             return update(self.images, self.labels)
 
-        with _undone(network, optimizer):
-            _warm_up(work, images.device)
-        self._replay, self._given = _record(work, images.device)
+        with _undone(network, optimizer), _repeatable(network):
+            stream = _warm_up(work, images.device)
+        self._replay, self._given = _record(work, stream)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.images.copy_(images)
@@ -71,22 +74,31 @@ class CapturedStep:
         return self._given
 
 
-def _warm_up(work: Callable[[], object], device: torch.device) -> None:
+def _warm_up(work: Callable[[], object], device: torch.device) -> torch.cuda.Stream:
     # On a stream of its own, as capturing wants it: what the default stream holds must not be waited for later.
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UP):
-            work()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    asked = torch.cuda.get_sync_debug_mode()
+    try:
+        with torch.cuda.stream(stream):
+            for left in reversed(range(_WARM_UP)):
+                if left == 0:  # a question to the device is named here; amid a capture it would leave torch in disorder
+                    torch.cuda.set_sync_debug_mode("error")
+                work()
+    finally:
+        torch.cuda.set_sync_debug_mode(asked)
+        torch.cuda.current_stream(device).wait_stream(stream)
+    return stream
 
 
 def _record(
-    work: Callable[[], tuple[Tensor, Tensor]], device: torch.device
+    work: Callable[[], tuple[Tensor, Tensor]], stream: torch.cuda.Stream
 ) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
     """What replays `work`, and the tensors in which each replay leaves what `work` gives."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    graph, device = torch.cuda.CUDAGraph(), stream.device
+    # "thread_local": a loader's thread that pins batches for later iterations meanwhile is no part of the step.
+    capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+    with torch.cuda.device(device), capture:
         given = work()
 
     def replay() -> None:
@@ -97,25 +109,59 @@ def _record(
 
 
 @contextmanager
+def _repeatable(network: nn.Module) -> Iterator[None]:
+    """Raises `RuntimeError` where a step draws random numbers on the host, or puts tensors in the place of others: a
+    graph would repeat the same numbers, and go on working on the tensors of old. Other state of the host goes unseen."""
+
+    def random_state() -> tuple[bytes, bytes]:
+        of_torch, *others = _host_random_state()
+        return of_torch.numpy().tobytes(), pickle.dumps(others)
+
+    tensors, before = [*network.parameters(), *network.buffers()], random_state()
+    yield
+    if random_state() != before:
+        raise RuntimeError("it draws random numbers on the host")
+    after = [*network.parameters(), *network.buffers()]
+    if len(after) != len(tensors) or any(one is not other for one, other in zip(after, tensors, strict=True)):
+        raise RuntimeError("it puts a new tensor in the place of a parameter or buffer")
+
+
+def _host_random_state() -> tuple:
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+
+
+@contextmanager
 def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Puts back, in place, what training steps change. Velocities that were not there yet are zero afterwards, from
     which the first step goes on as from none."""
     tensors = [*network.parameters(), *network.buffers()]
+    places = [
+        (kind, name, kind[name])
+        for module in network.modules()
+        for kind in (module._parameters, module._buffers)
+        for name in kind
+    ]
     velocities = {p: state["momentum_buffer"] for p, state in optimizer.state.items() if _has_velocity(state)}
     kept = [(tensor, tensor.detach().clone()) for tensor in (*tensors, *velocities.values())]
     device = tensors[0].device
-    random = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    of_torch, of_python, of_numpy = _host_random_state()
     try:
         yield
     finally:
+        for kind, name, tensor in places:
+            kind[name] = tensor
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
             for parameter, state in optimizer.state.items():
                 if _has_velocity(state) and parameter not in velocities:
                     state["momentum_buffer"].zero_()
-        if random is not None:
-            torch.cuda.set_rng_state(random, device)
+        if drawn is not None:
+            torch.cuda.set_rng_state(drawn, device)
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
 
 
 def _has_velocity(state: dict) -> bool:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from resprobe.networks import NetworkSpec
     from resprobe.recipes import Recipe
     from resprobe.runs import Run
-    from resprobe.sweep import Job, Survey
+    from resprobe.sweep import Job, Outlook, Survey
 
 Setting = Literal["quick", "paper", "custom"]
 
@@ -157,7 +157,8 @@ class Study:
     what came out, `measure` looks at them where their training is not the whole story, `judge` says what that means,
     `draw` shows it, and `tabulate` puts it beside the paper's numbers. `main` does the rest. `how_sure` replaces the
     report's words on seeds where a study does not rest on them. `paper_data`: what the paper's experiment ran on, from
-    which departures are told; `departs` tells those that are in neither data nor recipe.
+    which departures are told; `departs` tells those that are in neither data nor recipe. `ahead` says what `measure` is
+    going to train, if it trains; its results have no runs while those are still to be trained.
     """
 
     name: str
@@ -174,6 +175,7 @@ class Study:
     how_sure: str = ""
     paper_data: Literal["CIFAR-10", "ImageNet"] = "CIFAR-10"
     departs: Callable[[Options], Sequence[str]] | None = None
+    ahead: Callable[[Results], Outlook] | None = None
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""
@@ -212,7 +214,7 @@ class Study:
         if options.dry_run:
             ahead = self.survey(options)
             print("\n".join(map(str, ahead)) or "nothing to train")
-            if self.then is not None and len(ahead) == 1 and ahead[0].missing:
+            if self.then is not None and len(ahead) == 1 and ahead[0].missing:  # type: ignore[union-attr]
                 print("a second round of training follows, from what comes out of this one")
             return {}
         gathered = _gather(self, options)
@@ -238,9 +240,10 @@ class Study:
             seconds=time.perf_counter() - started,
         )
 
-    def survey(self, options: Options) -> list[Survey]:
-        """What is there and what is to be trained, a round each. What follows a round to be trained is not known yet."""
-        ahead: list[Survey] = []
+    def survey(self, options: Options) -> list[Survey | Outlook]:
+        """What is there and what is to be trained: a round each, and what `measure` trains. What follows a round to be
+        trained is not known yet."""
+        ahead: list[Survey | Outlook] = []
         _gather(self, dataclasses.replace(options, out=options.out or f"results/{self.name}"), ahead)
         return ahead
 
@@ -257,7 +260,7 @@ class Study:
 
 
 def _gather(
-    study: Study, options: Options, ahead: list[Survey] | None = None
+    study: Study, options: Options, ahead: list[Survey | Outlook] | None = None
 ) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
     """Finds or trains the runs and puts them into tables. With `ahead`, only surveys are made, and put there."""
     if options.executor == "ray":
@@ -271,7 +274,7 @@ def _gather(
 
 
 def _gather_on(
-    cluster: RayCluster | None, study: Study, options: Options, ahead: list[Survey] | None
+    cluster: RayCluster | None, study: Study, options: Options, ahead: list[Survey | Outlook] | None
 ) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
     """Does what `_gather` says, with the runs trained on a cluster or on this machine."""
     from resprobe.checkpoints import check_writable
@@ -303,10 +306,10 @@ def _gather_on(
     for one in planned:
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
             resolve(one.network, **one.options)
-    if team().size > 1:
+    if planned and team().size > 1:
         team().told(lambda: bool(load_data(options.data)))  # one of them downloads
-    data = load_data(options.data)
-    fresh = _jobs(planned, options, data, precision)
+    data = load_data(options.data) if planned else None  # what is not trained on need not be there
+    fresh = _jobs(planned, options, data, precision) if data else []
     _check_networks({job.config.network for _, job in fresh})
     # Nothing is written before everything that was asked for is known to make sense.
     check_writable(Path(options.out), "out")
@@ -315,10 +318,18 @@ def _gather_on(
     for then in (study.then, None):
         jobs = [job for _, job in fresh]
         if ahead is not None:
-            ahead += [survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster)] if jobs else []
-            if then is None or (ahead and ahead[-1].missing):
+            known = True
+            if jobs:
+                round_ahead = survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster)
+                ahead.append(round_ahead)
+                known = not round_ahead.missing
+            runs += [store.find(job.config, job.probes) for job in jobs] if known else []
+            if then is None or not known:
+                if study.ahead is not None:
+                    there = [*labelled, *fresh] if known else []
+                    results = _tables(options, there, runs if known else [], device=str(here), precision=precision)
+                    ahead.append(study.ahead(results))
                 return None
-            runs += [store.find(job.config, job.probes) for job in jobs]
         elif jobs:
             runs += run_all(
                 jobs, store, device=device, concurrency=concurrency, plugins=options.plugin, cluster=cluster
@@ -327,13 +338,15 @@ def _gather_on(
         results = _tables(options, labelled, runs, device=str(here), precision=precision)
         if then is None:
             break
-        fresh = _jobs(then(results), options, data, precision)
+        fresh = _jobs(then(results), options, data, precision) if data else []
     made_with, first = environment(here) | {"precision": precision}, team().first
     if cluster is not None:
         made_with["device"] = cluster.name
     leave()
     if not first:  # what is left to do is to measure and to write
         return None
+    if study.ahead is not None:
+        print(study.ahead(results), flush=True)
     if study.measure is not None:
         results = dataclasses.replace(results, measurements=study.measure(results))
     recipes = list(dict.fromkeys(job.config.recipe for _, job in labelled))

@@ -10,6 +10,7 @@ import copy
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -113,6 +114,27 @@ class Survey:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What a study trains by itself while it measures: how much in all, how much is there, and how long the rest takes.
+
+    `what`: in the plural. They are trained one after the other, in the study's own process.
+    """
+
+    what: str
+    total: int
+    found: int
+    seconds: float
+    device: str
+
+    def __str__(self) -> str:
+        left = self.total - self.found
+        line = f"{self.total} {self.what}: {self.found} finished already, "
+        if not left:
+            return line + "nothing to train"
+        return line + f"{left} to train\ntime: about {in_words(self.seconds)} on {self.device}, one after the other"
+
+
 def in_words(seconds: float) -> str:
     """Seconds in the unit that suits them."""
     if seconds < 100:
@@ -149,6 +171,8 @@ def survey(
         seconds = tuple(_seconds(ordered, done, device, threads))
     except Exception as error:  # whatever is wrong with a network, its training says it better
         reason = " ".join(str(error).split()) or type(error).__name__
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
     name = device_name(device) if cluster is None else cluster.name
     return Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason)
@@ -264,8 +288,9 @@ def _train_in_processes(
         workers, mp_context=context, initializer=_start_worker, initargs=(news, threads, tuple(plugins))
     )
     try:
+        # Pickled here: the pool's own way shares each tensor of a built network by an open file, of which there are few.
         pending: dict[Future, Job] = {
-            pool.submit(_train_in_worker, job, str(store.root), str(device)): job for job in jobs
+            pool.submit(_train_in_worker, pickle.dumps(job), str(store.root), str(device)): job for job in jobs
         }
         while pending:
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
@@ -328,9 +353,10 @@ def _stop(*_: object) -> None:
     os._exit(0)
 
 
-def _train_in_worker(job: Job, root: str, device: str) -> dict[str, float]:
+def _train_in_worker(packed: bytes, root: str, device: str) -> dict[str, float]:
     _worker["training"] = True
     try:
+        job: Job = pickle.loads(packed)
         store = RunStore(root)
         return train_job(job, store, torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
     except KeyboardInterrupt:

@@ -244,7 +244,8 @@ class Training:
         except RuntimeError as error:  # a stranger's block that asks the device for a number, above all
             self.capturing = False
             self.optimizer.zero_grad(set_to_none=True)  # what the attempt left
-            said = " ".join(str(error).split())
+            # What ended a capture says less than what happened in it.
+            said = " ".join(str(error.__context__ or error).split())
             warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {said}")
             return None
 

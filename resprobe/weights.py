@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from resprobe.data import Normalization
 from resprobe.errors import UsageError
-from resprobe.networks import Network
+from resprobe.networks import Network, NetworkSpec, build
 from resprobe.shortcuts import ZeroPadding
 
+_RUN_FILE = "network.safetensors"
 # With what the published ImageNet models, and the common CIFAR weights, were trained.
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -27,8 +29,11 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     `module.` prefix. The input normalization that belongs to a layout is set as `network.normalization`.
 
     The common CIFAR weights were trained with option A's zeros on both sides; a network with trailing zeros (option A
-    as in the paper) gets the same function, its channels permuted. Raises `UsageError` naming every mismatch.
+    as in the paper) gets the same function, its channels permuted. Raises `UsageError` naming every mismatch; of a run
+    also those that no shape tells of, such as which convolution of a bottleneck takes the stride.
     """
+    if not isinstance(weights, Mapping):
+        _check_run(network, Path(weights))
     given = _unwrap(weights if isinstance(weights, Mapping) else _read(Path(weights)))
     own = network.state_dict()
     normalization = None
@@ -63,9 +68,39 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     return network
 
 
+def load_network(run: str | Path) -> Network:
+    """The network of a finished run, built as the run's folder says, with its weights.
+
+    A stranger's block must be registered (`load_plugin`). Raises `UsageError` for a folder that is no finished run.
+    """
+    spec = _run_spec(Path(run))
+    if spec is None:
+        raise UsageError(f"run (={str(run)!r}) must be the folder of a finished run, with config.json in it")
+    return load_weights(build(spec), run)
+
+
+def _run_spec(folder: Path) -> NetworkSpec | None:
+    """What the network of a run's folder is; None for what is no such folder."""
+    config = folder / "config.json"
+    network = json.loads(config.read_text()).get("network") if config.is_file() else None
+    return NetworkSpec(**network) if isinstance(network, dict) else None  # a detector's has the name of its backbone
+
+
+def _check_run(network: Network, path: Path) -> None:
+    theirs = _run_spec(path.parent if path.name == _RUN_FILE else path)
+    if theirs is None:
+        return
+    ours = network.spec
+    if theirs.name != ours.name:
+        raise UsageError(f"weights (={str(path)!r}) are those of {theirs.name}, and do not fit {ours.name}")
+    differ = [f"{name}={value}" for name, value in theirs.options if name != "init" and ours.get(name) != value]
+    if differ:
+        raise UsageError(f"weights (={str(path)!r}) are those of {ours.name} with {', '.join(differ)}; build it so")
+
+
 def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.is_dir() and (path / "network.safetensors").is_file():
-        path = path / "network.safetensors"
+    if path.is_dir() and (path / _RUN_FILE).is_file():
+        path = path / _RUN_FILE
     if not path.is_file():
         raise UsageError(
             f"weights (={str(path)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import pandas
 
     from plugins.detection import DetectionData
+    from resprobe.sweep import Outlook
 
 PAPER = {
     "voc": {"imagenet/vgg-16": "73.2 / 70.4", "imagenet/resnet-101": "76.4 / 73.8"},
@@ -117,7 +118,7 @@ class Options(rp.Options):
     width: int = 8
     """filters in the backbones' first stage"""
     weights: tuple[str, ...] = ()
-    """files of published weights, one a backbone, instead of pre-training"""
+    """files of published weights or folders of runs, one a backbone, instead of pre-training"""
     bn: Literal["frozen", "trained", "both"] = "frozen"
     """batch normalization of the detectors; both: of the last backbone also with statistics that move (C24)"""
     refine: bool = False
@@ -130,8 +131,8 @@ class Options(rp.Options):
     """shorter side of the images in pixels, to which they are resized; anchors are in proportion"""
     schedule: Literal["auto", "shapes", "voc", "coco"] = "auto"
     """recipe that detectors are trained by; auto: that of what is detected in"""
-    detection_iterations: int = 1000
-    """iterations of a detector's training, which follows the backbones' (--dry-run tells of those); the schedule is scaled"""
+    detection_iterations: int = 0
+    """iterations of a detector's training, to which the schedule is scaled; 0: the schedule's"""
     detection_rate: float = 0.0
     """learning rate of the detectors' training; 0: the schedule's"""
     depths: tyro.conf.Suppress[tuple[int, ...]] = (20,)
@@ -155,9 +156,9 @@ def _check(options: Options) -> None:
         raise rp.UsageError(f"backbones (={' '.join(options.backbones)}) must be two different networks")
     if options.weights and len(options.weights) != 2:
         raise rp.UsageError(f"weights (={' '.join(options.weights)}) must be two files, one for each of backbones")
-    for name in ("width", "side", "detection_iterations"):
-        if getattr(options, name) < 1:
-            raise rp.UsageError(f"{name} (={getattr(options, name)}) must be a whole number ≥ 1")
+    for name, least in (("width", 1), ("side", 1), ("detection_iterations", 0)):
+        if getattr(options, name) < least:
+            raise rp.UsageError(f"{name} (={getattr(options, name)}) must be a whole number ≥ {least}")
     if options.scales and min(options.scales) < 1:
         raise rp.UsageError(f"scales (={' '.join(map(str, options.scales))}) must be shorter sides ≥ 1")
     rcnn.load_detection(options.detection)  # what is not there is said before backbones are trained
@@ -173,7 +174,9 @@ def _pretraining(recipe: rp.Recipe) -> rp.Recipe:
 def recipe_of(options: Options) -> DetectionRecipe:
     """The schedule for what is detected in."""
     kind = options.detection.partition(":")[0] if options.schedule == "auto" else options.schedule
-    recipe = {"shapes": shapes_quick, "voc": voc_paper, "coco": coco_paper}[kind](options.detection_iterations)
+    recipe = {"shapes": shapes_quick, "voc": voc_paper, "coco": coco_paper}[kind]()
+    if options.detection_iterations:
+        recipe = recipe.with_iterations(options.detection_iterations)
     return replace(recipe, learning_rate=options.detection_rate) if options.detection_rate else recipe
 
 
@@ -216,24 +219,80 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     (`kept_mib`), and the `run` that holds the detector."""
     import pandas
 
-    rows, data = [], rcnn.load_detection(results.options.detection)
+    rows, data, failures = [], rcnn.load_detection(results.options.detection), []
     for name, seed, network in _backbones(results):
-        last = name == results.options.backbones[-1]
-        modes = ("frozen", "trained") if results.options.bn == "both" and last else (results.options.bn,)
-        for bn in ("frozen" if mode == "both" else mode for mode in modes):
-            run = _train(results, data, network, seed, bn)
-            if seed == results.options.seeds[0]:
-                print(f"\nwhat trains in the detector on {name}, batch normalization {bn}:")
-                parts = rcnn.trainable(run.model).groupby(["part", "why", "trains"], sort=False)["parameters"].sum()
-                print(parts.to_string())
-            labels = {"backbone": name, "seed": seed, "bn": bn}
-            measured = run.history.dropna(subset=["mAP"])[["iteration", "mAP"]].iloc[:-1]
-            rows += [labels | {"step": "baseline"} | row for row in measured.to_dict("records")]
-            if bn == "frozen" and last:
-                rows += [labels | row for row in _steps(results, data, run, network, seed)]
-            else:
-                rows.append(labels | _tested(results, data, run, "baseline"))
+        for bn in _modes(results.options, name):
+            try:
+                rows += _measured(results, data, name, seed, network, bn)
+            except rp.TrainingDiverged as error:  # the others go on
+                print(f"failed: {error}", flush=True)
+                failures.append(str(error))
+    if failures:
+        raise rp.TrainingDiverged(f"{'; '.join(failures)}; finished detectors are kept in {results.options.runs}")
     return pandas.DataFrame(rows)
+
+
+def ahead(results: rp.Results) -> Outlook:
+    """The detectors that there are to be, those that are there, and how long the others take."""
+    import torch
+
+    from plugins.detection.training import begin, timed
+    from resprobe.sweep import Outlook
+
+    options, device = results.options, torch.device(results.device)
+    data, recipe = rcnn.load_detection(options.detection), recipe_of(options)
+    there = {(name, seed): network for name, seed, network in _backbones(results)} if _pretrained(results) else {}
+    store = rp.RunStore(options.runs)
+    total, found, left = 0, 0, 0.0
+    for name in options.backbones:
+        wanted = [{"bn": bn} for bn in _modes(options, name)]
+        if options.context and name == options.backbones[-1] and {"bn": "frozen"} in wanted:
+            wanted.append({"bn": "frozen", "context": True})
+        for more in wanted:
+            seconds = None
+            for seed in options.seeds:
+                total += 1
+                network = there.get((name, seed))
+                if network is None:
+                    network = rp.build(name, width=options.width)
+                    network.normalization = rp.Normalization.channels((0.0,) * 3, (1.0,) * 3)
+                config, model = begin(network, data, recipe, seed, **shape_of(options), **more)
+                if there and store.find(config) is not None:
+                    found += 1
+                    continue
+                seconds = timed(model, data, recipe, device) if seconds is None else seconds
+                left += seconds
+    return Outlook("detectors", total, found, left, results.device)
+
+
+def _pretrained(results: rp.Results) -> bool:
+    return bool(results.runs or results.options.weights)
+
+
+def _modes(options: Options, name: str) -> tuple[str, ...]:
+    """How batch normalization is treated in the detectors on a backbone."""
+    if options.bn != "both":
+        return (options.bn,)
+    return ("frozen", "trained") if name == options.backbones[-1] else ("frozen",)
+
+
+def _measured(
+    results: rp.Results, data: DetectionData, name: str, seed: int, network: Any, bn: str
+) -> list[dict[str, Any]]:
+    """The rows of one backbone, seed and mode."""
+    run = _train(results, data, network, seed, bn)
+    if seed == results.options.seeds[0]:
+        print(f"\nwhat trains in the detector on {name}, batch normalization {bn}:")
+        parts = rcnn.trainable(run.model).groupby(["part", "why", "trains"], sort=False)["parameters"].sum()
+        print(parts.to_string())
+    labels = {"backbone": name, "seed": seed, "bn": bn}
+    measured = run.history.dropna(subset=["mAP"])[["iteration", "mAP"]].iloc[:-1]
+    rows = [{"step": "baseline"} | row for row in measured.to_dict("records")]
+    if bn == "frozen" and name == results.options.backbones[-1]:
+        rows += _steps(results, data, run, network, seed)
+    else:
+        rows.append(_tested(results, data, run, "baseline"))
+    return [labels | row for row in rows]
 
 
 def _backbones(results: rp.Results) -> Iterator[tuple[str, int, Any]]:
@@ -242,11 +301,21 @@ def _backbones(results: rp.Results) -> Iterator[tuple[str, int, Any]]:
     for row, run in zip(results.table.itertuples(), results.runs, strict=True):
         yield row.backbone, row.seed, run.network
     for name, path in zip(options.backbones, options.weights, strict=bool(options.weights)):
-        # Torchvision's files: the stride is in the 3×3 layer, shortcuts are option B, VGG has biases.
-        shape = {"shortcut": "B", "stride_in": "3x3"} if name.startswith("imagenet/resnet") else {}
-        network = rp.load_weights(rp.build(name, width=options.width, **shape), path)
+        network = _published(name, path, options.width)
         for seed in options.seeds:
             yield name, seed, network
+
+
+def _published(name: str, path: str, width: int) -> rp.Network:
+    """A backbone with the weights of a run's folder, or of a file of torchvision's."""
+    if Path(path).is_dir():
+        network = rp.load_network(path)
+        if network.spec.name != name:
+            raise rp.UsageError(f"weights (={path!r}) are those of {network.spec.name}, not of {name} in --backbones")
+        return network
+    # Torchvision's files: the stride is in the 3×3 layer, shortcuts are option B, VGG has biases.
+    shape = {"shortcut": "B", "stride_in": "3x3"} if name.startswith("imagenet/resnet") else {}
+    return rp.load_weights(rp.build(name, width=width, **shape), path)
 
 
 def _train(results: rp.Results, data: DetectionData, network: Any, seed: int, bn: str, **more: Any) -> rcnn.DetectorRun:
@@ -258,7 +327,6 @@ def _train(results: rp.Results, data: DetectionData, network: Any, seed: int, bn
         seed=seed,
         runs=options.runs,
         device=results.device,
-        precision="fp32" if results.device == "cpu" else results.precision,  # torchvision pools regions in fp32 there
         bn=bn,
         **shape_of(options) | more,
     )
@@ -299,7 +367,7 @@ def _tested(
 
     device, recipe = torch.device(results.device), run.config.recipe
     started = time.perf_counter()
-    predictions = predict(run.model, data.test, device, run.config.precision, **improvements)
+    predictions = predict(run.model, data.test, device, **improvements)
     seconds = (time.perf_counter() - started) / len(data.test)
     height, width = data.test[0][0].shape[-2:]
     figures = score(predictions, data.test, data.classes)
@@ -436,7 +504,7 @@ def _draw_curves(results: rp.Results) -> rp.Drawing:
     return rp.Drawing(
         figure,
         f"Average precision on the test images of {on} over the detectors' training (left; mean over seeds, band ± std) "
-        "and of each class at its end (right; dots: seeds).",
+        "and of each class at its end (right; dots: seeds). Detectors are computed in float32.",
         f"mAP rises in training; in the end {said}.",
     )
 
@@ -532,7 +600,6 @@ study = rp.Study(
             side=PAPER_SIDE,
             seeds=(0, 1, 2),
             iterations=600_000,
-            detection_iterations=110_000,
         ),
     },
     plan=plan,
@@ -542,6 +609,7 @@ study = rp.Study(
     tabulate=tabulate,
     paper_data="ImageNet",
     departs=departs,
+    ahead=ahead,
 )
 
 if __name__ == "__main__":

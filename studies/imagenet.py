@@ -108,7 +108,7 @@ class Options(rp.Options):
     protocols: tuple[str, ...] = PROTOCOLS
     """tests of finished networks: single-view, ten-crop, multi-scale; the last two need image files"""
     weights: tuple[str, ...] = ()
-    """files of published weights to test instead of training, named for their networks: resnet50-….pth, vgg16-….pth"""
+    """what to test instead of training: files named for their networks (resnet50-….pth, vgg16-….pth), or folders of runs"""
     shortcut: tyro.conf.Suppress[str] = "A"
 
 
@@ -203,11 +203,16 @@ def _networks(results: rp.Results, data: rp.Data) -> Iterator[tuple[dict, rp.Net
 
 
 def _published(path: str, data: rp.Data) -> rp.Network:
-    """The network that the name of a file says it is, with its weights; torchvision's stride is in the 3×3 layer."""
+    """The network that a run's folder, or the name of a file, says it is, with its weights.
+
+    Torchvision's stride is in the 3×3 layer.
+    """
+    if Path(path).is_dir():
+        return rp.load_network(path)
     named = re.search(r"(resnet|vgg)[-_]?(\d+)(_bn)?", Path(path).name)
     if named is None:
         raise rp.UsageError(
-            f"weights (={path!r}) must be a file named for its network, as resnet50-….pth or vgg16-….pth"
+            f"weights (={path!r}) must be a run's folder or a file named for its network, as resnet50-….pth or vgg16-….pth"
         )
     family, depth, with_norm = named.groups()
     if family == "resnet":

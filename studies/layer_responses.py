@@ -133,11 +133,8 @@ def _networks(results: rp.Results, data: rp.Data):
 
 def _published(path: str, data: rp.Data) -> rp.Network:
     """The network that a run's folder, or the name of a file ("resnet56-…"), says it is, with its weights."""
-    import json
-
-    config = Path(path) / "config.json"
-    if config.is_file():
-        return rp.load_weights(rp.build(rp.NetworkSpec(**json.loads(config.read_text())["network"])), path)
+    if Path(path).is_dir():
+        return rp.load_network(path)
     named = re.search(r"(plain|resnet)[-_]?(\d+)", Path(path).name)
     if named is None:
         raise rp.UsageError(

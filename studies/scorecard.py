@@ -129,7 +129,7 @@ def _last_reports(results: Path) -> dict[str, list[Row]]:
     for file in sorted(results.glob("*/verdict.json")):
         try:
             rows = _read(file)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(f"{file} cannot be read and is passed over: {_one_line(error)}")
             continue
         if rows and (rows[0].study not in last or rows[0].date >= last[rows[0].study][0].date):
@@ -270,7 +270,10 @@ def run_studies(commands: Mapping[str, Sequence[str]], *, dry_run: bool = False)
     """
     started, failed = time.perf_counter(), {}
     print(f"looking for finished runs of {len(commands)} studies", flush=True)
-    ahead = _in_a_process(_look_ahead, commands)
+    try:
+        ahead = _in_a_process(_look_ahead, commands)
+    except StudyFailed:  # out of memory, perhaps; running them says more
+        ahead = dict.fromkeys(commands, Forecast(whole=False))
     if dry_run:
         print("\n".join(f"{name}: {_left([ahead[name]])}" for name in commands) + f"\nall: {_left(ahead.values())}")
         return {}
@@ -304,6 +307,8 @@ def arguments_for(study: Study, preset: str, wanted: dict[str, str], data: Seque
 
 def _look_ahead(commands: Mapping[str, Sequence[str]]) -> dict[str, Forecast]:
     """What each study needs. A run that several need is counted for the first of them."""
+    from resprobe.sweep import Outlook
+
     ahead, counted = {}, set()
     for name, arguments in commands.items():
         try:
@@ -314,6 +319,9 @@ def _look_ahead(commands: Mapping[str, Sequence[str]]) -> dict[str, Forecast]:
             continue
         seconds, whole = 0.0, True
         for survey in rounds:
+            if isinstance(survey, Outlook):
+                seconds += survey.seconds
+                continue
             timed = dict(zip(survey.missing, survey.seconds, strict=False))
             fresh = [job for job in survey.missing if job.config.key not in counted]
             own = dataclasses.replace(

@@ -571,6 +571,21 @@ def test_pictures(count, channels):
     assert rp.figures.render(figure, "png").startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(
+    "net",
+    [
+        rp.build("imagenet/vgg-16", width=2, num_classes=3, norm="batch"),
+        torchvision.models.squeezenet1_1(num_classes=3),
+    ],
+    ids=["ours", "torchvision"],
+)
+def test_a_network_without_blocks_has_pictures_all_the_same(net):
+    images = torch.randn(2, 3, 64, 64)
+    table = integrated_gradients(net, images, steps=8)
+    assert [each.shape for each in table["attribution"]] == [(3, 64, 64)] * 2
+    assert len(pictures(net, images, steps=2).axes) >= 4
+
+
 def test_pictures_of_images_as_they_are_to_be_seen():
     net, (images, _) = settled(network()), batch(2)
     figure = pictures(net, images, shown=torch.rand(2, 3, 16, 16), steps=2)

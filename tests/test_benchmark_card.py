@@ -124,10 +124,10 @@ def test_the_nudge_is_the_last_digit():
 
 def test_choices_of_kernels_are_put_back():
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
     with module.same_kernels():
-        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
-    assert (cudnn.deterministic, cudnn.benchmark) == before
+        assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)
+    assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == before
 
 
 def test_without_a_gpu_it_says_so_in_one_line(capsys):

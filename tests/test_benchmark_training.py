@@ -166,7 +166,7 @@ class Puppet:
             raise (turns.OutOfTime if said == "no time left" else turns.Stopped)(said)
         return {"seconds": said, "peak": 7}
 
-    def close(self):
+    def close(self, patience=10.0):
         self.closed = True
 
 

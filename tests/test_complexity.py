@@ -131,4 +131,4 @@ def test_from_the_command_line(results, tmp_path, monkeypatch):
     assert record["setting"] == "custom"
     assert [claim["verdict"] for claim in record["claims"]] == ["holds"] * 3
     assert not (tmp_path / "runs").exists()
-    assert len(pandas.read_csv(tmp_path / "results/complexity/measurements.csv")) == 4 + 20 + 2
+    assert len(pandas.read_csv(tmp_path / "results/complexity/results.csv")) == 4 + 20 + 2

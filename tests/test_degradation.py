@@ -260,7 +260,7 @@ MISTAKES = [
     (("--data", "cifar10:broken.tar.gz"), "archive broken.tar.gz is damaged or not cifar-10-python.tar.gz: its MD5 is"),
     (
         ("--data", "digit"),
-        "data (='digit') is unknown; accepted: cifar10, cifar100, digits, digits-64, folder, shapes; nearest: digits",
+        "data (='digit') is unknown; accepted: cifar10, cifar100, digits, digits-64, folder, ",
     ),
     (("--runs", "a_file/runs"), "runs (='a_file/runs') cannot be written to: Not a directory"),
     (("--out", "a_file/out"), "out (='a_file/out') cannot be written to: Not a directory"),

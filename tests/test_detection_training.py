@@ -120,7 +120,7 @@ def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch):
     torch.manual_seed(99)  # global random numbers are no part of it
     rows = []
     resumed = train(data, runs=tmp_path / "broken", progress=rows.append)
-    assert [row["iteration"] for row in rows] == [6]
+    assert [row["iteration"] for row in rows] == [4, 6]  # from iteration 3, between two log points
     tiny.assert_same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
     tiny.assert_same(whole.metrics, resumed.metrics)
     tiny.assert_same(whole.history.to_dict("list"), resumed.history.to_dict("list"))
@@ -180,13 +180,13 @@ def test_perfect_predictions_score_a_hundred_percent(data):
 
 
 def test_divergence_is_one_clear_line(data):
-    with pytest.raises(rp.TrainingDiverged, match=r"cifar/resnet-8, seed 0: the loss is not finite at iteration \d"):
+    with pytest.raises(
+        rp.TrainingDiverged, match=r"cifar/resnet-8, seed 0: the loss stopped being finite between iterations \d"
+    ):
         train(data, replace(RECIPE, learning_rate=1e12, milestones=()))
 
 
 def test_mistakes_are_one_clear_line(data):
-    with pytest.raises(rp.UsageError, match=r"precision \(='bf16'\) is not there for detectors on a CPU"):
-        train(data, precision="bf16")
     with pytest.raises(rp.UsageError, match=r"seed \(=-1\)"):
         train(data, seed=-1)
     with pytest.raises(rp.UsageError, match=r"option of faster_rcnn \(='rio'\) is unknown"):

@@ -1,5 +1,6 @@
 """Several processes train as one: the same losses, one report, killed and resumed with another number of processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import distributed
+from torchvision.transforms.functional import to_pil_image
 
 import resprobe as rp
 from resprobe.distributed import Team, join, team
@@ -124,6 +126,37 @@ def test_a_study_of_two_processes_speaks_with_one_voice(tmp_path):
     assert "processes: 2" in said
     mistake = launch(2, *asked, "--shortcut", "Z", cwd=tmp_path)
     assert mistake.stderr.count("error: shortcut (='Z')") == 1
+
+
+def test_class_folders_of_two_processes(tmp_path):
+    """The path of ImageNet: files read by each process's loaders."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 4), ("val", 2)):
+        for name in ("dark", "light"):
+            (tmp_path / "photographs" / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(0, 128, (3, 80 + index, 90), dtype=torch.uint8, generator=generator)
+                pixels = pixels + (128 if name == "light" else 0)
+                to_pil_image(pixels).save(tmp_path / "photographs" / part / name / f"{index}.png")
+    asked = ["-m", "studies.imagenet", "--preset", "paper", "--data", "folder:photographs", "--depths", "18", "--deep"]
+    asked += ["50", "--shortcuts", "A", "--width", "4", "--batch", "4", "--crop", "32", "--seeds", "0", "--iterations"]
+    asked += ["4", "--precision", "fp32", "--protocols", "single-view"]
+    done = launch(2, *asked, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("[3/3]") == 1 and done.stdout.count("report:") == 1
+    table = pandas.read_csv(tmp_path / "results/imagenet/results.csv")
+    assert len(table) == 3 and table["train_loss"].gt(0).all()
+    recipe = json.loads((tmp_path / "results/imagenet/verdict.json").read_text())["config"]["recipes"][0]
+    assert recipe["augmentation"] == "scale-crop" and recipe["batch_size"] == 4
+
+
+def test_a_rate_that_follows_the_error_is_one_rate(tmp_path):
+    script = TRAIN.replace("weight_decay=1e-3", "plateau=1, milestones=(), evaluations=12, learning_rate=1e-9")
+    (tmp_path / "train.py").write_text(script)
+    assert launch(2, "train.py", "runs", "-1", cwd=tmp_path).returncode == 0
+    history, _ = outcome(tmp_path)
+    # Nothing is learned, so that the error falls no more after the first test, which follows an iteration.
+    assert history["learning_rate"].iloc[-1] < 1e-9 / 5
 
 
 def test_parts_of_a_batch_are_the_batch():

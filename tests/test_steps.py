@@ -4,8 +4,11 @@ A graph needs a card. What is around it (tensors that keep their place, what a w
 tested on any machine, with a stand-in that runs the captured work anew at each replay.
 """
 
+import contextlib
+import random
 import warnings
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -22,8 +25,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _alike():
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True  # else the eager step itself need not repeat its last bits
     with tiny.one_thread():
         yield
+    torch.backends.cudnn.deterministic = before
 
 
 @pytest.fixture
@@ -31,7 +37,7 @@ def stand_in(monkeypatch):
     """Replays run the work anew, into the tensors of the first time. Tells how often something was captured."""
     captures = []
 
-    def record(work, device):
+    def record(work, stream):
         kept = [value.clone() for value in _dry(work)]
 
         def replay():
@@ -142,7 +148,7 @@ class Asking(nn.Module):
 
 
 def test_what_cannot_be_captured_runs_as_it_is_written(monkeypatch):
-    def refuse(work, device):
+    def refuse(work, stream):
         raise RuntimeError("operation not permitted when\n stream is capturing")
 
     monkeypatch.setattr(steps, "_record", refuse)
@@ -156,6 +162,56 @@ def test_what_cannot_be_captured_runs_as_it_is_written(monkeypatch):
         other.run()
     assert not other.capturing
     assert_alike(eager, other)
+
+
+class Drawing(nn.Module):
+    """Drops itself at random, as in stochastic depth, with numbers drawn on the host."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return x * (self.draw() < 0.5)
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean in a new tensor each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().float().mean()
+        return x - self.mean
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        (lambda: Drawing(random.random), "it draws random numbers on the host"),
+        (lambda: Drawing(numpy.random.rand), "it draws random numbers on the host"),
+        (lambda: Drawing(lambda: float(torch.rand(()))), "it draws random numbers on the host"),
+        (Averaging, "it puts a new tensor in the place of a parameter or buffer"),
+    ],
+    ids=["random", "numpy", "torch", "buffer"],
+)
+def test_what_a_graph_would_freeze_runs_as_it_is_written(part, why):
+    ends = []
+    for capturing in (False, True):
+        random.seed(0)
+        numpy.random.seed(0)
+        net = tiny.network()
+        net.stage2[0].branch.relu1 = part()
+        training = tiny.training(net)
+        training.capturing = capturing
+        with pytest.warns(UserWarning, match=why) if capturing else contextlib.nullcontext():
+            training.run()
+        assert training.captured is None
+        ends.append(training)
+    assert_alike(*ends)
 
 
 def test_a_warm_up_leaves_nothing_behind():

@@ -1,6 +1,7 @@
 """The detection study: verdicts follow the data, what is not run is not tested, figures and table show what was measured."""
 
 import json
+import re
 from dataclasses import replace
 
 import pandas
@@ -262,9 +263,13 @@ def test_the_whole_study_on_a_few_images(tmp_path, monkeypatch, capsys):
         "4",
     ]
     arguments += ["--backbones", "cifar/plain-8", "cifar/resnet-8"]
+    assert study.main([*arguments, "--dry-run"]) == 0
+    assert re.search(r"4 detectors: 0 finished already, 4 to train\ntime: about \d+ s on cpu", capsys.readouterr().out)
     assert study.main(arguments) == 0
     said = capsys.readouterr()
     assert "what trains in the detector on cifar/resnet-8, batch normalization trained" in said.out, said.err
+    assert study.main([*arguments, "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("4 detectors: 4 finished already, nothing to train\n")
     written = json.loads((tmp_path / "results/detection/verdict.json").read_text())
     assert written["setting"] == "custom"
     table = pandas.read_csv(tmp_path / "results/detection/measurements.csv").dropna(subset=["run"])
@@ -273,6 +278,58 @@ def test_the_whole_study_on_a_few_images(tmp_path, monkeypatch, capsys):
         *(f"frozen {step}" for step in detection.STEPS),
         "trained baseline",
     ]
+
+
+def test_a_detector_that_diverges_does_not_stop_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(detection, "_backbones", lambda results: [(PLAIN, 0, None), (RESIDUAL, 0, None)])
+    done = []
+
+    def measured(results, data, name, seed, network, bn):
+        if name == PLAIN:
+            raise rp.TrainingDiverged("detector on cifar/plain-20, seed 0: the loss stopped being finite")
+        done.append(name)
+        return []
+
+    monkeypatch.setattr(detection, "_measured", measured)
+    with pytest.raises(rp.TrainingDiverged, match="plain-20, seed 0: .*; finished detectors are kept in runs$"):
+        detection.measure(results([]))
+    assert done == [RESIDUAL]
+    assert capsys.readouterr().out.startswith("failed: detector on cifar/plain-20")
+
+
+def test_every_schedule_has_its_own_length():
+    paper = study.presets["paper"]
+    assert detection.recipe_of(paper) == voc_paper()
+    assert detection.recipe_of(replace(paper, detection="coco:PATH")) == coco_paper()
+    assert detection.recipe_of(QUICK) == shapes_quick()
+    assert detection.recipe_of(replace(QUICK, detection_iterations=50)).iterations == 50
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The folders of runs of two tiny backbones, one a bottleneck with the stride of the paper."""
+    paths = []
+    for name, options in (("cifar/plain-8", {}), ("cifar/resnet-11", {"block": "bottleneck"})):
+        recipe = rp.recipes.digits_quick(iterations=1)
+        run = rp.train(
+            rp.build(name, width=4, in_channels=1, **options), "digits", recipe, runs=tmp_path / "runs", progress=False
+        )
+        paths.append(str(run.path))
+    return paths
+
+
+def test_a_runs_folder_is_a_backbone_as_it_was_trained(published):
+    network = detection._published("cifar/resnet-11", published[1], 8)
+    assert network.spec["stride_in"] == "1x1" and network.spec["width"] == 4
+    with pytest.raises(rp.UsageError, match="are those of cifar/plain-8, not of cifar/resnet-11 in --backbones"):
+        detection._published("cifar/resnet-11", published[0], 8)
+
+
+def test_weights_need_no_data_to_pretrain_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--preset", "paper", "--detection", "shapes", "--dry-run", "--weights", "a.pth", "b.pth"]
+    assert study.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("error: weights (='a.pth') are not there")
 
 
 def test_the_options_are_said_in_help():

@@ -358,7 +358,10 @@ def test_weights_that_are_not_what_they_are_called(weights, generated, tmp_path,
     arguments = ["--preset", "paper", "--data", f"folder:{generated}", "--protocols", "single-view", "--weights"]
     (tmp_path / "mine.pth").write_bytes(b"")
     assert study.main([*arguments, "mine.pth"]) == 2
-    assert "weights (='mine.pth') must be a file named for its network, as resnet50-….pth" in capsys.readouterr().err
+    assert (
+        "weights (='mine.pth') must be a run's folder or a file named for its network, as resnet50-….pth"
+        in capsys.readouterr().err
+    )
     assert study.main([*arguments, "resnet50-absent.pth"]) == 2
     assert "weights (='resnet50-absent.pth') are not there" in capsys.readouterr().err
     Path(weights[0]).rename(tmp_path / "resnet34-0123abcd.pth")

@@ -1,6 +1,8 @@
 """Published weights: recognised by their keys, the same function in our networks, and no code run."""
 
 import collections
+import dataclasses
+import json
 import pickle
 import re
 from pathlib import Path
@@ -327,6 +329,62 @@ class TestUnreadable:
     def test_whole_pickled_network_is_refused(self, tmp_path):
         torch.save(rp.build("cifar/resnet-8"), tmp_path / "network.pth")
         assert "cannot be read without running code: " in refusal(rp.build("cifar/resnet-8"), tmp_path / "network.pth")
+
+
+def finished(tmp_path: Path, name: str, **options) -> tuple[rp.Network, Path]:
+    """A network and the folder of a run that ended with it, as far as its weights are asked for."""
+    network = lively(rp.build(name, **options))
+    folder = tmp_path / name.replace("/", "-")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"network": dataclasses.asdict(network.spec)}))
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    statistics = {"normalization.mean": torch.zeros(3, 1, 1), "normalization.std": torch.ones(3, 1, 1)}
+    save_file(state | statistics, folder / "network.safetensors")
+    return network, folder
+
+
+class TestRuns:
+    def test_a_runs_network_is_built_as_it_was(self, tmp_path):
+        network, folder = finished(tmp_path, "cifar/resnet-20", block="bottleneck", stride_in="3x3", width=4)
+        again = rp.load_network(folder)
+        assert again.spec == network.spec
+        images = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(again.eval()(images), network(images))
+
+    @pytest.mark.parametrize("file", [".", "network.safetensors"])
+    def test_what_no_shape_tells_is_refused(self, tmp_path, file):
+        _, folder = finished(tmp_path, "cifar/resnet-20", block="bottleneck", stride_in="3x3", width=4)
+        for options, named in (({"stride_in": "1x1"}, "stride_in=3x3"), ({"shortcut": "A-centred"}, "shortcut=A")):
+            built = rp.build("cifar/resnet-20", **({"block": "bottleneck", "stride_in": "3x3", "width": 4} | options))
+            said = refusal(built, folder / file)
+            assert said.endswith(f"are those of cifar/resnet-20 with {named}; build it so")
+
+    def test_another_network_is_named(self, tmp_path):
+        _, folder = finished(tmp_path, "cifar/plain-8", width=4)
+        said = refusal(rp.build("cifar/resnet-8", width=4), folder)
+        assert said == f"weights (={str(folder)!r}) are those of cifar/plain-8, and do not fit cifar/resnet-8"
+
+    def test_how_weights_were_initialized_does_not_matter(self, tmp_path):
+        network, folder = finished(tmp_path, "cifar/plain-8", width=4, init="xavier")
+        again = rp.load_weights(rp.build("cifar/plain-8", width=4), folder)
+        assert torch.equal(again.fc.weight, network.fc.weight)
+
+    def test_a_folder_that_is_no_run_gets_one_line(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"network": "cifar/resnet-20"}')
+        for folder in (tmp_path, tmp_path / "absent"):
+            with pytest.raises(rp.UsageError) as error:
+                rp.load_network(folder)
+            assert str(error.value).startswith(f"run (={str(folder)!r}) must be the folder of a finished run")
+
+    def test_a_file_beside_anothers_configuration_is_read(self, tmp_path):
+        network = lively(rp.build("cifar/plain-8", width=4))
+        (tmp_path / "config.json").write_text('{"network": {"family": "else", "depth": 1}}')
+        save_file(network.state_dict(), tmp_path / "mine.safetensors")
+        assert torch.equal(
+            rp.load_weights(rp.build("cifar/plain-8", width=4), tmp_path / "mine.safetensors").fc.weight,
+            network.fc.weight,
+        )
 
 
 @pytest.mark.slow

@@ -9,6 +9,9 @@ the proposals' coordinates. The paper trains the two in turn (Ren et al.'s 4-ste
 Difficult and crowd objects are not trained on. Which images make a batch, their flips, and the samples that the losses
 are taken over are functions of (seed, iteration) alone: on a CPU a resumed run ends in the same bits as an unbroken one.
 All figures are in percent.
+
+Everything is computed in float32. In bfloat16 a coordinate between 512 and 1024 has steps of four pixels, and torchvision
+reckons anchors and boxes in the precision of the feature map.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
 from resprobe.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, write_atomically
 from resprobe.data.images import generator
-from resprobe.devices import autocast, resolve_device, resolve_precision
+from resprobe.devices import resolve_device
 from resprobe.environment import environment
 from resprobe.registry import source_digest
 from resprobe.runs import check_seed
@@ -61,7 +64,6 @@ class DetectorConfig:
     data_identity: str
     recipe: DetectionRecipe
     seed: int
-    precision: str
     start: str
 
     def identity(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class DetectorConfig:
             "data": self.data_identity,
             "recipe": self.recipe.identity(),
             "seed": self.seed,
-            "precision": self.precision,
+            "precision": "fp32",
             "start": self.start,
         }
 
@@ -109,7 +111,6 @@ def train_detector(
     seed: int = 0,
     runs: str | Path | rp.RunStore | None = None,
     device: str | torch.device = "auto",
-    precision: str = "auto",
     progress: bool | Callable[[dict[str, float]], None] = True,
     **options: Any,
 ) -> DetectorRun:
@@ -121,13 +122,8 @@ def train_detector(
     Raises `rp.UsageError` for what cannot be done as asked and `rp.TrainingDiverged` when the loss stops being finite.
     """
     device = resolve_device(device)
-    precision = _precision(precision, device)
     data = load_detection(data)
-    with _drawn_for(device, "detector", check_seed(seed)):
-        model = faster_rcnn(network, len(data.classes) + 1, **options)
-    spec = getattr(network, "spec", None)
-    name = spec.name if spec is not None else type(network).__name__
-    config = DetectorConfig(name, model.spec, data.name, data.identity, recipe, seed, precision, _start(model, spec))
+    config, model = begin(network, data, recipe, seed, **options)
     if runs is None:
         return _train(model.to(device), data, config, None, device, progress)
     store = runs if isinstance(runs, rp.RunStore) else rp.RunStore(runs)
@@ -141,11 +137,51 @@ def train_detector(
         return DetectorRun(config, found.metrics, found.history, model.eval(), path)
 
 
-def _precision(name: str, device: torch.device) -> str:
-    """As everywhere, but for a CPU, on which torchvision pools regions in float32 only."""
-    if device.type == "cpu" and name == "bf16":
-        raise rp.UsageError("precision (='bf16') is not there for detectors on a CPU; accepted: auto, fp32")
-    return "fp32" if device.type == "cpu" and name == "auto" else resolve_precision(name, device)
+def begin(
+    network: nn.Module, data: DetectionData, recipe: DetectionRecipe, seed: int, **options: Any
+) -> tuple[DetectorConfig, Detector]:
+    """What a detector's run is, and the detector that it begins with, on the CPU; arguments as for `train_detector`."""
+    with _drawn_for(torch.device("cpu"), "detector", check_seed(seed)):
+        model = faster_rcnn(network, len(data.classes) + 1, **options)
+    spec = getattr(network, "spec", None)
+    name = spec.name if spec is not None else type(network).__name__
+    return DetectorConfig(name, model.spec, data.name, data.identity, recipe, seed, _start(model, spec)), model
+
+
+def timed(model: Detector, data: DetectionData, recipe: DetectionRecipe, device: torch.device) -> float:
+    """Seconds that the training of such a detector takes on `device`, with the tests along it: from two steps and the
+    detections in two images. The model is left trained a little."""
+    model.to(device)
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(learning, 1e-6)
+
+    def step(iteration: int) -> None:
+        images, targets = _placed(*training_batch(data.train, recipe, 0, iteration), device)
+        sum(model.train()(images, targets).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def seconds(work: Callable[[], object]) -> float:
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    with _drawn_for(device, "timing"):
+        step(0)  # what is set up at first use is no part of a step
+        a_step = min(seconds(lambda at=at: step(at)) for at in (1, 2))
+        few = data.test.select(range(min(2, len(data.test))))
+        predict(model, few, device)
+        an_image = seconds(lambda: predict(model, few, device)) / max(1, len(few))
+    return recipe.iterations * a_step + (recipe.evaluations + 1) * len(data.test) * an_image
+
+
+def _placed(
+    images: list[Tensor], targets: list[Target], device: torch.device
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    on_device = [{name: value.to(device) for name, value in target.items()} for target in targets]
+    return [image.to(device) for image in images], on_device
 
 
 def _start(model: Detector, spec: object) -> str:
@@ -208,64 +244,70 @@ def _train(
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(learning, recipe.rate(0), recipe.momentum, weight_decay=recipe.weight_decay)
     rows: list[dict[str, float]] = []
+    done, counted, before = 0, 0, 0.0
+    sums = torch.zeros(len(LOSSES), device=device)  # of the losses since the last log point, on the device
     kept = load_checkpoint(path / "checkpoint.pt") if path else None
     if kept is not None:
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
-        rows = kept["rows"]
+        rows, done, counted, before = kept["rows"], kept["done"], kept["counted"], kept["seconds"]
+        sums.copy_(kept["sums"])
     if path:
         write_atomically(
             path / "config.json", _json(config.identity() | {"network": config.network, "name": config.data})
         )
         write_atomically(path / "environment.json", _json(environment(device)))
     measured_at = {round(recipe.iterations * k / recipe.evaluations) for k in range(recipe.evaluations)}
-    started = time.monotonic() - (rows[-1]["seconds"] if rows else 0)
-    saved_at, sums = time.monotonic(), dict.fromkeys(LOSSES, 0.0)
-    counted = 0
+    started = time.monotonic() - before
+    saved_at = time.monotonic()
 
     with _watching(progress, config) as tell:
 
-        def log(iteration: int, measure: bool) -> None:
-            nonlocal saved_at, counted
-            parts = {name: total / counted if counted else math.nan for name, total in sums.items()}
-            mean_ap = evaluate(model, data.test, data.classes, device, config.precision)["mAP"] if measure else math.nan
-            rate = recipe.rate(max(0, iteration - 1))
-            row = {"iteration": iteration, "learning_rate": rate, "loss": sum(parts.values()), **parts, "mAP": mean_ap}
-            rows.append(row | {"seconds": time.monotonic() - started})
-            sums.update(dict.fromkeys(LOSSES, 0.0))
+        def log(measure: bool) -> None:
+            nonlocal counted
+            means = (sums / counted).tolist() if counted else [math.nan] * len(LOSSES)
+            mean_ap = evaluate(model, data.test, data.classes, device)["mAP"] if measure else math.nan
+            row = {"iteration": done, "learning_rate": recipe.rate(max(0, done - 1)), "loss": sum(means)}
+            row |= {**dict(zip(LOSSES, means, strict=True)), "mAP": mean_ap, "seconds": time.monotonic() - started}
+            rows.append(row)
+            sums.zero_()
             counted = 0
-            # At log points only, where no sum is under way.
-            if path and time.monotonic() - saved_at >= _CHECKPOINT_SECONDS:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows}
-                save_checkpoint(path / "checkpoint.pt", state)
-                saved_at = time.monotonic()
-            tell(rows[-1])
+            tell(row)
+
+        def check() -> None:
+            if not torch.isfinite(sums).all():
+                since = rows[-1]["iteration"]
+                raise rp.TrainingDiverged(
+                    f"detector on {config.network}, seed {seed}: the loss stopped being finite between iterations "
+                    f"{since:.0f} and {done}, learning rate {recipe.rate(done - 1):g}; a lower rate or bn='trained' may train"
+                )
 
         if not rows:
-            log(0, measure=True)
-        for iteration in range(int(rows[-1]["iteration"]), recipe.iterations):
+            log(measure=True)
+        for iteration in range(done, recipe.iterations):
             model.train()
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate(iteration)
-            images, targets = training_batch(data.train, recipe, seed, iteration)
-            images = [image.to(device) for image in images]
-            targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
-            with _drawn_for(device, "detection samples", seed, iteration), autocast(device, config.precision):
+            images, targets = _placed(*training_batch(data.train, recipe, seed, iteration), device)
+            with _drawn_for(device, "detection samples", seed, iteration):
                 losses = model(images, targets)
-            total = sum(losses.values())
-            if not torch.isfinite(total):
-                raise rp.TrainingDiverged(
-                    f"detector on {config.network}, seed {seed}: the loss is not finite at iteration {iteration}, "
-                    f"learning rate {recipe.rate(iteration):g}; a lower rate or bn='trained' may train"
-                )
             optimizer.zero_grad(set_to_none=True)
-            total.backward()
+            sum(losses.values()).backward()
             optimizer.step()
-            sums.update({name: sums[name] + float(losses[name].detach()) for name in LOSSES})
+            sums += torch.stack([losses[name].detach() for name in LOSSES])
             counted, done = counted + 1, iteration + 1
-            if done in measured_at or done % recipe.window == 0 or done == recipe.iterations:
-                log(done, measure=done in measured_at)
-    predictions = predict(model, data.test, device, config.precision)
+            to_log = done in measured_at or done % recipe.window == 0 or done == recipe.iterations
+            to_save = path is not None and time.monotonic() - saved_at >= _CHECKPOINT_SECONDS
+            if to_log or to_save:  # between them nothing is asked of the device
+                check()
+            if to_log:
+                log(measure=done in measured_at)
+            if to_save:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "done": done}
+                state |= {"sums": sums, "counted": counted, "seconds": time.monotonic() - started}
+                save_checkpoint(path / "checkpoint.pt", state)
+                saved_at = time.monotonic()
+    predictions = predict(model, data.test, device)
     metrics = score(predictions, data.test, data.classes)
     rows[-1]["mAP"] = metrics["mAP"]
     run = DetectorRun(config, metrics, pandas.DataFrame(rows), model.cpu().eval(), path)
@@ -299,15 +341,12 @@ def kept_for_backward(model: Detector, images: list[Tensor], targets: list[Targe
     return sum(kept.values())
 
 
-def predict(
-    model: Detector, part: DetectionSet, device: torch.device, precision: str = "fp32", **improvements: Any
-) -> list[Prediction]:
+def predict(model: Detector, part: DetectionSet, device: torch.device, **improvements: Any) -> list[Prediction]:
     """Detections in all images, one image at a time, on the CPU; `improvements` are those of `detect`."""
     model.to(device).eval()
     found = []
     for image, _ in part:
-        with autocast(device, precision):
-            (one,) = detect(model, [image.to(device).float() / 255], **improvements)
+        (one,) = detect(model, [image.to(device).float() / 255], **improvements)
         found.append(
             {name: value.float().cpu() if value.is_floating_point() else value.cpu() for name, value in one.items()}
         )
@@ -329,11 +368,10 @@ def evaluate(
     part: DetectionSet,
     classes: Sequence[str],
     device: torch.device,
-    precision: str,
     **improvements: Any,
 ) -> dict[str, float]:
     """`score` of what the model detects in `part`."""
-    return score(predict(model, part, device, precision, **improvements), part, classes)
+    return score(predict(model, part, device, **improvements), part, classes)
 
 
 def _as_rows(prediction: Prediction) -> list[dict[str, Any]]:

@@ -89,7 +89,7 @@ class FolderSet:
         for crops, labels, light in loader:
             images = normalization(crops.to(device, non_blocking=True))
             if recipe.colour == "pca":
-                images = images + light.to(device)[:, :, None, None] / normalization.std
+                images = images + light.to(device, non_blocking=True)[:, :, None, None] / normalization.std
             yield images.contiguous(memory_format=torch.channels_last), labels.to(device, non_blocking=True)
 
     def in_memory(self) -> ImageSet:
