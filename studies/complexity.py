@@ -1,6 +1,6 @@
 """Complexity: identity shortcuts cost nothing, and depth with bottlenecks costs less than VGG.
 
-Claims C10, C11 and C12 (§3.2, §3.3, §4.1, §4.2; Table 1, Table 6).
+Claims C10, C11, C12 and C22 (§3.2, §3.3, §4.1, §4.2; Table 1, Table 6).
 
     python -m studies.complexity                      # half a minute; counts are exact, nothing is trained
     python -m studies.complexity --preset paper       # with the 1202-layer network, and more timings
@@ -11,7 +11,8 @@ connected layers for one image. An audit rests on no seed: what would refute it 
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0; record in docs/measurements/2026-11-21-complexity):
 - quick, 31 CPU seconds: 10 of 10 pairs equal; ResNet-18 to -152 1.79, 3.64, 3.86, 7.57, 11.28 × 10⁹ multiply-adds, VGG-16
-  and -19 15.35 and 19.63; a 256-d block 69,632 → 135,168 weights. All three claims hold. One thread's forward pass takes
+  and -19 15.35 and 19.63; a 256-d block 69,632 → 135,168 weights. C10 to C12 hold; C22 fails,
+  since one of the three networks that Table 6 prints beside ResNet-110 is smaller. One thread's forward pass takes
   449 ms for ResNet-152 and 264 ms for VGG-16, for all its multiply-adds, on a machine busy with other work;
 - the paper preset: not tested.
 """
@@ -45,6 +46,8 @@ PAPER_MACS = {
 """Table 1 (ResNets) and §4.1 (VGG)."""
 PAPER_PARAMETERS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6, 1202: 19.4e6}
 """Table 6."""
+THIN_AND_DEEP = {"FitNet-19": 2.5e6, "Highway-19": 2.3e6, "Highway-32": 1.25e6}
+"""Parameters of other methods' networks, as Table 6 quotes them."""
 TOLERANCE = 0.1e9
 """Of a printed figure: 3.858e9 is printed as 3.8e9, while the stride in the 3×3 convolution (4.09e9) would not pass.
 VGG-16's 15.3e9 leaves out the fully connected layers."""
@@ -70,6 +73,13 @@ PROJECTIONS_DOUBLE = rp.Claim(
     section="§4.1 (Deeper Bottleneck Architectures)",
     paper="time complexity and model size are doubled if the identity shortcut is replaced with projection",
     falsifier="a block whose weights grow by less than 1.5 times",
+)
+FEWER_PARAMETERS = rp.Claim(
+    id="C22",
+    statement="ResNet-110 has fewer parameters than other deep and thin networks, FitNet and Highway",
+    section="§4.2, Table 6",
+    paper="1.7 M parameters; FitNet-19 2.5 M, Highway-19 2.3 M, Highway-32 1.25 M",
+    falsifier="one of those rows with no more parameters than ResNet-110, counted",
 )
 
 
@@ -209,7 +219,7 @@ def _kib(status: Path, field: str) -> int:
 
 
 def judge(results: rp.Results) -> list[rp.Verdict]:
-    return [_judge_identity(results), _judge_table_1(results), _judge_projections(results)]
+    return [_judge_identity(results), _judge_table_1(results), _judge_projections(results), _judge_table_6()]
 
 
 def _judge_identity(results: rp.Results) -> rp.Verdict:
@@ -274,6 +284,23 @@ def _judge_projections(results: rp.Results) -> rp.Verdict:
         f"weights of a 256-d block {identity:,} → {projected:,} (× {growth:.2f})",
         f"the whole of ResNet-50 with projections everywhere (C) against option B: multiply-adds × {whole:.2f}, parameters × "
         f"{fifty['parameters']['C'] / fifty['parameters']['B']:.2f}, measured forward time × {slower:.2f}",
+    )
+
+
+def _judge_table_6() -> rp.Verdict:
+    """The other methods' networks are not built here: their figures are the paper's."""
+    ours = {depth: _count(f"cifar/resnet-{depth}", "residual", (3, 32, 32))["parameters"] for depth in (56, 110)}
+    larger = [name for name, parameters in THIN_AND_DEEP.items() if parameters > ours[110]]
+    others = [name for name in THIN_AND_DEEP if name not in larger]
+    below_all = ours[56] < min(THIN_AND_DEEP.values())
+    return rp.Verdict(
+        FEWER_PARAMETERS,
+        "fails" if others else "holds",
+        f"ResNet-110 {ours[110]:,} parameters: fewer than {' and '.join(larger) or 'none of them'}"
+        + (f", not fewer than {' and '.join(others)}" if others else ""),
+        "ours counted, the others as Table 6 quotes them: "
+        + ", ".join(f"{name} {parameters / 1e6:g} M" for name, parameters in THIN_AND_DEEP.items())
+        + (f"; ResNet-56, with {ours[56]:,}, has fewer than all of them" if below_all else ""),
     )
 
 
@@ -361,9 +388,9 @@ study = rp.Study(
     title="Identity shortcuts are free, and depth is cheap",
     description=(
         "Counts parameters and multiply-adds of every network of Tables 1 and 6, measures forward time and memory, and "
-        "puts them beside the paper's figures (claims C10, C11, C12)."
+        "puts them beside the paper's figures (claims C10, C11, C12, C22)."
     ),
-    claims=(IDENTITY_IS_FREE, DEEP_IS_CHEAP, PROJECTIONS_DOUBLE),
+    claims=(IDENTITY_IS_FREE, DEEP_IS_CHEAP, PROJECTIONS_DOUBLE, FEWER_PARAMETERS),
     presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", depths=(20, 32, 44, 56, 110, 1202), repeats=9)},
     plan=lambda options: [],
     measure=measure,

@@ -38,7 +38,7 @@ def changed(results: rp.Results, network: str, shortcut: str | None, column: str
 
 
 def test_the_paper_is_confirmed(results):
-    assert verdicts(results) == {"C10": "holds", "C11": "holds", "C12": "holds"}
+    assert verdicts(results) == {"C10": "holds", "C11": "holds", "C12": "holds", "C22": "fails"}
 
 
 def test_counts_are_the_oracles(results):
@@ -67,6 +67,16 @@ def test_a_152_layer_network_above_vgg_refutes_the_table(results):
 def test_free_projections_would_refute_the_doubling(results, monkeypatch):
     monkeypatch.setitem(rp.SHORTCUTS._things, "C", rp.SHORTCUTS["A"])
     assert verdicts(results)["C12"] == "fails"
+
+
+def test_a_smaller_network_of_another_method_refutes_fewer_parameters(results, monkeypatch):
+    found = judge(results)[3]
+    assert found.measured == (
+        "ResNet-110 1,727,962 parameters: fewer than FitNet-19 and Highway-19, not fewer than Highway-32"
+    )
+    assert "ResNet-56, with 853,018, has fewer than all of them" in found.evidence
+    monkeypatch.setitem(complexity.THIN_AND_DEEP, "Highway-32", 1.8e6)
+    assert verdicts(results)["C22"] == "holds"
 
 
 def test_table_and_figure(results):
@@ -129,6 +139,6 @@ def test_from_the_command_line(results, tmp_path, monkeypatch):
     assert study.main(["--depths", "20", "--device", "cpu"]) == 0
     record = json.loads((tmp_path / "results/complexity/verdict.json").read_text())
     assert record["setting"] == "custom"
-    assert [claim["verdict"] for claim in record["claims"]] == ["holds"] * 3
+    assert [claim["verdict"] for claim in record["claims"]] == ["holds"] * 3 + ["fails"]
     assert not (tmp_path / "runs").exists()
     assert len(pandas.read_csv(tmp_path / "results/complexity/results.csv")) == 4 + 20 + 2
