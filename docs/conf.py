@@ -28,7 +28,7 @@ suppress_warnings = ["myst.header"]  # a study's report may begin a list of clai
 nb_execution_mode = "cache"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 600  # for a cell, on a machine that is busy; a whole notebook takes about a minute
+nb_execution_timeout = 120  # seconds for a cell; a whole notebook takes about a minute
 nb_merge_streams = True
 
 # -- names from docstrings ----------------------------------------------------------------------------------------------
@@ -58,5 +58,13 @@ def records_stand_alone(app, page, source):
         source[0] = f"---\norphan: true\n---\n\n{source[0]}"
 
 
+def say_how_long(app, error):
+    """Of each notebook, how long it took when it was last executed."""
+    for page, about in sorted(app.env.nb_metadata.items()):
+        if seconds := about.get("exec_data", {}).get("runtime"):
+            print(f"{page}: {seconds:.0f} s")
+
+
 def setup(app):
     app.connect("source-read", records_stand_alone)
+    app.connect("build-finished", say_how_long)

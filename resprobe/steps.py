@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -83,7 +84,9 @@ def _warm_up(work: Callable[[], object], device: torch.device) -> torch.cuda.Str
         with torch.cuda.stream(stream):
             for left in reversed(range(_WARM_UP)):
                 if left == 0:  # a question to the device is named here; amid a capture it would leave torch in disorder
-                    torch.cuda.set_sync_debug_mode("error")
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # it warns that it does not know all of them
+                        torch.cuda.set_sync_debug_mode("error")
                 work()
     finally:
         torch.cuda.set_sync_debug_mode(asked)
