@@ -20,12 +20,12 @@ hence exact. Candidates take turns, so that what slows the machine slows all of 
 
 What would refute the claims stands with them below.
 
-Measured (2026-11-21, two cores of an AMD EPYC, busy with other work, torch 2.15.0, bf16; record in docs/measurements/):
+Measured (2026-11-21, two idle cores of an AMD EPYC, torch 2.15.0, bf16; record in docs/measurements/):
 - quick, digits, n = 3: training error of plain bottleneck networks 0.02 ± 0.03 % at 20 and 66.32 ± 8.89 % at 56 layers, of
   residual ones 0.00 ± 0.00 and 0.49 ± 0.59 %. C23 holds;
-- a projection in the place of the block's identity, 9 rounds: weights × 1.94, memory kept × 1.25, training step × 1.84
-  (1.14–2.19). C12 holds. The bottleneck block by the basic one: weights × 0.94, but memory kept × 3.16 and training step
-  × 1.63 (1.16–4.21): like multiply-adds are not like time here;
+- a projection in the place of the block's identity, 9 rounds: weights × 1.94, memory kept × 1.25, training step × 1.88
+  (1.74–2.30). C12 holds. The bottleneck block by the basic one: weights × 0.94, but memory kept × 3.16 and training step
+  × 1.42 (1.30–1.59): like multiply-adds are not like time here;
 - the paper preset: not tested.
 """
 

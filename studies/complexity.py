@@ -13,7 +13,7 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0; record in docs/mea
 - quick, 31 CPU seconds: 10 of 10 pairs equal; ResNet-18 to -152 1.79, 3.64, 3.86, 7.57, 11.28 × 10⁹ multiply-adds, VGG-16
   and -19 15.35 and 19.63; a 256-d block 69,632 → 135,168 weights. C10 to C12 hold; C22 fails,
   since one of the three networks that Table 6 prints beside ResNet-110 is smaller. One thread's forward pass takes
-  449 ms for ResNet-152 and 264 ms for VGG-16, for all its multiply-adds, on a machine busy with other work;
+  264 ms for ResNet-152 and 185 ms for VGG-16, for all its multiply-adds;
 - the paper preset: not tested.
 """
 

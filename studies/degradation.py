@@ -11,7 +11,7 @@ error grows with depth (the 110-layer one's is over 60 %), so this is not overfi
 errors fall from 8.75 % at 20 layers to 6.43 % at 110. What would refute it stands with the claims below.
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; records in docs/measurements/):
-- quick, digits, n = 3, 2.4 minutes in all: training error of plain-20/32/44/56 0.03 ± 0.03, 4.97 ± 7.05, 35.90 ± 25.50,
+- quick, digits, n = 3, 3.0 minutes in all: training error of plain-20/32/44/56 0.03 ± 0.03, 4.97 ± 7.05, 35.90 ± 25.50,
   83.30 ± 5.21 %, of their residual twins 0.00 ± 0.00 % at every depth. C1 holds; C2 fails, digits leaving nothing to gain;
 - CIFAR-10, schedule scaled to 2,000 iterations, n = 1: training error of plain-20/56 29.04/74.26 %, of ResNet-20/56
   22.56/43.73 %. Inconclusive, for want of seeds;

@@ -46,7 +46,7 @@ def test_ratios_are_over_the_bare_one(capsys):
     rounds = [{"bare": 2.0, "layer-responses": 3.0}, {"bare": 1.0, "layer-responses": 1.1}]
     found = probes.report("layer-responses: a forward pass", rounds, CPU)
     assert found["layer-responses"].high == 1.5
-    assert "1.30 (1.10–1.50, n = 2)  target 1.35" in capsys.readouterr().out
+    assert "1.30 (1.10–1.50, n = 2)  1.10  target 1.35" in capsys.readouterr().out
 
 
 def test_it_prints_ratios_and_writes_what_was_measured(tmp_path, monkeypatch, capsys):
