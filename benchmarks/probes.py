@@ -17,8 +17,8 @@ Memory: the peak of 1 and of 8 forward passes, in a process of its own each, ove
 resident memory on a CPU (Linux), of what torch allocated on a GPU.
 
 Ratios are taken round by round. What else a machine does can only add, so that of a cost of a few percent the fastest
-rounds of either say more; `rounds` in the record has them all. Times are wall time on a GPU. On a CPU they are the processor time of this process, all threads together, which other
-processes on the machine disturb least.
+rounds of either say more; `rounds` in the record has them all. Times are wall time on a GPU. On a CPU they are the
+processor time of this process, all threads together, which other processes on the machine disturb least.
 
 Targets: layer responses at most 1.35 × a bare pass on a CPU and 1.15 × on a GPU, gradient norms at most 1.05 × and 1.03 ×
 a step, peak memory within 5 %, the count of 1202 layers in ten seconds. Images are random: what is in them costs nothing.
@@ -181,7 +181,9 @@ def peaks(options: argparse.Namespace) -> dict[str, int]:
 
 def report(title: str, rounds: list[dict[str, float]], device: torch.device) -> dict[str, Spread]:
     """Prints and gives each variant's ratio to the bare one; beside it, of the fastest rounds alone."""
-    print(f"\n{title}: bare {Spread.of([each['bare'] for each in rounds])} s; over bare, median (range); fastest by fastest")
+    print(
+        f"\n{title}: bare {Spread.of([each['bare'] for each in rounds])} s; over bare, median (range); fastest by fastest"
+    )
     found = {name: ratios(rounds, name)["bare"] for name in rounds[0] if name != "bare"}
     for name, spread in found.items():
         target = TARGETS.get(name, {}).get(device.type) if title.startswith(f"{name}:") else None
