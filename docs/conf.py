@@ -28,7 +28,7 @@ suppress_warnings = ["myst.header"]  # a study's report may begin a list of clai
 nb_execution_mode = "cache"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 120  # seconds for a cell; a whole notebook takes about a minute
+nb_execution_timeout = 300  # seconds for a cell on a busy machine; a whole notebook takes about a minute and a half
 nb_merge_streams = True
 
 # -- names from docstrings ----------------------------------------------------------------------------------------------
