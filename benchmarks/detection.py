@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import resprobe as rp
-from benchmarks.measuring import Spread, answering, ratios, seconds, synchronize, write_json
+from benchmarks.measuring import Spread, answering, ratios, seconds, write_json
 from plugins.detection import faster_rcnn
-from resprobe.devices import resolve_device
+from resprobe.devices import resolve_device, synchronize
 from resprobe.environment import environment
 
 CLASSES = 21

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from resprobe.devices import synchronize
 from resprobe.errors import UsageError
 
 
@@ -77,14 +78,6 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     work()
     synchronize(device)
     return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 class Memory:

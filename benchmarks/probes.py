@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from resprobe.devices import autocast, flush_denormals, resolve_device, resolve_precision
+from resprobe.devices import autocast, flush_denormals, resolve_device, resolve_precision, synchronize
 
 flush_denormals()  # for every variant alike, before torch starts its threads
 
@@ -45,7 +45,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import resprobe as rp  # noqa: E402
-from benchmarks.measuring import Memory, Spread, answering, ratios, seconds, synchronize, write_json  # noqa: E402
+from benchmarks.measuring import Memory, Spread, answering, ratios, seconds, write_json  # noqa: E402
 from plugins import flops  # noqa: E402
 from plugins.gradient_norms import GradientNorms  # noqa: E402
 from plugins.layer_responses import LayerResponses  # noqa: E402

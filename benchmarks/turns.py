@@ -211,7 +211,7 @@ def race(
 
 
 def _main(case_text: str) -> None:
-    from resprobe.devices import flush_denormals
+    from resprobe.devices import flush_denormals, synchronize
 
     flush_denormals()  # for every loop alike, before torch starts its threads
 
@@ -221,7 +221,7 @@ def _main(case_text: str) -> None:
 
     import resprobe as rp
     from benchmarks import loops
-    from benchmarks.measuring import Memory, synchronize
+    from benchmarks.measuring import Memory
 
     # What a loop prints is not for the one that calls the turns.
     answers, sys.stdout = sys.stdout, sys.stderr

@@ -21,9 +21,10 @@ def nearest(value: object, accepted: Iterable[object]) -> str | None:
     return names[close[0]] if close else None
 
 
-def not_accepted(what: str, value: object, accepted: Iterable[object]) -> UsageError:
-    """The error for a value outside a known set: value, accepted values, nearest one."""
+def not_accepted(what: str, value: object, accepted: Iterable[object], otherwise: str = "") -> UsageError:
+    """The error for a value outside a known set: value, accepted values, nearest one; `otherwise`: where none is near."""
     accepted = [str(name) for name in accepted]
-    hint = nearest(value, accepted)
+    near = nearest(value, accepted)
+    hint = f"nearest: {near}" if near else otherwise  # what is near nothing is hardly a slip of the finger
     text = f"{what} (={str(value)!r}) is unknown; accepted: {', '.join(accepted) or 'none are registered'}"
-    return UsageError(text + (f"; nearest: {hint}" if hint else ""))
+    return UsageError(f"{text}; {hint}" if hint else text)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, Normalization, training_batches
 from resprobe.data.folder import loader_processes
-from resprobe.devices import autocast
+from resprobe.devices import autocast, synchronize
 from resprobe.networks import NetworkSpec, build
 from resprobe.recipes import Recipe
 from resprobe.recompute import recomputing
@@ -124,10 +124,7 @@ def _seconds(work: Callable[[int], None], images: int, device: torch.device) -> 
     def once(count: int) -> float:
         started = time.perf_counter()
         work(count)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        elif device.type == "mps":
-            torch.mps.synchronize()
+        synchronize(device)
         return time.perf_counter() - started
 
     few = min(images, _SMALL_BATCH)

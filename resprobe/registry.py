@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from resprobe.errors import UsageError, nearest, not_accepted
+from resprobe.errors import UsageError, not_accepted
 
 T = TypeVar("T")
 
@@ -48,10 +48,8 @@ class Registry(Generic[T]):
         if name not in self._things:
             _load_installed_plugins()
         if name not in self._things:
-            unknown = not_accepted(self.kind, name, self.names())
-            if nearest(name, self.names()) is None:  # hardly a slip of the finger
-                unknown = UsageError(f"{unknown}; one of yours comes with --plugin FILE, or rp.load_plugin(FILE)")
-            raise unknown
+            yours = "one of yours comes with --plugin FILE, or rp.load_plugin(FILE)"
+            raise not_accepted(self.kind, name, self.names(), otherwise=yours)
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:

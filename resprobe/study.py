@@ -318,18 +318,10 @@ def _gather_on(
     for then in (study.then, None):
         jobs = [job for _, job in fresh]
         if ahead is not None:
-            known = True
-            if jobs:
-                round_ahead = survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster)
-                ahead.append(round_ahead)
-                known = not round_ahead.missing
-            runs += [store.find(job.config, job.probes) for job in jobs] if known else []
-            if then is None or not known:
-                if study.ahead is not None:
-                    there = [*labelled, *fresh] if known else []
-                    results = _tables(options, there, runs if known else [], device=str(here), precision=precision)
-                    ahead.append(study.ahead(results))
-                return None
+            ahead += [survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster)] if jobs else []
+            if jobs and ahead[-1].missing:  # type: ignore[union-attr]
+                labelled, fresh, runs, then = [], [], [], None  # what they end with is not known yet
+            runs += [store.find(job.config, job.probes) for _, job in fresh]
         elif jobs:
             runs += run_all(
                 jobs, store, device=device, concurrency=concurrency, plugins=options.plugin, cluster=cluster
@@ -339,6 +331,9 @@ def _gather_on(
         if then is None:
             break
         fresh = _jobs(then(results), options, data, precision) if data else []
+    if ahead is not None:
+        ahead += [] if study.ahead is None else [study.ahead(results)]
+        return None
     made_with, first = environment(here) | {"precision": precision}, team().first
     if cluster is not None:
         made_with["device"] = cluster.name

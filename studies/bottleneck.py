@@ -236,20 +236,16 @@ class _Passes:
 
     def time(self, work: Callable[[], None]) -> float:
         """Milliseconds of the fastest of a few passes."""
-        times = []
+        from resprobe.devices import synchronize
+
+        times, device = [], self.images.device
         for _ in range(PASSES):
-            self._wait()
+            synchronize(device)
             start = time.perf_counter()
             work()
-            self._wait()
+            synchronize(device)
             times.append(1000 * (time.perf_counter() - start))
         return min(times)
-
-    def _wait(self) -> None:
-        import torch
-
-        if self.images.device.type != "cpu":
-            getattr(torch, self.images.device.type).synchronize()
 
 
 def _ratios(results: rp.Results, role: str, by: str, depth: int = 0) -> pandas.DataFrame:

@@ -154,6 +154,8 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     """Time of the fastest forward pass of one image in eval mode, and the memory it takes beside the weights."""
     import torch
 
+    from resprobe.devices import synchronize
+
     device = torch.device(results.device)
     network = rp.build(name, **options).to(device, memory_format=torch.channels_last).eval()
     image = torch.randn(1, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
@@ -162,10 +164,10 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
         network(image)  # the first pass prepares kernels
         memory = _peak_memory(network, image)
         for _ in range(results.options.repeats):
-            _wait(device)
+            synchronize(device)
             start = time.perf_counter()
             network(image)
-            _wait(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
     # What else the machine is doing can only add.
     return {"forward_ms": 1000 * min(times), "forward_mib": memory}
@@ -182,13 +184,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _wait(device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _peak_memory(network: nn.Module, image) -> float:

@@ -241,7 +241,8 @@ def ahead(results: rp.Results) -> Outlook:
 
     options, device = results.options, torch.device(results.device)
     data, recipe = rcnn.load_detection(options.detection), recipe_of(options)
-    there = {(name, seed): network for name, seed, network in _backbones(results)} if _pretrained(results) else {}
+    pretrained = results.runs or options.weights
+    there = {(name, seed): network for name, seed, network in _backbones(results)} if pretrained else {}
     store = rp.RunStore(options.runs)
     total, found, left = 0, 0, 0.0
     for name in options.backbones:
@@ -263,10 +264,6 @@ def ahead(results: rp.Results) -> Outlook:
                 seconds = timed(model, data, recipe, device) if seconds is None else seconds
                 left += seconds
     return Outlook("detectors", total, found, left, results.device)
-
-
-def _pretrained(results: rp.Results) -> bool:
-    return bool(results.runs or results.options.weights)
 
 
 def _modes(options: Options, name: str) -> tuple[str, ...]:

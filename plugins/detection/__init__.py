@@ -23,7 +23,7 @@ _PUBLIC = {
     "plugins.detection.recipes": ("DetectionRecipe", "coco_paper", "shapes_quick", "voc_paper"),
     "plugins.detection.shapes": ("draw_shapes",),
     "plugins.detection.spec": ("DetectorSpec",),
-    "plugins.detection.training": ("DetectorRun", "kept_for_backward", "timed", "train_detector"),
+    "plugins.detection.training": ("DetectorRun", "kept_for_backward", "train_detector"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -41,7 +41,7 @@ from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
 from resprobe.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, write_atomically
 from resprobe.data.images import generator
-from resprobe.devices import resolve_device
+from resprobe.devices import resolve_device, synchronize
 from resprobe.environment import environment
 from resprobe.registry import source_digest
 from resprobe.runs import check_seed
@@ -164,8 +164,7 @@ def timed(model: Detector, data: DetectionData, recipe: DetectionRecipe, device:
     def seconds(work: Callable[[], object]) -> float:
         started = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return time.perf_counter() - started
 
     with _drawn_for(device, "timing"):
