@@ -43,9 +43,9 @@ a convolution is no longer followed by its normalization, and figures of two net
 `DistributedDataParallel`: it attaches to `.module` and sees the images of its own process; each process has a table of
 its own.
 
-Cost: two sums a layer, one merge a pass for all layers together; the first pass also measures convolutions that prove to
-be normalized. Kept are three float64 numbers a channel. Nothing waits for the device but `table()` and `channels()`, and,
-for the first pass alone, passes in inference mode.
+Cost: two readings of each response, one merge a pass for all layers together; the first pass also measures convolutions
+that prove to be normalized. Kept are three float64 numbers a channel. Nothing waits for a GPU but `table()` and
+`channels()`, and, for the first pass alone, passes in inference mode.
 """
 
 from __future__ import annotations
@@ -75,7 +75,16 @@ COLUMNS = (*_PLACE, "channels", "mean", "std", "count")
 CHANNEL_COLUMNS = (*_PLACE, "channel", "mean", "std", "count")
 
 _SCRATCH = 2**18
-"""Numbers that are worked on at a time on a CPU: 1 MiB stays in the cache, and is all the memory that it costs."""
+"""Numbers that `_by_shift` works on at a time: 1 MiB stays in the cache, and is all the memory that it costs."""
+
+_COLUMNS, _WIDEST = 1024, 2**16
+"""Columns that `_by_columns` seeks, for the processor's sake, and the most that stay in its cache."""
+
+_ROWS = 64, 2048
+"""The fewest rows that are worth a merging of columns, and as many as `_by_columns` seeks, for the sake of rounding."""
+
+_LARGE_MEAN = 100
+"""Standard deviations above which a mean is large: `_by_columns` leaves it to `_by_shift`, which does not cancel."""
 
 Use = tuple[str, int]
 """A module's name and which call to it in the pass, from 0."""
@@ -347,21 +356,58 @@ class LayerResponses(rp.Probe):
 
 @torch.no_grad()
 def _moments(response: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (with n in the denominator) of each index of `axis`; no host sync, nothing large is kept."""
+    """Mean and variance (with n in the denominator) of each index of `axis`; nothing large is kept."""
     x = response.detach()
     if axis == 0:
         x = x.unsqueeze(0)
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.numel() == 0:
         empty = x.new_zeros(x.shape[1], dtype=torch.float64)
         return empty, empty
     if x.device.type != "cpu":
         # One kernel, by Welford's rule. It would round to the input's type, hence the cast of half precision.
-        variance, mean = torch.var_mean(x.to(precise), dims, correction=0)
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        variance, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), dims, correction=0)
         return mean, variance
-    # On a CPU that kernel takes as long as three convolutions. Sums are fast, and sound about a shift near the mean:
-    # with the mean of a share 1/k of the numbers as the shift, |shift − mean| ≤ std · √(k − 1), so little cancels.
+    # On a CPU that kernel takes as long as three convolutions.
+    return _by_columns(x) or _by_shift(x)
+
+
+def _by_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Moments on a CPU at the price of reading `x` twice; None where `x` is too few rows or its mean too large for it.
+
+    `x` is taken as a matrix with many columns for each channel. Batch normalization's own kernel gives the moments of
+    the columns, those of a channel are merged in float64. Columns are short sums: `std` is good to a few millionths of its
+    size, the mean of its own, as long as the mean is below a hundred times `std`.
+    """
+    channels, pixels = x.shape[1], x.numel() // x.shape[1]
+    if x.is_contiguous():
+        columns, by_channel, within = x.view(len(x), -1), (channels, -1), 1
+    else:
+        last = x.movedim(1, -1)
+        if not last.is_contiguous():
+            return None
+        sought = max(1, _COLUMNS // channels, pixels // _ROWS[1])
+        repeats = math.gcd(pixels, 2 ** int(math.log2(sought)))
+        columns, by_channel, within = last.view(pixels // repeats, -1), (-1, channels), 0
+    rows, width = columns.shape
+    if rows < _ROWS[0] or width > _WIDEST or x.dtype == torch.float16:
+        return None
+    # Float32 running statistics, which nobody reads, have the kernel answer in float32 also for bfloat16.
+    unread = torch.zeros(2, width, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean, variance = torch.batch_norm_update_stats(columns, *unread, momentum=0.0)
+    between, mean = torch.var_mean(mean.view(by_channel).double(), within, correction=0)
+    variance = variance.view(by_channel).mean(within, dtype=torch.float64) + between
+    return None if (mean.square() > _LARGE_MEAN**2 * variance).any() else (mean, variance)
+
+
+def _by_shift(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments on a CPU whatever the strides and the mean.
+
+    Sums are sound about a shift near the mean: with the mean of a share 1/k of the numbers as the shift,
+    |shift − mean| ≤ std · √(k − 1), so little cancels.
+    """
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    precise = torch.promote_types(x.dtype, torch.float32)
     parts = x.split(max(1, _SCRATCH // x[0].numel()))
     shift = torch.mean(parts[0], dims, keepdim=True, dtype=precise)
     scratch = torch.empty_like(parts[0], dtype=precise)

@@ -237,6 +237,41 @@ def test_a_large_mean_costs_no_precision(shape, layout):
     torch.testing.assert_close(variance, exact.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-12)
 
 
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 140), st.sampled_from([1, 3, 16, 40, 64]), st.integers(1, 9), st.integers(1, 9)),
+    layout=st.sampled_from([torch.contiguous_format, torch.channels_last, "sliced", "transposed"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    mean=st.sampled_from([0.0, 3.0, 90.0, 1e4]),
+    seed=st.integers(0, 100),
+)
+def test_moments_are_exact_in_every_layout_and_type(shape, layout, dtype, mean, seed):
+    # Means that differ by channel, and one channel that never responds.
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) + mean * torch.arange(shape[1]).view(-1, 1, 1)
+    x[:, -1] = mean
+    x = x.clamp(max=6e4).to(dtype)
+    if layout == "sliced":
+        x = torch.stack([x, x + 1], dim=-1)[..., 0]
+    elif layout == "transposed":
+        x = x.transpose(2, 3)
+    else:
+        x = x.contiguous(memory_format=layout)
+    found, variance = layer_responses._moments(x, 1)
+    exact = x.double()
+    std = exact.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(found, exact.mean((0, 2, 3)), rtol=5e-6, atol=5e-6 * max(1e-3, float(std.max())))
+    torch.testing.assert_close(variance.sqrt(), std, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_usual_responses_take_the_fast_way_and_others_do_not(layout, dtype):
+    x = images(128, 16, 8).to(dtype).contiguous(memory_format=layout)
+    assert layer_responses._by_columns(x) is not None
+    assert layer_responses._by_columns(x + 1e4) is None
+    assert layer_responses._by_columns(x[:2, :, :2, :2]) is None
+
+
 def test_a_first_image_unlike_all_others_costs_little():
     # The worst case for a shift that comes from the first images.
     x = images(200, 3, 8)
