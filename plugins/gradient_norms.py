@@ -37,7 +37,8 @@ own with several steps inside the `with` block calls `probe.read()` after each b
 Gradients that are accumulated over several passes are measured as accumulated: ∇W is `.grad` as it stands, and a block's
 ‖∂L/∂y‖₂ is the root of the sum of squares over the passes since the `.grad` were last None. (Gradients set to zero
 instead of None look like accumulated ones: call `probe.read()` after each step.) Under autocast the norms of half-precision
-gradients are computed in float32. With a loss that a `GradScaler` has scaled, call `probe.read()` after `unscale_`.
+gradients are summed up in float32; those of large bfloat16 tensors on a CPU are good to about 1e-4. With a loss that a
+`GradScaler` has scaled, call `probe.read()` after `unscale_`.
 
 `torch.compile`: the probe attaches to the module as written, which runs uncompiled while the probe is attached.
 `DistributedDataParallel`: it attaches to `.module`. ∇W is then the gradient averaged over the processes, ∂L/∂y that of
@@ -52,6 +53,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy
 import pandas
 import torch
 from torch import Tensor, nn
@@ -73,6 +75,9 @@ COLUMNS = (
     *("iteration", "layer", "kind", "stage", "block", "position", "call"),
     *("gradient_norm", "weight_norm", "gradient_to_weight", "output_gradient_norm", "output_gradient_rms"),
 )
+
+_MANY_ROWS = 1024
+"""As many rows in bfloat16 may have their norms rounded to bfloat16 before they are put together."""
 
 
 class Row(NamedTuple):
@@ -243,6 +248,7 @@ class GradientNorms(rp.Probe):
     def after_backward(self, network: nn.Module, iteration: int) -> None:
         self.read(iteration)
 
+    @torch.no_grad()
     def read(self, iteration: int | None = None) -> None:
         """Reads the gradients as they are now; does nothing if no backward pass has come since the last reading.
 
@@ -250,7 +256,7 @@ class GradientNorms(rp.Probe):
         """
         if not self._pending:
             return
-        weights = [layer.weight.detach() for layer in self._layers]
+        weights = [layer.weight for layer in self._layers]
         gradients = [layer.weight.grad for layer in self._layers]
         for layer, gradient in zip(self._layers, gradients, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
@@ -260,23 +266,19 @@ class GradientNorms(rp.Probe):
             calls[name] = max(calls[name], call + 1)
         uses = [(block, call) for block in self._blocks for call in range(calls[block.name])]
         seen = [self._seen.get((block.name, call), []) for block, call in uses]
-        figures = iter(
-            _to_host(
-                _norms(weights)
-                + _norms([gradient for gradient in gradients if gradient is not None])
-                + [norm for passes in seen for _, _, norm in passes]
-            )
-        )
-        values, nan = array("d"), math.nan
-        weight_norms = [next(figures) for _ in weights]
-        for own, gradient in zip(weight_norms, gradients, strict=True):
-            norm = nan if gradient is None else next(figures)
-            ratio = norm / own if own else (math.inf if norm > 0 else nan)
-            values.extend((norm, own, ratio, nan, nan))
-        for passes in seen:
-            norm = math.hypot(*(next(figures) for _ in passes)) if passes else nan
-            images = sum(each[1] for each in passes)
-            values.extend((nan, nan, nan, norm, math.sqrt(images) * norm))
+        given = [gradient for gradient in gradients if gradient is not None]
+        figures = _to_host(_norms(weights) + _norms(given) + [norm for passes in seen for _, _, norm in passes])
+        of_weights, of_gradients, of_passes = numpy.split(figures, [len(weights), len(weights) + len(given)])
+        values = numpy.full((len(weights) + len(seen), 5), math.nan)
+        values[: len(weights), 1] = of_weights
+        values[[index for index, gradient in enumerate(gradients) if gradient is not None], 0] = of_gradients
+        with numpy.errstate(divide="ignore", invalid="ignore"):
+            values[: len(weights), 2] = values[: len(weights), 0] / of_weights
+        own = iter(of_passes)
+        for row, passes in zip(values[len(weights) :], seen, strict=True):
+            if passes:
+                norm = math.hypot(*(next(own) for _ in passes))
+                row[3:] = norm, norm * math.sqrt(sum(images for _, images, _ in passes))
 
         layout = self._layout(uses)
         if layout not in self._layouts:
@@ -284,7 +286,7 @@ class GradientNorms(rp.Probe):
         if iteration is None:
             iteration = self._measured[-1][0] + 1 if self._measured else 0
         self._measured.append((iteration, self._layouts.index(layout)))
-        self._figures.extend(values)
+        self._figures.extend(values.ravel())
         self._forget()
 
     def _layout(self, uses: list[tuple[Part, int]]) -> tuple[Row, ...]:
@@ -341,8 +343,26 @@ def _norm(tensor: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm
     if tensor.device.type == "cpu" and tensor.ndim > 1:
         # A CPU adds up float32 squares one after the other: 1e-4 is lost over ten million, not so if by rows first.
-        tensor = norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=_accurate(tensor))
+        rows = _rounded_rows(tensor)
+        tensor = norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=_accurate(tensor)) if rows is None else rows
     return norm(tensor, dtype=_accurate(tensor))
+
+
+def _rounded_rows(tensor: Tensor) -> Tensor | None:
+    """2-norms of the rows of a large bfloat16 tensor on a CPU, in bfloat16; None where rounding them would show.
+
+    Asked for float32, a CPU would write a copy of the tensor, which costs a training step more than the norm does. Within
+    a row, squares are summed up in float32 all the same. That each row is rounded by up to 2⁻⁹ averages out over thousands,
+    unless they are so alike that all are rounded the same way, or a few make up the norm.
+    """
+    if tensor.dtype != torch.bfloat16 or tensor.ndim < 3:
+        return None
+    *inner, second, first = sorted(range(tensor.ndim), key=tensor.stride)
+    if tensor.shape[first] * tensor.shape[second] < _MANY_ROWS:
+        return None
+    rows = torch.linalg.vector_norm(tensor, dim=inner)
+    std, mean = map(float, torch.std_mean(rows.float()))
+    return rows if mean / 64 < std < 2 * mean else None
 
 
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
@@ -361,13 +381,13 @@ def _norms(tensors: list[Tensor]) -> list[Tensor]:
     return norms  # type: ignore[return-value]
 
 
-def _to_host(scalars: list[Tensor]) -> list[float]:
+def _to_host(scalars: list[Tensor]) -> numpy.ndarray:
     """All figures in one transfer."""
     if not scalars:
-        return []
+        return numpy.zeros(0)
     device = scalars[0].device
     dtype = torch.float64 if any(scalar.dtype == torch.float64 for scalar in scalars) else torch.float32
-    return torch.stack([scalar.to(device, dtype) for scalar in scalars]).tolist()
+    return numpy.array(torch.stack([scalar.to(device, dtype) for scalar in scalars]).tolist())
 
 
 def _accurate(tensor: Tensor) -> torch.dtype:

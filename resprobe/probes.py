@@ -3,6 +3,7 @@ one bit of the numbers of the run they watch."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ def unwrap(network: nn.Module) -> nn.Module:
             return network
 
 
+@functools.cache
 def stage_of(name: str) -> int:
     """The n of a module's name that says `stageN` or, in torchvision's ResNets, `layerN`; 0 outside the stages."""
     found = re.search(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)", name)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import resprobe as rp
+from plugins import gradient_norms
 from plugins.gradient_norms import COLUMNS, GradientNorms
 from resprobe.probes import at, attach, every, unwrap
 
@@ -188,6 +189,32 @@ def test_under_autocast_norms_are_summed_in_float32():
     assert list(blocks_of(probe.table()).values()) == pytest.approx(norms, rel=1e-5)
     weights = {name: net.get_submodule(name).weight.grad.norm().item() for name in layers_of(probe.table())}
     assert layers_of(probe.table()) == pytest.approx(weights, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("kind", ["by image", "alike", "one image", "one number", "broadcast", "zero", "nan"])
+def test_norms_of_large_bfloat16_gradients_hold_their_digits(layout, kind):
+    gradient = torch.randn(64, 16, 32, 32, generator=torch.Generator().manual_seed(0)) * 1e-4
+    if kind == "by image":
+        gradient *= torch.linspace(0.1, 3, 64).view(-1, 1, 1, 1)
+    elif kind == "alike":
+        gradient = gradient.sign() * 3e-4
+    elif kind == "one image":
+        gradient[1:] = 0
+    elif kind == "one number":
+        gradient[5, 3, 2, 1] = 7.77
+    elif kind == "broadcast":
+        gradient = gradient.mean((2, 3), keepdim=True).expand(64, 16, 32, 32)
+    elif kind == "zero":
+        gradient = gradient * 0
+    else:
+        gradient[3, 1, 4, 1] = math.nan
+    gradient = gradient.bfloat16()
+    if kind != "broadcast":
+        gradient = gradient.contiguous(memory_format=layout)
+    exact = gradient.double().norm().item()
+    assert gradient_norms._norm(gradient).item() == pytest.approx(exact, rel=2e-4, nan_ok=True)
+    assert (gradient_norms._rounded_rows(gradient) is not None) == (kind in ("by image", "broadcast"))
 
 
 def test_half_precision_gradients_do_not_lose_their_norm():
