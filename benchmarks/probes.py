@@ -16,8 +16,8 @@ Operation counts: seconds for the 1202-layer network.
 Memory: the peak of 1 and of 8 forward passes, in a process of its own each, over that of one bare pass: of the process's
 resident memory on a CPU (Linux), of what torch allocated on a GPU.
 
-Ratios are taken round by round. What else a machine does can only add, so that of a cost of a few percent the fastest
-rounds of either say more; `rounds` in the record has them all. Times are wall time on a GPU. On a CPU they are the
+Ratios are taken round by round, every round in another order. What else a machine does can only add, so the lower
+quartiles are compared too; `rounds` in the record has all times. They are wall time on a GPU. On a CPU they are the
 processor time of this process, all threads together, which other processes on the machine disturb least.
 
 Targets: layer responses at most 1.35 × a bare pass on a CPU and 1.15 × on a GPU, gradient norms at most 1.05 × and 1.03 ×
@@ -33,12 +33,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from resprobe.devices import autocast, flush_denormals, resolve_device, resolve_precision, synchronize
 
 flush_denormals()  # for every variant alike, before torch starts its threads
 
+import numpy  # noqa: E402
 import torch  # noqa: E402
 from captum.attr import LayerActivation  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -76,6 +78,16 @@ def cost(work: Callable[[], object], device: torch.device) -> float:
     return time.process_time() - start
 
 
+def in_turns(variants: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> list[dict[str, float]]:
+    """Seconds of each variant, a mapping a round, with another one first in every round; one round before only warms up."""
+    names, done = list(variants), []
+    for turn in range(rounds + 1):
+        first = turn % len(names)
+        times = {name: cost(variants[name], device) for name in names[first:] + names[:first]}
+        done.append({name: times[name] for name in names})
+    return done[1:]
+
+
 def with_std(network: nn.Module, images: Tensor) -> list[Tensor]:
     """The usual hook."""
     kept: list[Tensor] = []
@@ -99,7 +111,7 @@ def with_captum(network: nn.Module, images: Tensor) -> list[Tensor]:
 
 
 def forward_rounds(network: nn.Module, images: Tensor, rounds: int, precision: str) -> list[dict[str, float]]:
-    """Seconds for a pass of each variant, a mapping a round; the first round only warms up."""
+    """Seconds for a pass of each variant."""
     probe = LayerResponses()
 
     def probed() -> None:
@@ -114,8 +126,7 @@ def forward_rounds(network: nn.Module, images: Tensor, rounds: int, precision: s
     }
     network.eval()
     with torch.no_grad(), autocast(images.device, precision):
-        done = [{name: cost(work, images.device) for name, work in variants.items()} for _ in range(rounds + 1)]
-    return done[1:]
+        return in_turns(variants, rounds, images.device)
 
 
 def step_rounds(network: nn.Module, images: Tensor, rounds: int, precision: str) -> list[dict[str, float]]:
@@ -142,11 +153,7 @@ def step_rounds(network: nn.Module, images: Tensor, rounds: int, precision: str)
     norms, responses = GradientNorms(rp.probes.every(1)), LayerResponses()
     variants = {"bare": [], "gradient-norms": [norms], "layer-responses": [responses]}
     network.train()
-    done = [
-        {name: cost(lambda probes=probes: step(probes), images.device) for name, probes in variants.items()}
-        for _ in range(rounds + 1)
-    ]
-    return done[1:]
+    return in_turns({name: partial(step, probes) for name, probes in variants.items()}, rounds, images.device)
 
 
 def peak_bytes(depth: int, batch: int, device: torch.device, precision: str, passes: int, probed: bool) -> int:
@@ -180,15 +187,15 @@ def peaks(options: argparse.Namespace) -> dict[str, int]:
 
 
 def report(title: str, rounds: list[dict[str, float]], device: torch.device) -> dict[str, Spread]:
-    """Prints and gives each variant's ratio to the bare one; beside it, of the fastest rounds alone."""
+    """Prints and gives each variant's ratio to the bare one; beside it, that of the lower quartiles of their times."""
     print(
-        f"\n{title}: bare {Spread.of([each['bare'] for each in rounds])} s; over bare, median (range); fastest by fastest"
+        f"\n{title}: bare {Spread.of([each['bare'] for each in rounds])} s; over bare, median (range); lower quartiles"
     )
     found = {name: ratios(rounds, name)["bare"] for name in rounds[0] if name != "bare"}
     for name, spread in found.items():
         target = TARGETS.get(name, {}).get(device.type) if title.startswith(f"{name}:") else None
-        fastest = min(each[name] for each in rounds) / min(each["bare"] for each in rounds)
-        print(f"  {name:<18} {spread}  {fastest:.2f}" + (f"  target {target}" if target else ""))
+        quartile, bare = (numpy.quantile([each[which] for each in rounds], 0.25) for which in (name, "bare"))
+        print(f"  {name:<18} {spread}  {quartile / bare:.2f}" + (f"  target {target}" if target else ""))
     return found
 
 

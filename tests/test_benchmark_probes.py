@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -42,11 +43,18 @@ def test_every_round_times_every_variant(subject):
     assert tiny.hook_count(network) == 0
 
 
+def test_every_variant_is_first_in_turn():
+    order: list[str] = []
+    done = probes.in_turns({name: partial(order.append, name) for name in "abc"}, 3, CPU)
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert [list(each) for each in done] == [["a", "b", "c"]] * 3
+
+
 def test_ratios_are_over_the_bare_one(capsys):
     rounds = [{"bare": 2.0, "layer-responses": 3.0}, {"bare": 1.0, "layer-responses": 1.1}]
     found = probes.report("layer-responses: a forward pass", rounds, CPU)
     assert found["layer-responses"].high == 1.5
-    assert "1.30 (1.10–1.50, n = 2)  1.10  target 1.35" in capsys.readouterr().out
+    assert "1.30 (1.10–1.50, n = 2)  1.26  target 1.35" in capsys.readouterr().out
 
 
 def test_it_prints_ratios_and_writes_what_was_measured(tmp_path, monkeypatch, capsys):
