@@ -13,8 +13,8 @@ Gradient norms: training steps with the probe at every step, over bare steps.
 
 Operation counts: seconds for the 1202-layer network.
 
-Memory: the peak of 1 and of 8 forward passes, in a process of its own each, over that of one bare pass: of the process's
-resident memory on a CPU (Linux), of what torch allocated on a GPU.
+Memory: the peak of 1 and of 8 forward passes, each the median of three processes of its own, over that of one bare pass:
+of the process's resident memory on a CPU (Linux), of what torch allocated on a GPU.
 
 Ratios are taken round by round, every round in another order. What else a machine does can only add, so the lower
 quartiles are compared too; `rounds` in the record has all times. They are wall time on a GPU. On a CPU they are the
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -173,17 +174,18 @@ def peak_bytes(depth: int, batch: int, device: torch.device, precision: str, pas
     return peak
 
 
-def peaks(options: argparse.Namespace) -> dict[str, int]:
-    """Peaks of fresh processes."""
+def peaks(options: argparse.Namespace) -> dict[str, list[int]]:
+    """Peaks of fresh processes, three of each: now and then an allocator leaves holes."""
     runs = {"bare, 1 pass": (1, False), "bare, 8 passes": (8, False), "1 pass": (1, True), "8 passes": (8, True)}
-    result = {}
-    for name, (passes, probed) in runs.items():
+    found: dict[str, list[int]] = {name: [] for name in runs}
+    for name in list(runs) * 3:
+        passes, probed = runs[name]
         command = [sys.executable, "-m", "benchmarks.probes", "--peak-of", str(passes), *(["--probed"] * probed)]
         for option in ("depth", "batch", "device", "precision", "threads"):
             command += [f"--{option}", str(getattr(options, option))] if getattr(options, option) is not None else []
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        result[name] = json.loads(done.stdout)
-    return result
+        found[name].append(json.loads(done.stdout))
+    return found
 
 
 def report(title: str, rounds: list[dict[str, float]], device: torch.device) -> dict[str, Spread]:
@@ -227,9 +229,10 @@ def run(options: argparse.Namespace) -> None:
     print(f"\nflops: the 1202-layer network in {record['flops_seconds']:.1f} s  target {TARGETS['flops']}")
 
     record["peak_bytes"] = found = peaks(options)
-    bare = found["bare, 1 pass"]
-    print("\nmemory of layer-responses: peak over that of one bare pass")
-    for name, peak in found.items():
+    bare = statistics.median(found["bare, 1 pass"])
+    print("\nmemory of layer-responses: median peak over that of one bare pass")
+    for name, each in found.items():
+        peak = statistics.median(each)
         print(f"  {name:<16} {peak / 2**20:8.1f} MiB  {peak / bare:.3f}  target {TARGETS['memory']}")
     write_json(options.out, record)
 
