@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from resprobe.checkpoints import write_atomically
-from resprobe.devices import flush_denormals
+from resprobe.devices import prepare_cpu
 from resprobe.errors import UsageError, not_accepted
 from resprobe.extensions import load_plugin
 from resprobe.runs import RunStore, configure
@@ -309,7 +309,7 @@ def _train_on_node(place: _Place, key: str, packed: bytes, news: Any) -> dict[st
         # the queue need not import torch to pass it on.
         news.actor.put_nowait.remote(pickle.dumps((key, said)))
 
-    flush_denormals()
+    prepare_cpu()
     torch.set_num_threads(place.threads)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: tell(str(message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import sys
 from contextlib import AbstractContextManager
 
@@ -12,6 +13,10 @@ from resprobe.errors import UsageError, not_accepted
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "fp32", "bf16")
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""mallopt's numbers, from glibc's malloc.h: free memory above which it is returned (-1: never), and how many pieces are
+asked of the system one by one."""
 
 
 def resolve_device(name: str | torch.device = "auto") -> torch.device:
@@ -77,6 +82,25 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def prepare_cpu() -> bool:
+    """Settings of this process with which small networks train fast on a CPU: `keep_freed_memory`, `flush_denormals`."""
+    keep_freed_memory()
+    return flush_denormals()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep the memory that tensors free, and give it to those of the next step.
+
+    Left to itself it returns large pieces to the system, and gets them anew page by page, zeroed, in every step: 16 % of
+    ResNet-20's training time on two cores. The process then stays as large as it was at its largest. Other C libraries
+    are left alone.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def flush_denormals() -> bool:

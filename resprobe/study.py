@@ -279,7 +279,7 @@ def _gather_on(
     """Does what `_gather` says, with the runs trained on a cluster or on this machine."""
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
-    from resprobe.devices import flush_denormals, resolve_device, resolve_precision
+    from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
     from resprobe.distributed import join, leave, team
     from resprobe.environment import environment
     from resprobe.extensions import load_plugin
@@ -288,7 +288,7 @@ def _gather_on(
     from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency, run_all, survey
 
-    flush_denormals()
+    prepare_cpu()
     for plugin in options.plugin:
         load_plugin(plugin)
     concurrency = parse_concurrency(options.concurrency)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from resprobe.data import load_data
-from resprobe.devices import flush_denormals
+from resprobe.devices import prepare_cpu
 from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import UsageError
@@ -330,7 +330,7 @@ def _start_worker(news: Any, threads: int, plugins: Sequence[str]) -> None:
     # Ctrl-C reaches the whole process group; only the parent acts on it, and tells its workers once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop)
-    flush_denormals()
+    prepare_cpu()
     torch.set_num_threads(threads)
     for plugin in plugins:
         load_plugin(plugin)

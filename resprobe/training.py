@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resprobe.data import Data, Normalization, training_batches
-from resprobe.devices import autocast, flush_denormals
+from resprobe.devices import autocast, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
@@ -66,7 +66,7 @@ class Training:
         step: str = "auto",
     ):
         self.how = resolve_step(step, device, recompute=recompute)
-        if device.type == "cpu" and not flush_denormals():
+        if device.type == "cpu" and not prepare_cpu():
             warnings.warn(
                 "torch's threads were started before resprobe was imported, so denormal floats are not flushed and deep "
                 "plain networks will train several times slower; import resprobe first"

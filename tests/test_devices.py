@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,6 +130,30 @@ def test_autocast_in_bf16_multiplies_in_bf16_and_ends_with_its_block():
         assert torch.nn.functional.batch_norm(weights, None, None, training=True).dtype == torch.float32
     assert weights.dtype == torch.float32
     assert (weights @ weights).dtype == torch.float32
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")
+def test_freed_memory_is_kept():
+    script = """
+import resource, sys, torch
+from resprobe.devices import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def step():  # several tensors at once, as a training step has, then none
+    kept = [torch.empty(2**21).fill_(1.0) for _ in range(20)]
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = {
+        way: int(subprocess.run([sys.executable, "-c", script, way], check=True, stdout=subprocess.PIPE).stdout)
+        for way in ("kept", "returned")
+    }
+    pages = 5 * 20 * 2**23 // resource.getpagesize()
+    assert faults["kept"] < pages / 100 < pages / 4 < faults["returned"]
 
 
 def test_denormals_are_flushed_in_every_thread():
