@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import resource
 import subprocess
 import sys
 
@@ -139,9 +138,9 @@ import resource, sys, torch
 from resprobe.devices import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory()
-def step():  # several tensors at once, as a training step has, then none
-    kept = [torch.empty(2**21).fill_(1.0) for _ in range(20)]
-for _ in range(3):
+def step():  # 64 MiB each: more than glibc keeps by itself, whatever was freed before
+    kept = [torch.empty(2**24).fill_(1.0) for _ in range(2)]
+for _ in range(20):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
@@ -152,8 +151,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         way: int(subprocess.run([sys.executable, "-c", script, way], check=True, stdout=subprocess.PIPE).stdout)
         for way in ("kept", "returned")
     }
-    pages = 5 * 20 * 2**23 // resource.getpagesize()
-    assert faults["kept"] < pages / 100 < pages / 4 < faults["returned"]
+    assert 10 * faults["kept"] < faults["returned"]
 
 
 def test_denormals_are_flushed_in_every_thread():
