@@ -77,11 +77,11 @@ CHANNEL_COLUMNS = (*_PLACE, "channel", "mean", "std", "count")
 _SCRATCH = 2**18
 """Numbers that `_by_shift` works on at a time: 1 MiB stays in the cache, and is all the memory that it costs."""
 
-_COLUMNS, _WIDEST = 1024, 2**16
+_COLUMNS, _MOST_COLUMNS = 1024, 2**16
 """Columns that `_by_columns` seeks, for the processor's sake, and the most that stay in its cache."""
 
-_ROWS = 64, 2048
-"""The fewest rows that are worth a merging of columns, and as many as `_by_columns` seeks, for the sake of rounding."""
+_ROWS, _FEWEST_ROWS = 2048, 64
+"""Rows that `_by_columns` seeks, for the sake of rounding, and the fewest that are worth a merging of columns."""
 
 _LARGE_MEAN = 100
 """Standard deviations above which a mean is large: `_by_columns` leaves it to `_by_shift`, which does not cancel."""
@@ -365,8 +365,7 @@ def _moments(response: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         return empty, empty
     if x.device.type != "cpu":
         # One kernel, by Welford's rule. It would round to the input's type, hence the cast of half precision.
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        variance, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), dims, correction=0)
+        variance, mean = torch.var_mean(x.to(_precise(x)), _all_but_channels(x), correction=0)
         return mean, variance
     # On a CPU that kernel takes as long as three convolutions.
     return _by_columns(x) or _by_shift(x)
@@ -386,14 +385,14 @@ def _by_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
         last = x.movedim(1, -1)
         if not last.is_contiguous():
             return None
-        sought = max(1, _COLUMNS // channels, pixels // _ROWS[1])
+        sought = max(1, _COLUMNS // channels, pixels // _ROWS)
         repeats = math.gcd(pixels, 2 ** int(math.log2(sought)))
         columns, by_channel, within = last.view(pixels // repeats, -1), (-1, channels), 0
     rows, width = columns.shape
-    if rows < _ROWS[0] or width > _WIDEST or x.dtype == torch.float16:
+    if rows < _FEWEST_ROWS or width > _MOST_COLUMNS or x.dtype == torch.float16:
         return None
     # Float32 running statistics, which nobody reads, have the kernel answer in float32 also for bfloat16.
-    unread = torch.zeros(2, width, dtype=torch.promote_types(x.dtype, torch.float32))
+    unread = torch.zeros(2, width, dtype=_precise(x))
     mean, variance = torch.batch_norm_update_stats(columns, *unread, momentum=0.0)
     between, mean = torch.var_mean(mean.view(by_channel).double(), within, correction=0)
     variance = variance.view(by_channel).mean(within, dtype=torch.float64) + between
@@ -406,8 +405,7 @@ def _by_shift(x: Tensor) -> tuple[Tensor, Tensor]:
     Sums are sound about a shift near the mean: with the mean of a share 1/k of the numbers as the shift,
     |shift − mean| ≤ std · √(k − 1), so little cancels.
     """
-    dims = [dim for dim in range(x.ndim) if dim != 1]
-    precise = torch.promote_types(x.dtype, torch.float32)
+    dims, precise = _all_but_channels(x), _precise(x)
     parts = x.split(max(1, _SCRATCH // x[0].numel()))
     shift = torch.mean(parts[0], dims, keepdim=True, dtype=precise)
     scratch = torch.empty_like(parts[0], dtype=precise)
@@ -419,6 +417,15 @@ def _by_shift(x: Tensor) -> tuple[Tensor, Tensor]:
     count = x.numel() // x.shape[1]
     offset, square = (torch.stack(each).double().sum(0) / count for each in (sums, squares))
     return shift.flatten().double() + offset, (square - offset.square()).clamp_(min=0)
+
+
+def _all_but_channels(x: Tensor) -> list[int]:
+    return [dim for dim in range(x.ndim) if dim != 1]
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    """The type to sum in: float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _std(squares: float, count: int) -> float:
