@@ -23,7 +23,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tyro
@@ -32,7 +31,7 @@ import resprobe as rp
 
 if TYPE_CHECKING:
     import pandas
-    from torch import nn
+    from torch import Tensor, nn
 
 PAPER_MACS = {
     "imagenet/resnet-18": 1.8e9,
@@ -186,31 +185,37 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _peak_memory(network: nn.Module, image) -> float:
-    """MiB that a forward pass adds at its peak; NaN where the system does not tell."""
-    import ctypes
+def _peak_memory(network: nn.Module, image: Tensor) -> float:
+    """MiB of the tensors that a forward pass makes, at the moment when it holds most; weights and image not included.
 
-    import torch
+    Counted tensor by tensor, since a process's resident memory depends on what its allocator has kept from before.
+    What an operator takes for itself (a convolution's workspace) is not seen.
+    """
+    from torch import Tensor
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
-    if image.device.type == "cuda":
-        before = torch.cuda.memory_allocated(image.device)
-        torch.cuda.reset_peak_memory_stats(image.device)
+    held: dict[StorageWeakRef, int] = {}
+    peak = 0
+
+    def storages(values) -> dict[StorageWeakRef, int]:
+        tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
+        return {StorageWeakRef(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            nonlocal held, peak
+            made = operator(*args, **(kwargs or {}))
+            given = storages((args, kwargs))  # what an operator works on in place, or gives a view of, is no new memory
+            held = {storage: size for storage, size in held.items() if not storage.expired()}
+            held |= {storage: size for storage, size in storages(made).items() if storage not in given}
+            peak = max(peak, sum(held.values()))
+            return made
+
+    with Watching():
         network(image)
-        return (torch.cuda.max_memory_allocated(image.device) - before) / 2**20
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        # What an earlier pass freed is given back to the system, or this one would use it again and add nothing.
-        ctypes.CDLL(None).malloc_trim(0)
-        clear.write_text("5")  # Linux: sets the high-water mark back to what is in use now
-        before = _kib(status, "VmRSS")
-        network(image)
-        return max(0.0, (_kib(status, "VmHWM") - before) / 1024)
-    except (OSError, AttributeError):  # another system, or another C library
-        return float("nan")
-
-
-def _kib(status: Path, field: str) -> int:
-    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
+    return peak / 2**20
 
 
 def judge(results: rp.Results) -> list[rp.Verdict]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pandas
 import pytest
@@ -104,20 +103,28 @@ def test_the_fastest_pass_is_the_one_that_counts(results, monkeypatch):
         torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
-def test_the_memory_of_a_pass_is_seen_each_time():
-    """Also when an earlier pass has left memory of that size behind."""
-
-    class Large(torch.nn.Module):
+def test_the_memory_of_a_pass_is_what_it_holds_at_a_time():
+    class Pass(torch.nn.Module):
         def forward(self, x):
-            parts = [x + index for index in range(1024)]  # 64 MiB in small parts, which the process keeps when freed
-            self.last = x + 1  # what lies above them in memory, so that they cannot be given back by themselves
-            return sum(part.sum() for part in parts)
+            a = x + 1  # 1 MiB
+            a.relu_().view(-1)  # in place, and a view: no more
+            b = a * 2  # a and b: 2 MiB
+            b = torch.cat((a, b))  # 1 + 1 + 2 MiB at its making; then 3, b's first value having gone
+            del a
+            return [b, b.sum()]
 
-    network, image = Large(), torch.zeros(2**14)
-    network(image)
+    network, image = Pass(), torch.zeros(2**18)
     for _ in range(2):
-        assert 50 < _peak_memory(network, image) < 100
+        with torch.inference_mode():
+            assert _peak_memory(network, image) == 4
+
+
+@pytest.mark.parametrize("depth", [3, 30])
+def test_the_memory_of_a_stack_of_layers_is_that_of_two(depth):
+    """A layer's input and output, and nothing of the layers before."""
+    stack = torch.nn.Sequential(*[torch.nn.Conv2d(16, 16, 3, padding=1) for _ in range(depth)])
+    with torch.inference_mode():
+        assert _peak_memory(stack, torch.zeros(4, 16, 32, 64)) == 2 * 4 * 16 * 32 * 64 * 4 / 2**20
 
 
 def test_no_pass_cannot_be_timed(tmp_path, monkeypatch, capsys):
