@@ -323,11 +323,16 @@ def _train_in_store(
             training.load_state(kept)
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
+    about = environment(device)
+
+    def write_environment() -> None:
+        _write_json(path / "environment.json", about | {"step": training.how})
+
     if together.first:
         _write_json(
             path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
         )
-        _write_json(path / "environment.json", environment(device) | {"step": training.how})
+        write_environment()
     saved_at = time.monotonic()
 
     with _watching(progress if together.first else False, config) as watch:
@@ -356,6 +361,7 @@ def _train_in_store(
     def keep() -> None:
         _write_network(training, running, path)
         _write_history(path, training)
+        write_environment()  # again: a step that could not be captured ran in another way than it was to
         for name, table in run.tables.items():
             _write_table(path / "probes" / f"{name}.csv", table)
         # Last, since its presence says that all the rest is there.

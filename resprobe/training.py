@@ -243,6 +243,7 @@ class Training:
             return CapturedStep(self._update, images, labels, self.network, self.optimizer)
         except RuntimeError as error:  # a stranger's block that asks the device for a number, above all
             self.capturing = False
+            self.how = "eager" if self.how == "graph" else self.how  # what the run's record shall say
             self.optimizer.zero_grad(set_to_none=True)  # what the attempt left
             # What ended a capture says less than what happened in it.
             said = " ".join(str(error.__context__ or error).split())

@@ -129,6 +129,24 @@ def test_what_is_in_a_runs_folder(tmp_path):
     assert os.listdir(tmp_path) == [run.path.name]
 
 
+def test_the_environment_says_how_steps_ran_not_how_they_were_to(tmp_path, monkeypatch):
+    prepare = Training.__init__
+
+    def on_a_card(training, *args, **options):
+        prepare(training, *args, **options)
+        training.how, training.capturing = "graph", True
+
+    def fail(work, device):
+        steps = json.loads(next(tmp_path.glob("*/environment.json")).read_text())["step"]
+        raise RuntimeError(f"begun as {steps}")
+
+    monkeypatch.setattr(Training, "__init__", on_a_card)
+    monkeypatch.setattr("resprobe.steps._warm_up", fail)
+    with pytest.warns(UserWarning, match="runs as it is written: begun as graph"):
+        run = train(tmp_path)
+    assert json.loads((run.path / "environment.json").read_text())["step"] == "eager"
+
+
 def test_nothing_is_kept_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = train(None)
