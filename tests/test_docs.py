@@ -14,6 +14,7 @@ The notebooks of docs/tutorials/ are executed by `make docs`.
 
 from __future__ import annotations
 
+import argparse
 import doctest
 import importlib
 import importlib.util
@@ -130,7 +131,7 @@ COMMANDS = sorted(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_are_understood(command, capsys):
+def test_commands_are_understood(command, monkeypatch):
     words = shlex.split(command)
     if words[1] != "-m":
         return  # a file that a page has written; it is run there
@@ -138,6 +139,20 @@ def test_commands_are_understood(command, capsys):
     package, _, study = words[2].partition(".")
     if package == "studies" and study in STUDIES and not {"--help", "...", "{options}"} & set(words):
         STUDIES[study].parse(words[3:])
+    elif package == "benchmarks" or study == "scorecard":
+
+        class Understood(Exception):
+            pass
+
+        def parse(*arguments):
+            _, unknown = taken(*arguments)
+            assert not unknown
+            raise Understood
+
+        taken = argparse.ArgumentParser.parse_known_args
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
+        with pytest.raises(Understood):
+            importlib.import_module(words[2]).main(words[3:])
 
 
 @pytest.mark.parametrize("page", OURS, ids=name)
