@@ -138,16 +138,24 @@ def precise_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
     if not norms:
         return
     momenta = [module.momentum for module in norms]
+    calls = dict.fromkeys(norms, 0)
+
+    def average(module: nn.Module, _: object) -> None:
+        # A cumulative average. `momentum = None` would be one too, and ask the device how many batches came before.
+        calls[module] += 1
+        module.momentum = 1 / calls[module]
+
     with evaluation_mode(network), torch.no_grad():
         for module in norms:
             module.reset_running_stats()
-            module.momentum = None  # torch's word for a cumulative average
             module.train()
+        hooks = [module.register_forward_pre_hook(average) for module in norms]
         try:
             for images in batches:
                 network(images)
         finally:
-            for module, momentum in zip(norms, momenta, strict=True):
+            for hook, module, momentum in zip(hooks, norms, momenta, strict=True):
+                hook.remove()
                 module.momentum = momentum
 
 

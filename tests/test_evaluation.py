@@ -468,6 +468,22 @@ def test_precise_statistics_are_true_averages():
         assert module.num_batches_tracked == 4
 
 
+def test_precise_statistics_of_a_module_called_twice_are_of_all_its_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, x):
+            return self.norm(x), self.norm(3 * x)
+
+    net = Twice()
+    precise_batch_norm(net, batches())
+    means = [statistics(times * x)[0] for x in batches() for times in (1, 3)]
+    torch.testing.assert_close(net.norm.running_mean, torch.stack(means).mean(0).float(), rtol=1e-5, atol=1e-6)
+    assert not net.norm._forward_pre_hooks
+
+
 def test_precise_statistics_leave_momenta_modes_weights_and_random_numbers_alone():
     net = Two().train()
     before, weights = modes(net), [parameter.clone() for parameter in net.parameters()]
