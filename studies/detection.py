@@ -371,7 +371,7 @@ def _tested(
     images, targets = training_batch(data.train, recipe, run.config.seed, 0)
     learner = copy.deepcopy(run.model).cpu()  # where memory is counted does not matter, and statistics may move
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.config.seed)
+        torch.default_generator.manual_seed(run.config.seed)
         kept = rcnn.kept_for_backward(learner, images, targets)
     row = {"step": step, "iteration": recipe.iterations, "seconds": seconds, "kept_mib": kept / 2**20}
     row |= {"macs": int(rcnn.cost(run.model, (height, width)).macs.sum()), "run": run.config.folder_name}

@@ -202,7 +202,11 @@ def _start(model: Detector, spec: object) -> str:
 def _drawn_for(device: torch.device, *what: object) -> Iterator[None]:
     """Torch's global random numbers as a function of `what`; the caller's are left as they were."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(generator(*what).initial_seed())
+        number = generator(*what).initial_seed()
+        torch.default_generator.manual_seed(number)  # and no other card's, which are the caller's
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(number)
         yield
 
 
