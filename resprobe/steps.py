@@ -101,7 +101,8 @@ def _record(
     graph, device = torch.cuda.CUDAGraph(), stream.device
     # "thread_local": a loader's thread that pins batches for later iterations meanwhile is no part of the step.
     capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-    with torch.cuda.device(device), capture:
+    # The current stream once more: up to torch 2.11 at least, a capture that fails leaves its own in that place.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), capture:
         given = work()
 
     def replay() -> None:
