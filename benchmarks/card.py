@@ -10,9 +10,8 @@ In this order, each part with its share of the time:
   tolerance is `TOLERANCE` times what rounding does to the eager training in as many iterations: every initial weight
   moved by the last digit of the precision. Rounding grows as training goes on, so this is asked of every log point;
 - training: `benchmarks.training` for ResNet-20, -56, -110 and their plain twins, with cold starts;
-- concurrency: 1, 2, 4, 8 runs at a time (`benchmarks.scaling`);
 - probes: what they cost (`benchmarks.probes`, all but memory); detection: beside torchvision's (`benchmarks.detection`);
-- checkpoint, start, depth: as in `benchmarks.scaling`.
+- checkpoint, start, concurrency (1, 2, 4, 8 runs at a time), depth: as in `benchmarks.scaling`.
 
 It prints one Markdown table with card, versions and date, and lists what was not measured and why. `--device cpu --quick`
 does a small version of it without a GPU, to see that it works.
@@ -46,6 +45,8 @@ from resprobe.environment import environment  # noqa: E402
 from resprobe.errors import UsageError  # noqa: E402
 
 TOLERANCE = 10.0
+_COMPILING = 40.0
+"""Seconds that a part must have left for a step to be compiled in it: two thirds of what a CPU takes."""
 
 
 @dataclasses.dataclass
@@ -168,20 +169,23 @@ def equality(card: Card, deadline: Deadline) -> None:
         card.missing |= {f"equality: {step}": "left out by --quick" for step in others}
         others = []
     found: list[dict[str, Any]] = []
-    for precision in dict.fromkeys(("fp32", card.precision)):
-        if deadline.left <= 0:
-            card.missing[f"equality in {precision}"] = "no time left"
+    known: dict[str, tuple[rp.Run, Difference, Difference]] = {}
+    wanted = list(itertools.product(["eager", *others], dict.fromkeys(("fp32", card.precision))))
+    for step, precision in wanted:
+        # Compiling cannot be broken off.
+        if deadline.left <= (_COMPILING if step == "compile" else 0) or (step != "eager" and precision not in known):
+            card.missing[f"equality: {step} in {precision}"] = "no time left"
             continue
-        eager = trained(card, precision, "eager", iterations)
-        again = Difference.between(eager, trained(card, precision, "eager", iterations))
-        nudge = Difference.between(eager, trained(card, precision, "eager", iterations, nudged=True))
         setting = f"ResNet-20, {precision}, {iterations} iterations"
-        card.add("eager against itself", setting, again, f"with the weights' last digit moved: {nudge}")
-        found.append({"precision": precision, "step": "eager", "difference": again, "nudged": nudge})
-        for step in others:
-            if deadline.left <= 0:
-                card.missing[f"equality: {step} in {precision}"] = "no time left"
-                continue
+        if step == "eager":
+            eager = trained(card, precision, "eager", iterations)
+            again = Difference.between(eager, trained(card, precision, "eager", iterations))
+            nudge = Difference.between(eager, trained(card, precision, "eager", iterations, nudged=True))
+            known[precision] = eager, again, nudge
+            card.add("eager against itself", setting, again, f"with the weights' last digit moved: {nudge}")
+            found.append({"precision": precision, "step": "eager", "difference": again, "nudged": nudge})
+        else:
+            eager, again, nudge = known[precision]
             difference = Difference.between(eager, trained(card, precision, step, iterations))
             good, why = verdict(step, difference, again, nudge)
             card.add(f"{step} against eager", setting, difference, why)
@@ -193,27 +197,30 @@ def equality(card: Card, deadline: Deadline) -> None:
 
 
 def throughput(card: Card, deadline: Deadline) -> None:
-    """The first networks with all that matters, their plain twins with the least: a twin differs by its additions."""
-    every = training.loops(card.device)
+    """The first network with all that matters but compiling, which comes last; the deeper ones with our step, the bare
+    one and the usual loop; plain twins, which differ by their additions, with ours and the usual loop."""
     best, step = card.precision, training.default_step(card.device)
-    least = [each for each in every if each in {("ours", best, step), ("ours", best, "eager")} or each[0] == "usual"]
-    most = [
+    ours, usual = ("ours", best, step), next(each for each in training.loops(card.device) if each[0] == "usual")
+    some = list(dict.fromkeys([ours, ("ours", best, "eager"), ("bare", best, step), usual]))
+    every = [
         each
-        for each in every
+        for each in training.loops(card.device)
         if each[2] != "compile" and (each[0] not in ("bare", "lightning", "timm") or each[1] == best)
     ]
     wanted: dict[str, list[tuple[str, str, str]]] = {
-        "cifar/resnet-20": [*most, ("ours", best, "compile")],
-        "cifar/resnet-110": most,
-        "cifar/resnet-56": most,
-        **{f"cifar/plain-{depth}": least for depth in (20, 56, 110)},
+        "cifar/resnet-20": every,
+        "cifar/resnet-110": some,
+        "cifar/resnet-56": some,
+        **{f"cifar/plain-{depth}": [ours, usual] for depth in (20, 56, 110)},
+        "cifar/resnet-20 compiled": [("ours", best, "compile"), ours],
     }
     if card.quick:
-        wanted = {"cifar/resnet-20": [least[0], least[-1]]}
+        wanted = {"cifar/resnet-20": [ours, usual]}
     card.record["training"] = {}
-    for network, which in wanted.items():
+    for title, which in wanted.items():
+        network = title.split()[0]
         if deadline.left <= 0:
-            card.missing[f"training of {network}"] = "no time left"
+            card.missing[f"training of {title}"] = "no time left"
             continue
         found = training.measure(
             network,
@@ -225,7 +232,7 @@ def throughput(card: Card, deadline: Deadline) -> None:
             device=str(card.device),
             data="random:256" if card.quick else "random",
         )
-        card.record["training"][network] = found | telling(card.device)
+        card.record["training"][title] = found
         for label, speed in found["images_per_second"].items():
             beside = f"cold start {found['cold_seconds'][label]:.1f} s"
             if label in found["over"]:
@@ -233,22 +240,7 @@ def throughput(card: Card, deadline: Deadline) -> None:
             else:
                 beside = f"64,000 iterations: {64_000 * training.BATCH / speed.median / 60:.1f} min; {beside}"
             card.add("training, images/s", f"{network}, {label}", speed, beside)
-        card.missing |= {f"training of {network}, {label}": why for label, why in found["not_measured"].items()}
-
-
-def telling(device: torch.device) -> dict[str, Any]:
-    """Clock (MHz), power (W) and temperature (°C) of the card, where the driver's library tells torch."""
-    if device.type != "cuda":
-        return {}
-    told: dict[str, Any] = {}
-    for name, ask, scale in (
-        ("clock_mhz", torch.cuda.clock_rate, 1),
-        ("power_w", torch.cuda.power_draw, 1000),
-        ("temperature_c", torch.cuda.temperature, 1),
-    ):
-        with contextlib.suppress(Exception):  # pynvml is not installed, or the driver does not say
-            told[name] = ask(device) / scale
-    return told
+        card.missing |= {f"training of {title}, {label}": why for label, why in found["not_measured"].items()}
 
 
 def concurrency(card: Card, deadline: Deadline) -> None:
@@ -298,7 +290,7 @@ def detection(card: Card, deadline: Deadline) -> None:
     backbone, side, rounds = ("imagenet/resnet-18", 64, 1) if card.quick else ("imagenet/resnet-50", 600, 5)
     models = detection.subjects(backbone, side, card.device)
     images, targets = detection.batch(1, side, card.device)
-    setting = f"{backbone}, one image of {side} pixels, fp32"
+    setting = f"{backbone}, one image of {side} pixels, {detection.precision(card.device)}"
     for model in models.values():
         model.eval()
     with torch.no_grad():
@@ -357,11 +349,11 @@ def depth(card: Card, deadline: Deadline) -> None:
 PARTS: dict[str, tuple[Callable[[Card, Deadline], None], float, float]] = {
     "equality": (equality, 0, 90),
     "training": (throughput, 0, 200),
-    "concurrency": (concurrency, 20, 90),
     "probes": (probes, 20, 30),
     "detection": (detection, 20, 30),
     "checkpoint": (checkpoint, 10, 20),
     "start": (start, 25, 30),
+    "concurrency": (concurrency, 20, 90),
     "depth": (depth, 20, 120),
 }
 """Each part, the seconds without which it is not begun, and those after which it begins nothing more."""
@@ -407,10 +399,10 @@ def title(machine: dict[str, object], device: torch.device) -> str:
 def report(card: Card, machine: dict[str, object]) -> str:
     """Everything as Markdown: title, table, what was not measured."""
     lines = [title(machine, card.device), ""]
-    for network, found in card.record.get("training", {}).items():
-        told = (name for name in ("clock_mhz", "power_w", "temperature_c") if name in found)
-        said = [f"{name.replace('_', ' ')} {found[name]:g}" for name in told]
-        lines += [f"after {network}: {', '.join(said)}"] if said else []
+    for trained, found in card.record.get("training", {}).items():
+        told = found["told"].get(found["compared"], {})
+        said = [f"{name.replace('_', ' ')} {figure:g}" for name, figure in told.items()]
+        lines += [f"{trained}, {found['compared']}: {', '.join(said)}"] if said else []
     lines += ["", markdown(("what", "setting", "measured", "beside it"), card.rows), ""]
     if card.missing:
         lines += ["Not measured:", "", *(f"- {what}: {why}" for what, why in card.missing.items())]

@@ -26,12 +26,18 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import resprobe as rp
 from benchmarks.measuring import Spread, answering, ratios, seconds, write_json
+from benchmarks.training import precisions
 from plugins.detection import faster_rcnn
 from resprobe.devices import resolve_device, synchronize
 from resprobe.environment import environment
 
 CLASSES = 21
 PARTS = ("transform", "backbone", "rpn", "roi_heads")
+
+
+def precision(device: torch.device) -> str:
+    """What torch, as it is set, computes float32 convolutions in: TF32 on a card that has it."""
+    return "tf32" if "tf32" in precisions(device) else "fp32"
 
 
 def subjects(backbone: str, side: int, device: torch.device) -> dict[str, nn.Module]:
@@ -130,13 +136,14 @@ def run(options: argparse.Namespace) -> None:
     machine = environment(device)
     print(
         f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads; {options.backbone} beside "
-        f"torchvision's fasterrcnn_resnet50_fpn, {options.images} image(s) of {options.side} pixels, fp32"
+        f"torchvision's fasterrcnn_resnet50_fpn, {options.images} image(s) of {options.side} pixels, {precision(device)}"
     )
     models, (images, targets) = (
         subjects(options.backbone, options.side, device),
         batch(options.images, options.side, device),
     )
     record = {"environment": machine, "backbone": options.backbone, "side": options.side, "images": options.images}
+    record |= {"precision": precision(device)}
 
     for model in models.values():
         model.eval()

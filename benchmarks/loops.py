@@ -49,6 +49,11 @@ class Case:
     data: str = "random"
 
     @property
+    def kind(self) -> str:
+        """Of the device: "cuda" also of "cuda:0"."""
+        return torch.device(self.device).type
+
+    @property
     def label(self) -> str:
         """Short, for tables: what tells the loops of one network apart. Others have no choice of step."""
         words = (self.loop, self.step, self.precision) if self.loop in ("ours", "bare") else (self.loop, self.precision)
@@ -162,10 +167,10 @@ def lightning(case: Case, data: rp.Data, pause: Pause) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice, on the number of workers above all
         trainer = L.Trainer(
-            accelerator={"cuda": "gpu"}.get(case.device, case.device),
+            accelerator={"cuda": "gpu"}.get(case.kind, case.kind),
             devices=1,
             precision="bf16-mixed" if case.precision == "bf16" else "32-true",
-            benchmark=case.device == "cuda",
+            benchmark=case.kind == "cuda",
             max_epochs=-1,
             logger=False,
             enable_checkpointing=False,
@@ -265,7 +270,7 @@ def _loader(case: Case, data: rp.Data) -> DataLoader:
         shuffle=True,
         drop_last=True,
         num_workers=case.workers,
-        pin_memory=case.device == "cuda",
+        pin_memory=case.kind == "cuda",
         persistent_workers=case.workers > 0,
     )
 

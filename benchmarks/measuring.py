@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -101,6 +102,20 @@ class Memory:
             return torch.cuda.max_memory_allocated(self.device)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
+
+
+def telling(device: torch.device) -> dict[str, float]:
+    """Clock (MHz), power (W) and temperature (°C) of a card, where the driver's library tells torch."""
+    told: dict[str, float] = {}
+    if device.type == "cuda":
+        for name, ask, scale in (
+            ("clock_mhz", torch.cuda.clock_rate, 1),
+            ("power_w", torch.cuda.power_draw, 1000),
+            ("temperature_c", torch.cuda.temperature, 1),
+        ):
+            with contextlib.suppress(Exception):  # pynvml is not installed, or the driver does not say
+                told[name] = ask(device) / scale
+    return told
 
 
 def ratios(rounds: Sequence[Mapping[str, float]], ours: str) -> dict[str, Spread]:

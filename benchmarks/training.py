@@ -102,10 +102,11 @@ def measure(
 def outcome(found: Race, ready: Mapping[str, Case], missing: Mapping[str, str]) -> dict[str, Any]:
     """What was timed, as figures to print and to keep."""
     speeds = found.rounds({label: case.batch * case.window for label, case in ready.items()})
-    record: dict[str, Any] = {"images_per_second": {}, "cold_seconds": {}, "peak_bytes": {}}
+    record: dict[str, Any] = {"images_per_second": {}, "cold_seconds": {}, "peak_bytes": {}, "told": {}}
     for label, timed in found.timed.items():
         record["images_per_second"][label] = Spread.of([each[label] for each in speeds])
         record["cold_seconds"][label], record["peak_bytes"][label] = timed.cold, timed.peak
+        record["told"] |= {label: timed.told} if timed.told else {}
     record["compared"] = compared = next(iter(found.timed), None)
     record["over"] = ratios(speeds, compared) if compared else {}
     record["not_measured"] = {**missing, **found.missing}

@@ -36,12 +36,14 @@ PATIENCE = 900.0
 class Timed:
     """What was seen of one case: seconds of its cold start, of each timed window, and its peak of memory in bytes.
 
-    Memory is what torch allocated on a GPU; on a CPU, how much the process grew by from data in memory.
+    Memory is what torch allocated on a GPU; on a CPU, how much the process grew by from data in memory. `told`: what the
+    card said of itself at the end of the last window (`benchmarks.measuring.telling`).
     """
 
     cold: float
     windows: tuple[float, ...]
     peak: int | None
+    told: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -163,7 +165,7 @@ def race(
     runners: dict[str, Runner] = {}
     first: dict[str, float] = {}
     windows: dict[str, list[float]] = {label: [] for label in cases}
-    peaks: dict[str, int | None] = {}
+    last: dict[str, dict[str, Any]] = {}
 
     def drop(label: str, reason: str) -> None:
         found.missing[label] = reason
@@ -194,14 +196,14 @@ def race(
                         drop(label, str(stopped))
                     else:
                         windows[label].append(said["seconds"])
-                        peaks[label] = said["peak"]
+                        last[label] = said
     finally:
         for runner in runners.values():
             runner.close(patience())
     for label in runners:
         if windows[label]:
             cold = first[label] - statistics.median(windows[label])
-            found.timed[label] = Timed(max(0.0, cold), tuple(windows[label]), peaks[label])
+            found.timed[label] = Timed(max(0.0, cold), tuple(windows[label]), last[label]["peak"], last[label]["told"])
         else:
             found.missing[label] = "no time left"
     return found
@@ -221,7 +223,7 @@ def _main(case_text: str) -> None:
 
     import resprobe as rp
     from benchmarks import loops
-    from benchmarks.measuring import Memory
+    from benchmarks.measuring import Memory, telling
 
     # What a loop prints is not for the one that calls the turns.
     answers, sys.stdout = sys.stdout, sys.stderr
@@ -250,7 +252,8 @@ def _main(case_text: str) -> None:
         nonlocal started
         synchronize(device)
         took, peak = time.perf_counter() - started, memory.peak()
-        answer(seconds=took, peak=None if peak is None or before is None else peak - before)
+        # Of a card that is still warm: its clock falls once it has been idle for a while.
+        answer(seconds=took, peak=None if peak is None or before is None else peak - before, told=telling(device))
         next(turns)
         started = time.perf_counter()
 

@@ -79,7 +79,9 @@ def test_one_part_that_fails_does_not_take_the_rest(monkeypatch, capsys):
         "long": "no time left",
         "unwanted": "not asked for",
     }
+    card.record["training"] = {"cifar/resnet-20": {"compared": "ours", "told": {"ours": {"clock_mhz": 1980.0}}}}
     said = report(card, environment(CPU))
+    assert "\ncifar/resnet-20, ours: clock mhz 1980\n" in said
     assert "Not measured:\n\n- first: RuntimeError: the card fell off\n- long: no time left" in said
 
 
@@ -110,7 +112,10 @@ def test_equality_compares_what_it_says(monkeypatch):
     assert measured["compile against eager"][1].startswith("NOT WITHIN")
     late = Card(CPU, False, Deadline(0))
     module.equality(late, Deadline(0))
-    assert late.missing == {"equality in fp32": "no time left"}
+    assert late.missing == {f"equality: {step} in fp32": "no time left" for step in ("eager", "graph", "compile")}
+    hasty = Card(CPU, False, Deadline(20))
+    module.equality(hasty, Deadline(20))
+    assert hasty.missing == {"equality: compile in fp32": "no time left"}, "compiling is not begun"
 
 
 def test_the_nudge_is_the_last_digit():

@@ -90,6 +90,18 @@ def test_runs_that_have_no_time_left_are_named():
     assert found["not_measured"] == {"1 at a time": "no time left", "4 at a time": "no time left"}
 
 
+def test_runs_that_would_take_longer_than_is_left_are_not_begun(monkeypatch):
+    """At worst K runs at a time take K times as long as one."""
+    monkeypatch.setattr(scaling, "run_all", lambda jobs, *_, **__: [argparse.Namespace(history=None) for _ in jobs])
+    monkeypatch.setattr(
+        scaling, "together_speed", lambda histories, *_: {"together": len(histories), "seconds": 3.0 * len(histories)}
+    )
+    soon = dataclasses.replace(WHERE, deadline=Deadline(10))
+    found = scaling.of_concurrency(soon, dataclasses.replace(scaling.QUICK, concurrency=(1, 2, 4)))
+    assert [row["together"] for row in found["rows"]] == [1, 2]
+    assert found["not_measured"] == {"4 at a time": "no time left"}
+
+
 def test_the_share_of_a_checkpoint_is_of_the_interval():
     row = scaling.checkpoint_row(20, [1.0, 2.0, 3.0], 2**20)
     assert row["share"] == pytest.approx(2 / (2 + scaling.INTERVAL))

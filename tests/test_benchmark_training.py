@@ -135,11 +135,15 @@ def test_loops_are_chosen_by_the_names_in_the_table():
 
 def test_figures_are_of_the_timed_windows():
     ready = {name: Case(name, "cifar/resnet-20", batch=10, window=4) for name in ("ours", "usual")}
-    found = Race({"ours": Timed(1.5, (0.5, 1.0), 2**20), "usual": Timed(0.0, (1.0, 4.0), None)}, {"timm": "broke"})
+    found = Race(
+        {"ours": Timed(1.5, (0.5, 1.0), 2**20, {"power_w": 400.0}), "usual": Timed(0.0, (1.0, 4.0), None)},
+        {"timm": "broke"},
+    )
     record = training.outcome(found, ready, {})
     assert record["images_per_second"] == {"ours": Spread(60, 40, 80, 2), "usual": Spread(25, 10, 40, 2)}
     assert record["compared"] == "ours" and record["over"] == {"usual": Spread(3.0, 2.0, 4.0, 2)}
     assert record["cold_seconds"] == {"ours": 1.5, "usual": 0.0}
+    assert record["told"] == {"ours": {"power_w": 400.0}}
     assert record["not_measured"] == {"timm": "broke"}
     said = training.report("cifar/resnet-20", record)
     assert "| usual | 25 (10–40) | 3.00 (2.00–4.00, n = 2) | 0.0 |" in said
@@ -164,7 +168,7 @@ class Puppet:
         said = next(self.script)
         if isinstance(said, str):
             raise (turns.OutOfTime if said == "no time left" else turns.Stopped)(said)
-        return {"seconds": said, "peak": 7}
+        return {"seconds": said, "peak": 7, "told": {"clock_mhz": said}}
 
     def close(self, patience=10.0):
         self.closed = True
@@ -181,7 +185,10 @@ def puppets(monkeypatch):
 
 def test_the_first_window_is_the_cold_start_and_each_second_one_is_timed(puppets):
     found = race({"one": [9.0, 5.0, 1.0, 5.0, 3.0], "other": [2.0, 6.0, 4.0, 6.0, 4.0]}, 2)
-    assert found.timed == {"one": Timed(7.0, (1.0, 3.0), 7), "other": Timed(0.0, (4.0, 4.0), 7)}
+    assert found.timed == {
+        "one": Timed(7.0, (1.0, 3.0), 7, {"clock_mhz": 3.0}),
+        "other": Timed(0.0, (4.0, 4.0), 7, {"clock_mhz": 4.0}),
+    }
     assert found.rounds({"one": 3, "other": 4}) == [{"one": 3.0, "other": 1.0}, {"one": 1.0, "other": 1.0}]
     one, other = ORDER[:2]
     assert ORDER[2:] == [one, other, one, one, other, other, one, one, other, other]
@@ -192,7 +199,7 @@ def test_the_first_window_is_the_cold_start_and_each_second_one_is_timed(puppets
 def test_a_loop_that_fails_is_named_and_the_rest_goes_on(puppets, script):
     found = race({"bad": script, "good": [1.0] * 5}, 2)
     assert found.missing == {"bad": "out of memory"}
-    assert found.timed == {"good": Timed(0.0, (1.0, 1.0), 7)}
+    assert found.timed == {"good": Timed(0.0, (1.0, 1.0), 7, {"clock_mhz": 1.0})}
     assert all(puppet.closed for puppet in ORDER[:2])
 
 
