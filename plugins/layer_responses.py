@@ -389,9 +389,9 @@ def _by_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
         repeats = math.gcd(pixels, 2 ** int(math.log2(sought)))
         columns, by_channel, within = last.view(pixels // repeats, -1), (-1, channels), 0
     rows, width = columns.shape
-    if rows < _FEWEST_ROWS or width > _MOST_COLUMNS or x.dtype == torch.float16:
+    if rows < _FEWEST_ROWS or width > _MOST_COLUMNS:
         return None
-    # Float32 running statistics, which nobody reads, have the kernel answer in float32 also for bfloat16.
+    # Float32 running statistics, which nobody reads, have the kernel answer in float32 also for half precision.
     unread = torch.zeros(2, width, dtype=_precise(x))
     mean, variance = torch.batch_norm_update_stats(columns, *unread, momentum=0.0)
     between, mean = torch.var_mean(mean.view(by_channel).double(), within, correction=0)

@@ -263,7 +263,7 @@ def test_moments_are_exact_in_every_layout_and_type(shape, layout, dtype, mean, 
     torch.testing.assert_close(variance.sqrt(), std, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_usual_responses_take_the_fast_way_and_others_do_not(layout, dtype):
     x = images(128, 16, 8).to(dtype).contiguous(memory_format=layout)
