@@ -5,7 +5,7 @@ as a CUDA graph, the whole step (forward, backward, update) is one launch. The k
 the numbers are.
 
 Compiling (torch.compile) fuses operations; its numbers differ in their last digits. It takes half a minute beforehand.
-On a CPU it does not pay: measured in docs/measurements/.
+On a CPU it hardly pays: measured in docs/measurements/.
 """
 
 from __future__ import annotations
