@@ -114,6 +114,12 @@ def test_what_the_processor_says_of_itself(monkeypatch, flags, native):
     assert devices._cpu_computes_bf16() is native
 
 
+def test_the_card_is_for_those_marked_alone():
+    assert not torch.cuda.is_available()
+    answer = "import torch, sys; sys.exit(torch.cuda.is_available())"
+    assert subprocess.run([sys.executable, "-c", answer]).returncode == 0
+
+
 def test_autocast_in_fp32_is_nothing():
     with autocast(CPU, "fp32") as entered:
         assert entered is None
