@@ -33,7 +33,14 @@ from studies.scorecard import UNTESTED, find_studies
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-PAGES = [page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts]
+# Not what may be being built meanwhile.
+PAGES = sorted(
+    page
+    for part in DOCS.iterdir()
+    if part.name != "_build"
+    for page in (part, *part.rglob("*.md"))
+    if page.suffix == ".md"
+)
 OURS = [page for page in PAGES if page.name != "report.md"]  # a report is what a study wrote, once
 NOTEBOOKS = [page for page in OURS if page.read_text().startswith("---\njupytext")]
 CODE = re.compile(r"^(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>[^\n]*)\n(?P<text>.*?)^```$", re.M | re.S)
