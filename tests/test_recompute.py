@@ -116,5 +116,5 @@ def test_activations_take_less_memory():
         for how in ("keep", "again")
     )
     # 27 blocks of some five activations each; cut into segments of three, a third of one stage's is left, and the inputs.
-    # Measured, with what the allocator keeps, between 0.45 and 0.51 on torch 2.15 and 0.64 on 2.11.
+    # Measured, with what the allocator keeps, between 0.45 and 0.52 on torch 2.15, 0.59 and 0.71 on 2.11.
     assert again < 0.75 * kept
