@@ -25,6 +25,7 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0; n = 3; records in 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -161,7 +162,14 @@ def _check(options: Options) -> None:
             raise rp.UsageError(f"{name} (={getattr(options, name)}) must be a whole number ≥ {least}")
     if options.scales and min(options.scales) < 1:
         raise rp.UsageError(f"scales (={' '.join(map(str, options.scales))}) must be shorter sides ≥ 1")
-    rcnn.load_detection(options.detection)  # what is not there is said before backbones are trained
+    _read.cache_clear()  # files may have changed since another study of this process
+    _read(options.detection)  # what is not there is said before backbones are trained
+
+
+@functools.lru_cache(maxsize=1)
+def _read(name: str) -> DetectionData:
+    """The images to detect in, read once a study: a hundred thousand annotations take their time."""
+    return rcnn.load_detection(name)
 
 
 def _pretraining(recipe: rp.Recipe) -> rp.Recipe:
@@ -219,7 +227,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     (`kept_mib`), and the `run` that holds the detector."""
     import pandas
 
-    rows, data, failures = [], rcnn.load_detection(results.options.detection), []
+    rows, data, failures = [], _read(results.options.detection), []
     for name, seed, network in _backbones(results):
         for bn in _modes(results.options, name):
             try:
@@ -240,7 +248,7 @@ def ahead(results: rp.Results) -> Outlook:
     from resprobe.sweep import Outlook
 
     options, device = results.options, torch.device(results.device)
-    data, recipe = rcnn.load_detection(options.detection), recipe_of(options)
+    data, recipe = _read(options.detection), recipe_of(options)
     pretrained = results.runs or options.weights
     there = {(name, seed): network for name, seed, network in _backbones(results)} if pretrained else {}
     store = rp.RunStore(options.runs)
@@ -514,7 +522,7 @@ def _draw_pictures(results: rp.Results, count: int = 4) -> rp.Drawing:
     from matplotlib.patches import Rectangle
 
     options, rows = results.options, finals(results.measurements)
-    data = rcnn.load_detection(options.detection)
+    data = _read(options.detection)
     name = options.backbones[-1]
     run = rows[(rows["backbone"] == name) & (rows["step"] == "baseline")].iloc[0]["run"]
     found = json.loads((Path(options.runs) / run / "detections.json").read_text())

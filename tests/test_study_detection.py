@@ -235,8 +235,8 @@ def test_the_table_stands_beside_the_papers():
 def test_the_whole_study_on_a_few_images(tmp_path, monkeypatch, capsys):
     """Trains for real: two tiny backbones, all steps of Table 9, and normalization of both kinds."""
     monkeypatch.chdir(tmp_path)
-    few = draw_shapes(48, 6, 2)
-    monkeypatch.setattr("plugins.detection.load_detection", lambda data: few, raising=False)
+    few, read = draw_shapes(48, 6, 2), []
+    monkeypatch.setattr("plugins.detection.load_detection", lambda data: read.append(data) or few, raising=False)
     arguments = [
         "--seeds",
         "0",
@@ -265,7 +265,9 @@ def test_the_whole_study_on_a_few_images(tmp_path, monkeypatch, capsys):
     arguments += ["--backbones", "cifar/plain-8", "cifar/resnet-8"]
     assert study.main([*arguments, "--dry-run"]) == 0
     assert re.search(r"4 detectors: 0 finished already, 4 to train\ntime: about \d+ s on cpu", capsys.readouterr().out)
+    assert read == ["shapes"]
     assert study.main(arguments) == 0
+    assert read == ["shapes"] * 2, "annotations are read once a study, and anew by the next"
     said = capsys.readouterr()
     assert "what trains in the detector on cifar/resnet-8, batch normalization trained" in said.out, said.err
     assert study.main([*arguments, "--dry-run"]) == 0
