@@ -18,6 +18,7 @@ from .data import (
     load_data as load_data,
     register_dataset as register_dataset,
 )
+from .devices import cpu_threads as cpu_threads
 from .errors import TrainingDiverged as TrainingDiverged, UsageError as UsageError
 from .evaluation import Evaluation as Evaluation, evaluate as evaluate, precise_batch_norm as precise_batch_norm
 from .extensions import load_plugin as load_plugin

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -82,6 +83,21 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Has torch compute with `count` threads on a CPU within a `with` block.
+
+    Times of one thread are steadier on a busy machine, where several wait for the slowest at every layer. Sums are split
+    among threads, so that the last digits of what comes out depend on their number.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def prepare_cpu() -> bool:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, Normalization, training_batches
 from resprobe.data.folder import loader_processes
-from resprobe.devices import autocast, synchronize
+from resprobe.devices import autocast, cpu_threads, synchronize
 from resprobe.networks import NetworkSpec, build
 from resprobe.recipes import Recipe
 from resprobe.recompute import recomputing
@@ -53,15 +53,11 @@ def costs(
     kinds: dict[object, dict[int, Cost]] = {}
     for spec, recipe in needed:
         kinds.setdefault(_kind(spec, recipe), {})[spec.depth or 0] = Cost(0, 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with cpu_threads(threads):
         for spec, recipe in needed:
             timed = kinds[_kind(spec, recipe)]
             if (spec.depth or 0) in (min(timed), max(timed)) and timed[spec.depth or 0].step == 0:
                 timed[spec.depth or 0] = _timed(spec, recipe, data, device, precision, recompute)
-    finally:
-        torch.set_num_threads(before)
     return [_between(kinds[_kind(spec, recipe)], spec.depth or 0) for spec, recipe in needed]
 
 

@@ -68,7 +68,7 @@ class Options:
     step: Literal["auto", "eager", "graph", "compile"] = "auto"
     """training steps operation by operation, as one captured CUDA graph (auto on CUDA), or compiled"""
     concurrency: str = "auto"
-    """runs at a time; auto: one a core on a CPU, one on a GPU"""
+    """runs at a time; auto: one a core on a CPU (one in all if they are short), one on a GPU"""
     executor: Literal["local", "ray"] = "local"
     """where runs are trained: on this machine, or on the nodes of a Ray cluster, which share the folder of runs"""
     address: str = ""

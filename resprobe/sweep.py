@@ -18,14 +18,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from resprobe.data import load_data
-from resprobe.devices import prepare_cpu
+from resprobe.devices import cpu_threads, prepare_cpu
 from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import UsageError
@@ -36,6 +36,10 @@ from resprobe.training import Progress
 
 if TYPE_CHECKING:
     from resprobe.cluster import RayCluster
+
+
+_STARTING = 6.0
+"""Seconds until processes that train have begun, by which a study of a few steps took longer on two cores."""
 
 
 class SweepFailed(RuntimeError):
@@ -152,8 +156,8 @@ def survey(
 ) -> Survey:
     """Looks for the runs of `jobs` in `store`, and times a few training steps of what is missing.
 
-    `concurrency` None takes one run a core on a CPU and one run at a time on a GPU. `cluster` trains in place of this
-    machine.
+    `concurrency` None takes one run at a time on a GPU, and on a CPU one a core, unless that saves less time than starting
+    the processes takes. `cluster` trains in place of this machine.
     """
     missing = {job.config.key: job for job in jobs if store.find(job.config, job.probes) is None}
     # The longest first, so that no worker is left alone with one at the end.
@@ -175,7 +179,12 @@ def survey(
         torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
     name = device_name(device) if cluster is None else cluster.name
-    return Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason)
+    ahead = Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason)
+    if cluster is None and concurrency is None and ahead.duration is not None:
+        saved = sum(seconds) - ahead.duration
+        if workers > 1 and saved < _STARTING:
+            return replace(ahead, workers=1)
+    return ahead
 
 
 def _seconds(jobs: Sequence[Job], done: Sequence[int], device: torch.device, threads: int) -> Iterator[float]:
@@ -220,15 +229,7 @@ def run_all(
         if cluster is not None and ordered:
             cluster.train(ordered, store, concurrency, plugins, board, failures)
         elif workers <= 1:
-            for job in ordered:
-                try:
-                    metrics = train_job(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
-                    board.finished(job, metrics)
-                except UsageError:
-                    raise
-                except Exception as error:
-                    failures[job.config.key] = error
-                    board.failed(job, error)
+            _train_here(ordered, store, device, ahead.threads, board, failures)
         else:
             _train_in_processes(ordered, store, device, workers, ahead.threads, plugins, board, failures)
     if failures:
@@ -262,6 +263,27 @@ def train_job(job: Job, store: RunStore, device: torch.device, watch: Callable[[
         progress=watch,
     )
     return run.metrics
+
+
+def _train_here(
+    jobs: Sequence[Job],
+    store: RunStore,
+    device: torch.device,
+    threads: int,
+    board: Board,
+    failures: dict[str, Exception],
+) -> None:
+    # Not more threads than a process of several would have: short runs come out the same here and there.
+    with cpu_threads(min(threads, torch.get_num_threads())):
+        for job in jobs:
+            try:
+                metrics = train_job(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
+                board.finished(job, metrics)
+            except UsageError:
+                raise
+            except Exception as error:
+                failures[job.config.key] = error
+                board.failed(job, error)
 
 
 # -- several processes ---------------------------------------------------------------------------------------------

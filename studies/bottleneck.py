@@ -126,19 +126,14 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     """One row a candidate and round. `depth`: the bottleneck network's, 0 for single blocks; `role`: basic, bottleneck, or
     projection (a bottleneck with option C); `candidate`, its name; `images` at a time; the columns of `COSTS`."""
     import pandas
-    import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with rp.cpu_threads(1):
         candidates = [_prepare(*candidate, results) for candidate in _candidates(results.options)]
         return pandas.DataFrame(
             labels | {"round": number, "forward_ms": passes.time(passes.forward), "step_ms": passes.time(passes.step)}
             for number in range(results.options.repeats)
             for labels, passes in candidates
         )
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _prepare(labels: dict, module: nn.Module, shape: tuple[int, ...], results: rp.Results) -> tuple[dict, _Passes]:

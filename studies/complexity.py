@@ -20,9 +20,7 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0; record in docs/mea
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -160,7 +158,7 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     network = rp.build(name, **options).to(device, memory_format=torch.channels_last).eval()
     image = torch.randn(1, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
     times = []
-    with torch.inference_mode(), _one_thread():
+    with torch.inference_mode(), rp.cpu_threads(1):
         network(image)  # the first pass prepares kernels
         memory = _peak_memory(network, image)
         for _ in range(results.options.repeats):
@@ -171,19 +169,6 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
             times.append(time.perf_counter() - start)
     # What else the machine is doing can only add.
     return {"forward_ms": 1000 * min(times), "forward_mib": memory}
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Several threads wait for the slowest at every layer: on a busy machine their times come out tenfold, in any order."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _peak_memory(network: nn.Module, image: Tensor) -> float:

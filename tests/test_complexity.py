@@ -94,13 +94,9 @@ def test_the_fastest_pass_is_the_one_that_counts(results, monkeypatch):
     ticks = iter([0.0, 9.0, 10.0, 10.25, 20.0, 27.0])
     monkeypatch.setattr(complexity.time, "perf_counter", lambda: next(ticks))
     three = dataclasses.replace(results, options=dataclasses.replace(results.options, repeats=3))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with rp.cpu_threads(2):
         assert _time("imagenet/resnet-18", three)["forward_ms"] == 250.0
         assert torch.get_num_threads() == 2  # timed by one, and given back
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_the_memory_of_a_pass_is_what_it_holds_at_a_time():

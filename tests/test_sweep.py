@@ -15,7 +15,7 @@ import torch
 import resprobe as rp
 from resprobe import sweep
 from resprobe.runs import configure
-from resprobe.sweep import Job, SweepFailed, parse_concurrency, run_all
+from resprobe.sweep import Job, SweepFailed, parse_concurrency, run_all, survey
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -47,18 +47,36 @@ def test_runs_come_back_in_the_order_of_their_jobs(tmp_path, capsys):
 
 def test_side_by_side_gives_the_same_weights_as_one_by_one(tmp_path):
     asked = jobs(8, 14)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as each worker has; sums are ordered by the number of threads
-    try:
+    with rp.cpu_threads(1):  # as each worker has; sums are ordered by the number of threads
         alone = run_all(asked, rp.RunStore(tmp_path / "alone"), device=CPU, concurrency=1)
-    finally:
-        torch.set_num_threads(threads)
     cores = len(os.sched_getaffinity(0))
     together = run_all(asked, rp.RunStore(tmp_path / "together"), device=CPU, concurrency=max(2, cores))
     for one, other in zip(alone, together, strict=True):
         assert one.metrics["train_error"] == other.metrics["train_error"]
         for name, tensor in weights(one).items():
             assert torch.equal(tensor, weights(other)[name]), name
+
+
+@pytest.mark.parametrize(("seconds", "workers"), [((4.0, 3.0), 1), ((40.0, 30.0), 2)])
+def test_short_runs_need_no_processes(seconds, workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_cores", lambda: 2)
+    monkeypatch.setattr(sweep, "_seconds", lambda *asked: seconds)
+    ahead = survey(jobs(8, 14), rp.RunStore(tmp_path), device=CPU)
+    assert (ahead.workers, ahead.threads) == (workers, 1)
+    assert survey(jobs(8, 14), rp.RunStore(tmp_path), device=CPU, concurrency=2).workers == 2, (
+        "what is asked for is done"
+    )
+
+
+def test_short_runs_are_trained_with_the_threads_of_a_process(tmp_path, monkeypatch):
+    """A slow moment of the machine may make them long: the same numbers must come out."""
+    seen = []
+    monkeypatch.setattr(sweep, "_cores", lambda: 2)
+    monkeypatch.setattr(sweep, "_seconds", lambda *asked: (1.0, 1.0))
+    monkeypatch.setattr(sweep, "train_job", lambda *asked: seen.append(torch.get_num_threads()) or {}["stop"])
+    with rp.cpu_threads(2), pytest.raises(SweepFailed):
+        run_all(jobs(8, 14), rp.RunStore(tmp_path), device=CPU)
+    assert seen == [1, 1]
 
 
 def test_a_job_asked_for_twice_is_trained_once(tmp_path, monkeypatch):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from resprobe.data import Data, load_data
+from resprobe.devices import cpu_threads
 from resprobe.networks import NetworkSpec, build
 from resprobe.recipes import Recipe
 from resprobe.training import Training
@@ -29,15 +29,9 @@ RECIPE = Recipe(
 )
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> AbstractContextManager[None]:
     """One thread is fastest for tiny networks, and splits sums alike in every process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return cpu_threads(1)
 
 
 def spec(family: str = "cifar/resnet", **options: Any) -> NetworkSpec:
