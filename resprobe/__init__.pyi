@@ -33,6 +33,7 @@ from .networks import (
 )
 from .normalization import NORMALIZATIONS as NORMALIZATIONS, register_normalization as register_normalization
 from .probes import PROBES as PROBES, Probe as Probe, attach as attach, register_probe as register_probe
+from .randomness import keeping_random_state as keeping_random_state
 from .recipes import Recipe as Recipe, learning_rate as learning_rate
 from .runs import (
     Run as Run,

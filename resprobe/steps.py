@@ -11,17 +11,16 @@ On a CPU it hardly pays: measured in docs/measurements/.
 from __future__ import annotations
 
 import pickle
-import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from resprobe.distributed import team
 from resprobe.errors import UsageError, not_accepted
+from resprobe.randomness import host_random_state, keeping_random_state
 
 STEPS = ("auto", "eager", "graph", "compile")
 _WARM_UP = 3
@@ -118,7 +117,7 @@ def _repeatable(network: nn.Module) -> Iterator[None]:
     graph would repeat the same numbers, and go on working on the tensors of old. Other state of the host goes unseen."""
 
     def random_state() -> tuple[bytes, bytes]:
-        of_torch, *others = _host_random_state()
+        of_torch, *others = host_random_state()
         return of_torch.numpy().tobytes(), pickle.dumps(others)
 
     tensors, before = [*network.parameters(), *network.buffers()], random_state()
@@ -128,10 +127,6 @@ def _repeatable(network: nn.Module) -> Iterator[None]:
     after = [*network.parameters(), *network.buffers()]
     if len(after) != len(tensors) or any(one is not other for one, other in zip(after, tensors, strict=True)):
         raise RuntimeError("it puts a new tensor in the place of a parameter or buffer")
-
-
-def _host_random_state() -> tuple:
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
 
 
 @contextmanager
@@ -147,11 +142,9 @@ def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
     ]
     velocities = {p: state["momentum_buffer"] for p, state in optimizer.state.items() if _has_velocity(state)}
     kept = [(tensor, tensor.detach().clone()) for tensor in (*tensors, *velocities.values())]
-    device = tensors[0].device
-    drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    of_torch, of_python, of_numpy = _host_random_state()
     try:
-        yield
+        with keeping_random_state(network):
+            yield
     finally:
         for kind, name, tensor in places:
             kind[name] = tensor
@@ -161,11 +154,6 @@ def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
             for parameter, state in optimizer.state.items():
                 if _has_velocity(state) and parameter not in velocities:
                     state["momentum_buffer"].zero_()
-        if drawn is not None:
-            torch.cuda.set_rng_state(drawn, device)
-        torch.set_rng_state(of_torch)
-        random.setstate(of_python)
-        numpy.random.set_state(of_numpy)
 
 
 def _has_velocity(state: dict) -> bool:

@@ -1,0 +1,33 @@
+"""Random numbers: what looks at a network, or tries it out, leaves the generators as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy
+import torch
+from torch import nn
+
+
+@contextmanager
+def keeping_random_state(network: nn.Module) -> Iterator[None]:
+    """Puts back after a `with` block the states of Python's, numpy's and torch's generators, on the host and on the GPUs
+    that `network` is on."""
+    devices = {tensor.device for tensor in network.parameters() if tensor.device.type == "cuda"}
+    of_torch, of_python, of_numpy = host_random_state()
+    on_devices = {device: torch.cuda.get_rng_state(device) for device in devices}
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        random.setstate(of_python)
+        numpy.random.set_state(of_numpy)
+        for device, state in on_devices.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+def host_random_state() -> tuple:
+    """The states of torch's, Python's and numpy's generators on the host."""
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
