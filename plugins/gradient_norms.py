@@ -28,7 +28,8 @@ One row a layer and one a block, for every measurement:
 
 If the loss L is a mean over images, N · ∂L/∂yᵢ is the gradient of image i's own loss, and `output_gradient_rms` the root
 mean square of its norm over the images: that figure compares between batch sizes, `output_gradient_norm` does not.
-W is the layer's `weight`, without its bias. What has no gradient (frozen, or not used) has NaN.
+W is the layer's `weight`, without its bias; where `torch.nn.utils` has put other parameters in its place (pruning, weight and
+spectral norm), there is a row for each of those. What has no gradient (frozen, or not used) has NaN.
 
 When gradients are read: in a training, when they are complete and before the optimizer uses them. Elsewhere, if a backward
 pass has come since the last reading: at `table()`, and when the `with` block is left without an exception. A loop of one's
@@ -37,10 +38,16 @@ own with several steps inside the `with` block calls `probe.read()` after each b
 Gradients that are accumulated over several passes are measured as accumulated: ∇W is `.grad` as it stands, and a block's
 ‖∂L/∂y‖₂ is the root of the sum of squares over the passes since the `.grad` were last None. (Gradients set to zero
 instead of None look like accumulated ones: call `probe.read()` after each step.) Under autocast the norms of half-precision
-gradients are summed up in float32; those of large bfloat16 tensors on a CPU are good to about 1e-4. With a loss that a
-`GradScaler` has scaled, call `probe.read()` after `unscale_`.
+gradients are summed up in float32; those of large bfloat16 tensors on a CPU are good to about 1e-4. Norms whose squares
+leave float32's range (below 1e-14, above 1e18) are summed up in float64. With a loss that a `GradScaler` has scaled, call
+`probe.read()` after `unscale_`.
+
+A block has NaN where several backward passes went through the same forward pass (`retain_graph`, a gradient penalty): the
+gradients of the parts of a loss add up to its own, their norms do not. With reentrant checkpointing one backward pass
+through several forward passes counts each as a use of the block.
 
 `torch.compile`: the probe attaches to the module as written, which runs uncompiled while the probe is attached.
+A deep copy of the network that is made meanwhile is not measured.
 `DistributedDataParallel`: it attaches to `.module`. ∇W is then the gradient averaged over the processes, ∂L/∂y that of
 this process's own images; each process has a table of its own.
 """
@@ -76,6 +83,12 @@ COLUMNS = (
     *("gradient_norm", "weight_norm", "gradient_to_weight", "output_gradient_norm", "output_gradient_rms"),
 )
 
+_SMALL, _LARGE = 1e-14, 1e18
+"""Norms between which the squares of float32 numbers are within float32's range."""
+
+_PART = 2**18
+"""Numbers that are converted to float64 at a time."""
+
 _MANY_ROWS = 1024
 """As many rows in bfloat16 may have their norms rounded to bfloat16 before they are put together."""
 
@@ -99,7 +112,12 @@ class Part(NamedTuple):
     stage: int
     block: str
     module: nn.Module
-    weight: nn.Parameter | None
+    parameter: str = ""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that goes by its name now; loading weights may have put another in its place."""
+        return self.module._parameters[self.parameter]  # type: ignore[return-value]
 
 
 @rp.register_probe("gradient-norms")
@@ -122,6 +140,8 @@ class GradientNorms(rp.Probe):
     ):
         super().__init__()
         self.schedule = schedule or rp.probes.logarithmic()
+        if isinstance(blocks, str):
+            raise rp.UsageError(f"blocks (={blocks!r}) must be a list of names or classes, as [{blocks!r}]")
         self.blocks = tuple(blocks)
         self._layouts: list[tuple[Row, ...]] = []
         self._measured: list[tuple[int, int]] = []  # iteration, index of the layout
@@ -141,7 +161,7 @@ class GradientNorms(rp.Probe):
         yield network.register_forward_pre_hook(self._begin_pass)
         yield network.register_forward_hook(self._end_pass)
         for block in self._blocks:
-            yield block.module.register_forward_hook(self._watch_block(block.name))
+            yield block.module.register_forward_hook(self._watch_block(block))
         modules = {part.module: None for part in (*self._layers, *self._blocks)}
         if self._order.keys() != modules.keys():
             self._order = {}
@@ -174,7 +194,12 @@ class GradientNorms(rp.Probe):
             stage = rp.probes.stage_of(name)
             if name in names or isinstance(module, classes):
                 block = name
-                blocks.append(Part(name, "block", stage, name, module, None))
+                blocks.append(Part(name, "block", stage, name, module))
+            if isinstance(module, torch.jit.ScriptModule):
+                raise rp.UsageError(
+                    f"{self.name} cannot measure {name!r} ({type(module).__name__}): scripted code calls no hooks; "
+                    "attach the probe before scripting"
+                )
             if module._parameters:
                 layers.extend(Part(*each, module, weight) for *each, weight in _weights(module, name, stage, block))
             for child_name, child in module._modules.items():
@@ -196,7 +221,7 @@ class GradientNorms(rp.Probe):
         self._on_tensors.clear()
         self._seen: dict[tuple[str, int], list[tuple[int, int, Tensor]]] = {}  # block and call → pass, images, norm
         self._calls: dict[str, int] = {}
-        self._pending = False
+        self._pending = self._unsure = False
 
     def _begin_pass(self, network: nn.Module, inputs: Any) -> None:
         self._calls = {}
@@ -213,15 +238,19 @@ class GradientNorms(rp.Probe):
                 for use, passes in self._seen.items():
                     self._seen[use] = [each for each in passes if each[0] >= number]
 
-        for tensor in _tensors(output):
-            if tensor.requires_grad:
-                self._on_tensors.append(tensor.register_hook(backward_begins))
+        given = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        self._on_tensors += [tensor.register_hook(backward_begins) for tensor in given]
+        self._unsure |= torch.is_grad_enabled() and not given
 
-    def _watch_block(self, name: str) -> Callable[..., None]:
+    def _watch_block(self, block: Part) -> Callable[..., None]:
         # A hook on the output itself, not a full backward hook on the module: that one hands the output on as a view,
         # on which an in-place ReLU behind the block fails. A tensor's hook that is there before an operation in place
         # is given the gradient for the values before it, which are the block's output.
+        name = block.name
+
         def watch_output(module: nn.Module, inputs: Any, output: Any) -> None:
+            if module is not block.module:  # a deep copy takes its hooks along
+                return
             if not isinstance(output, Tensor):
                 raise rp.UsageError(
                     f"{self.name} cannot measure block {name!r} ({type(module).__name__}): its output is a "
@@ -236,7 +265,10 @@ class GradientNorms(rp.Probe):
     def _take_norm(self, name: str, call: int, number: int) -> Callable[[Tensor], None]:
         def take_norm(gradient: Tensor) -> None:
             images = len(gradient) if gradient.ndim else 1
-            self._seen.setdefault((name, call), []).append((number, images, _norm(gradient.detach())))
+            norm = _norm(gradient.detach())
+            if norm.device.type == "cpu" and not _SMALL < norm < _LARGE:
+                norm = _wide_norm(gradient.detach())
+            self._seen.setdefault((name, call), []).append((number, images, norm))
 
         return take_norm
 
@@ -254,7 +286,9 @@ class GradientNorms(rp.Probe):
 
         `iteration` is what the rows are filed under; None: one more than the last. This is the one wait for the device.
         """
-        if not self._pending:
+        # Of an output without tensors to be seen, gradients alone tell that there was a backward pass.
+        unsure = self._unsure and any(layer.weight.grad is not None for layer in self._layers)
+        if not (self._pending or unsure):
             return
         weights = [layer.weight for layer in self._layers]
         gradients = [layer.weight.grad for layer in self._layers]
@@ -267,7 +301,11 @@ class GradientNorms(rp.Probe):
         uses = [(block, call) for block in self._blocks for call in range(calls[block.name])]
         seen = [self._seen.get((block.name, call), []) for block, call in uses]
         given = [gradient for gradient in gradients if gradient is not None]
-        figures = _to_host(_norms(weights) + _norms(given) + [norm for passes in seen for _, _, norm in passes])
+        measured = weights + given
+        figures = _to_host(_norms(measured) + [norm for passes in seen for _, _, norm in passes])
+        for index, norm in enumerate(figures[: len(measured)]):
+            if measured[index].device.type == "cpu" and not _SMALL < norm < _LARGE:
+                figures[index] = _wide_norm(measured[index])
         of_weights, of_gradients, of_passes = numpy.split(figures, [len(weights), len(weights) + len(given)])
         values = numpy.full((len(weights) + len(seen), 5), math.nan)
         values[: len(weights), 1] = of_weights
@@ -276,7 +314,10 @@ class GradientNorms(rp.Probe):
             values[: len(weights), 2] = values[: len(weights), 0] / of_weights
         own = iter(of_passes)
         for row, passes in zip(values[len(weights) :], seen, strict=True):
-            if passes:
+            if len({number for number, _, _ in passes}) < len(passes):  # several backward passes through one
+                for _ in passes:
+                    next(own)
+            elif passes:
                 norm = math.hypot(*(next(own) for _ in passes))
                 row[3:] = norm, norm * math.sqrt(sum(images for _, images, _ in passes))
 
@@ -327,25 +368,37 @@ class GradientNorms(rp.Probe):
 def _weights(module: nn.Module, name: str, stage: int, block: str) -> Iterator[tuple[Any, ...]]:
     """Name, kind, stage, block and weights of the layer that a module is; of every parameter, if it is no known layer."""
     kind = next((kind for kind, classes in KINDS.items() if isinstance(module, classes)), "other")
+    own = "weight" if kind != "other" and module._parameters.get("weight") is not None else None
     for parameter_name, parameter in module._parameters.items():
-        if parameter is None or (kind != "other" and parameter_name != "weight"):
+        if parameter is None or own not in (None, parameter_name) or (kind != "other" and parameter_name == "bias"):
             continue
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise rp.UsageError(
                 f"gradient-norms cannot measure {name!r}: its weights have no shape yet; run a forward pass first"
             )
-        own = name if kind != "other" else f"{name}.{parameter_name}" if name else parameter_name
-        yield own, kind, stage, block, parameter
+        full = name if parameter_name == own else f"{name}.{parameter_name}" if name else parameter_name
+        yield full, kind, stage, block, parameter_name
 
 
 def _norm(tensor: Tensor) -> Tensor:
     """The 2-norm, on the device."""
-    norm = torch.linalg.vector_norm
-    if tensor.device.type == "cpu" and tensor.ndim > 1:
+    tensor = _real(tensor)
+    if tensor.device.type != "cpu":
+        return torch._foreach_norm([tensor], 2, dtype=_accurate(tensor))[0]
+    norm, rows = torch.linalg.vector_norm, tensor
+    if tensor.ndim > 1:
         # A CPU adds up float32 squares one after the other: 1e-4 is lost over ten million, not so if by rows first.
-        rows = _rounded_rows(tensor)
-        tensor = norm(tensor, dim=tuple(range(1, tensor.ndim)), dtype=_accurate(tensor)) if rows is None else rows
-    return norm(tensor, dtype=_accurate(tensor))
+        rounded = _rounded_rows(tensor)
+        inner = tuple(range(1, tensor.ndim))
+        rows = norm(tensor, dim=inner, dtype=_accurate(tensor)) if rounded is None else rounded
+    return norm(rows, dtype=_accurate(tensor))
+
+
+def _wide_norm(tensor: Tensor) -> Tensor:
+    """The 2-norm on a CPU, summed up in float64, a part at a time, since each part is copied."""
+    norm, rows = torch.linalg.vector_norm, _real(tensor) if tensor.ndim else _real(tensor).reshape(-1)
+    size = max(1, _PART * len(rows) // max(1, rows.numel()))
+    return norm(torch.stack([norm(part, dtype=torch.float64) for part in rows.split(size)]))
 
 
 def _rounded_rows(tensor: Tensor) -> Tensor | None:
@@ -368,12 +421,13 @@ def _rounded_rows(tensor: Tensor) -> Tensor | None:
 def _norms(tensors: list[Tensor]) -> list[Tensor]:
     """2-norms on the device. One call for all small ones, or for all on a GPU: a network has hundreds."""
     norms: list[Tensor | None] = [None] * len(tensors)
-    together: dict[torch.dtype, list[int]] = {}
+    together: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    tensors = [_real(tensor) for tensor in tensors]
     for index, tensor in enumerate(tensors):
         if tensor.device.type == "cpu" and tensor.numel() > 2**16:
             norms[index] = _norm(tensor)
         else:
-            together.setdefault(tensor.dtype, []).append(index)
+            together.setdefault((tensor.device, tensor.dtype), []).append(index)
     for indices in together.values():
         same = [tensors[index] for index in indices]
         for index, norm in zip(indices, torch._foreach_norm(same, 2, dtype=_accurate(same[0])), strict=True):
@@ -391,8 +445,12 @@ def _to_host(scalars: list[Tensor]) -> numpy.ndarray:
 
 
 def _accurate(tensor: Tensor) -> torch.dtype:
-    """The precision to sum squares in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    """The precision to sum squares in: a CUDA kernel converts as it adds, where a CPU would write a copy first."""
+    return torch.float64 if tensor.dtype == torch.float64 or tensor.device.type == "cuda" else torch.float32
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -45,7 +45,8 @@ its own.
 
 Cost: two readings of each response, one merge a pass for all layers together; the first pass also measures convolutions
 that prove to be normalized. Kept are three float64 numbers a channel. Nothing waits for a GPU but `table()` and
-`channels()`, and, for the first pass alone, passes in inference mode.
+`channels()`, and, for the first pass alone, passes in inference mode. On a GPU moments are computed in float32, whose squares
+end at 1e-38 and 1e38: a `std` below 1e-18 or above 1e18 is lost there, not on a CPU.
 """
 
 from __future__ import annotations
@@ -86,32 +87,47 @@ _ROWS, _FEWEST_ROWS = 2048, 64
 _LARGE_MEAN = 100
 """Standard deviations above which a mean is large: `_by_columns` leaves it to `_by_shift`, which does not cancel."""
 
+_SMALL_VARIANCE, _SMALL_MEAN, _LARGE_VARIANCE = 1e-30, 1e-8, 1e36
+"""Where squares of float32 numbers may have left float32's range; about a larger mean none differ by as little."""
+
 Use = tuple[str, int]
 """A module's name and which call to it in the pass, from 0."""
 
 
+class _Response:
+    """A convolution's response until its normalization is met. Does not keep the tensor alive."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.address = weakref.ref(tensor), tensor.data_ptr()
+        self.version = None if tensor.is_inference() else tensor._version
+
+    def may_be(self, other: Tensor) -> bool:
+        """Whether `other` is this response, unchanged, as far as can be told without reading its numbers.
+
+        Inference mode counts no versions, and a full backward hook puts a view in the tensor's place. Memory may also have
+        been given to something else since.
+        """
+        return other._version == self.version if self.surely(other) else other.data_ptr() == self.address
+
+    def surely(self, other: Tensor) -> bool:
+        return self.tensor() is other and self.version is not None
+
+
 @dataclass
 class _Candidate:
-    """A convolution's response in the first pass, until its normalization is met. Does not keep the tensor alive."""
+    """A convolution's response in the first pass, with its channels' axis and moments."""
 
     use: Use
-    tensor: weakref.ref[Tensor]
-    address: int
-    version: int | None
+    response: _Response
     axis: int
     moments: tuple[Tensor, Tensor]
 
     def is_same(self, other: Tensor) -> bool:
-        """Whether `other` is this response, unchanged."""
-        identical = self.tensor() is other
-        if identical and self.version is not None:
-            return other._version == self.version
-        # Inference mode counts no versions, and a full backward hook puts a view in the tensor's place. Memory may also
-        # have been given to something else since; equal moments per channel say that it was not.
-        if not identical and other.data_ptr() != self.address:
-            return False
+        """Whether `other` is this response, unchanged; equal moments per channel say so where nothing else does."""
+        if self.response.surely(other) or not self.response.may_be(other):
+            return self.response.may_be(other)
         moments = _moments(other, self.axis) if other.ndim > self.axis else ()
-        return len(moments) == 2 and all(map(torch.equal, moments, self.moments))
+        return len(moments) == 2 and all(map(_equal, moments, self.moments))
 
 
 @rp.register_probe("layer-responses")
@@ -144,7 +160,7 @@ class LayerResponses(rp.Probe):
         self._inside = False
         self._calls: dict[str, int] = {}
         self._order: list[Use] = []
-        self._awaited: dict[Use, None] = {}
+        self._awaited: dict[Use, _Response] = {}
         self._candidates: list[_Candidate] = []
         self._seen: dict[Use, tuple[int, Tensor, Tensor]] = {}
 
@@ -190,7 +206,7 @@ class LayerResponses(rp.Probe):
 
     def _begin_pass(self, network: nn.Module, inputs: Any) -> None:
         self._forget_pass()
-        self._inside = True
+        self._inside = not _on_the_way_back()
 
     def _next_use(self, name: str) -> Use:
         call = self._calls.get(name, 0)
@@ -206,13 +222,12 @@ class LayerResponses(rp.Probe):
             if use not in self._norm_of:
                 # Whether a normalization follows is not known yet. The response is measured now all the same: later,
                 # something may have been written over it.
-                version = None if output.is_inference() else output._version
                 axis, moments = self._reduce(use, output)
-                self._candidates.append(_Candidate(use, weakref.ref(output), output.data_ptr(), version, axis, moments))
+                self._candidates.append(_Candidate(use, _Response(output), axis, moments))
             elif self._norm_of[use] is None:
                 self._reduce(use, output)
             else:
-                self._awaited[use] = None
+                self._awaited[use] = _Response(output)
 
         return note
 
@@ -222,16 +237,16 @@ class LayerResponses(rp.Probe):
                 return
             use = self._next_use(name)
             of = self._conv_of.get(use)
+            given = inputs[0] if inputs else next(iter(named_inputs.values()), None)
             if of is not None:
-                if of not in self._awaited:
+                response = self._awaited.pop(of, None)
+                if response is None or not (isinstance(given, Tensor) and response.may_be(given)):
                     raise rp.UsageError(
                         f"{self.name} cannot measure {of[0]!r}: {name!r} normalized it in an earlier pass, and something "
                         "else in this one"
                     )
-                del self._awaited[of]
                 self._reduce(of, output)
             elif self._candidates:
-                given = inputs[0] if inputs else next(iter(named_inputs.values()), None)
                 if isinstance(given, Tensor) and isinstance(output, Tensor) and given.shape == output.shape:
                     self._learn(use, given, output)
 
@@ -247,6 +262,11 @@ class LayerResponses(rp.Probe):
 
     def _reduce(self, use: Use, response: Tensor) -> tuple[int, tuple[Tensor, Tensor]]:
         """Notes the moments of each channel, on the device; gives the channels' axis too."""
+        if not isinstance(response, Tensor) or response.is_complex():
+            kind = f"{response.dtype} tensor" if isinstance(response, Tensor) else type(response).__name__
+            raise rp.UsageError(
+                f"{self.name} cannot measure {use[0]!r}: it gives a {kind}, not a tensor of real numbers"
+            )
         if response.device.type == "meta":
             raise rp.UsageError(f"{self.name} cannot measure {use[0]!r}: it is on device 'meta' and has no data")
         spatial = len(self._places[use[0]]["kernel_size"].split("x"))
@@ -354,6 +374,15 @@ class LayerResponses(rp.Probe):
         self._layers = {(layer.pop("layer"), layer.pop("call")): layer for layer in layers}
 
 
+def _on_the_way_back() -> bool:
+    """Whether autograd is at work: checkpointing then computes again what was seen on the way forward."""
+    return torch._C._current_graph_task_id() != -1  # as torch.utils.checkpoint asks it
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 @torch.no_grad()
 def _moments(response: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Mean and variance (with n in the denominator) of each index of `axis`; nothing large is kept."""
@@ -368,7 +397,9 @@ def _moments(response: Tensor, axis: int) -> tuple[Tensor, Tensor]:
         variance, mean = torch.var_mean(x.to(_precise(x)), _all_but_channels(x), correction=0)
         return mean, variance
     # On a CPU that kernel takes as long as three convolutions.
-    return _by_columns(x) or _by_shift(x)
+    mean, variance = _by_columns(x) or _by_shift(x, _precise(x))
+    vanished = (variance < _SMALL_VARIANCE) & (mean.abs() < _SMALL_MEAN)
+    return _by_shift(x, torch.float64) if (vanished | ~(variance < _LARGE_VARIANCE)).any() else (mean, variance)
 
 
 def _by_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -399,13 +430,13 @@ def _by_columns(x: Tensor) -> tuple[Tensor, Tensor] | None:
     return None if (mean.square() > _LARGE_MEAN**2 * variance).any() else (mean, variance)
 
 
-def _by_shift(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Moments on a CPU whatever the strides and the mean.
+def _by_shift(x: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Moments on a CPU whatever the strides and the mean, in numbers of type `precise`.
 
     Sums are sound about a shift near the mean: with the mean of a share 1/k of the numbers as the shift,
     |shift − mean| ≤ std · √(k − 1), so little cancels.
     """
-    dims, precise = _all_but_channels(x), _precise(x)
+    dims = _all_but_channels(x)
     parts = x.split(max(1, _SCRATCH // x[0].numel()))
     shift = torch.mean(parts[0], dims, keepdim=True, dtype=precise)
     scratch = torch.empty_like(parts[0], dtype=precise)

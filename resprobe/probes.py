@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,14 +27,16 @@ Schedule = Callable[[int], bool]
 
 
 def every(iterations: int, *, offset: int = 0) -> Schedule:
-    """Every so many iterations."""
-    if not (isinstance(iterations, int) and iterations >= 1):
-        raise UsageError(f"every: iterations (={iterations!r}) must be a whole number ≥ 1")
+    """Every so many iterations, from `offset` on."""
+    for name, value, least in (("iterations", iterations, 1), ("offset", offset, 0)):
+        if not (isinstance(value, Integral) and value >= least):
+            raise UsageError(f"every: {name} (={value!r}) must be a whole number ≥ {least}")
     return lambda iteration: iteration >= offset and (iteration - offset) % iterations == 0
 
 
 def logarithmic(per_decade: int = 10) -> Schedule:
-    """At 0 and then `per_decade` times between each power of ten and the next."""
+    """At 0 and then `per_decade` times between each power of ten and the next, rounded to whole iterations: below 10
+    several fall together."""
     if not (isinstance(per_decade, int) and per_decade >= 1):
         raise UsageError(f"logarithmic: per_decade (={per_decade!r}) must be a whole number ≥ 1")
     points = {0} | {round(10 ** (step / per_decade)) for step in range(9 * per_decade)}
@@ -41,7 +45,10 @@ def logarithmic(per_decade: int = 10) -> Schedule:
 
 def at(iterations: Iterable[int]) -> Schedule:
     """At the given iterations."""
-    return frozenset(iterations).__contains__
+    points = list(iterations) if isinstance(iterations, Iterable) else [None]
+    if not all(isinstance(point, Integral) and point >= 0 for point in points):
+        raise UsageError(f"at: iterations (={iterations!r}) must be a list of whole numbers ≥ 0")
+    return frozenset(points).__contains__
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -90,7 +97,8 @@ def block_of(name: str, modules: Mapping[str, nn.Module], blocks: tuple[type[nn.
 class _Uncompiled:
     """While one is held, compiled networks run their modules as written: compiled code knows no hook that comes later.
 
-    Compiled code is kept, and used again once the last holder has let go.
+    Compiled code is kept, and used again once the last holder has let go. What was compiled may be the network, a part of
+    it, something that it is a part of, or a function that calls it: of those the network knows nothing.
     """
 
     _holders = 0
@@ -108,12 +116,9 @@ class _Uncompiled:
             _Uncompiled._stance.__exit__(None, None, None)
 
     @staticmethod
-    def needed(network: nn.Module) -> bool:
-        """Whether `network`, or a part of it, was compiled: by `torch.compile(...)` or by its own `.compile()`."""
-        return any(
-            "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-            for module in network.modules()
-        )
+    def needed() -> bool:
+        """Whether anything may have been compiled in this process."""
+        return "torch._dynamo" in sys.modules
 
 
 class Probe:
@@ -150,12 +155,12 @@ class Probe:
     def attach(self, network: nn.Module) -> None:
         """Attaches to `network`, or what `unwrap` finds in it; nothing is left attached if that fails half-way.
 
-        While a probe is attached to a compiled network, everything compiled in this process runs uncompiled.
+        While a probe is attached, everything compiled in this process runs uncompiled.
         """
         if self._handles:
             raise UsageError(f"probe {self.name or type(self).__name__} is attached already; detach it first")
         try:
-            if _Uncompiled.needed(network):
+            if _Uncompiled.needed():
                 self._handles.append(_Uncompiled())
             for handle in self.hook(unwrap(network)):
                 self._handles.append(handle)
@@ -184,10 +189,8 @@ def attach(network: nn.Module, *probes: str | Probe) -> Iterator[Any]:
     if not probes:
         raise UsageError("attach needs at least one probe: a registered name or a Probe")
     made = tuple(make_probe(probe) for probe in probes)
-    try:
+    with ExitStack() as attached:  # each is detached, whatever another raises then
         for probe in made:
             probe.attach(network)
+            attached.callback(probe.detach)
         yield made[0] if len(made) == 1 else made
-    finally:
-        for probe in made:
-            probe.detach()

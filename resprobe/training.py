@@ -23,7 +23,7 @@ from resprobe.devices import autocast, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
-from resprobe.probes import Probe
+from resprobe.probes import Probe, attach
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import recomputing
 from resprobe.steps import CapturedStep, resolve_step
@@ -194,17 +194,12 @@ class Training:
         self._set_learning_rate(rate)
         measuring = [probe for probe in self.probes if probe.schedule(self.iteration)]
         if measuring:
-            try:
-                for probe in measuring:
-                    probe.attach(self.network)
+            with attach(self.network, *measuring):
                 # Hooks are called by neither a graph nor a compiled network, and twice where activations are recomputed:
                 # the few iterations that are measured run as they are written.
                 loss, wrong = self._gradients(images, labels, self.parallel)
                 for probe in measuring:
                     probe.after_backward(self.network, self.iteration)
-            finally:
-                for probe in measuring:
-                    probe.detach()
             self._descend()
             return loss, wrong
         if self.capturing and self.captured is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import gc
 import io
 import math
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from tiny import CPU, Boom, Fragile, assert_same, digits, hook_count, network, recipe, training
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import resprobe as rp
@@ -740,3 +743,117 @@ def test_a_network_that_gives_a_dictionary():
     with attach(net, "gradient-norms") as probe:
         net(torch.ones(1, 2))["out"][0].sum().backward()
     assert layers_of(probe.table()) == pytest.approx({"fc": 2.0})
+
+
+# -- the range of float32 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-12, 1e12, 1e20])
+@pytest.mark.parametrize("shape", [(6, 1, 8, 8), (6, 1, 64, 64)], ids=["small", "large"])
+def test_vanished_and_exploded_gradients_keep_their_norms(shape, scale):
+    """Squares below 1e-38 are zero in float32, and above 1e38 infinite, long before the gradients are."""
+    random = torch.Generator().manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU())
+    with attach(net, GradientNorms(blocks=["1"])) as probe:
+        output = net(torch.rand(shape, generator=random))
+        given_back = scale * torch.randn(output.shape, generator=random)
+        output.backward(given_back)
+    (layer,), (block,) = layers_of(probe.table()).values(), blocks_of(probe.table()).values()
+    assert layer == pytest.approx(net[0].weight.grad.double().norm().item(), rel=1e-5, abs=0)
+    assert block == pytest.approx(given_back.double().norm().item(), rel=1e-5, abs=0)
+
+
+def test_gradients_that_are_zero_have_no_norm():
+    net, (images, labels) = network(), batch()
+    with attach(net, "gradient-norms") as probe:
+        (0 * loss_of(net, images, labels)).backward()
+    assert set(layers_of(probe.table()).values()) == set(blocks_of(probe.table()).values()) == {0.0}
+
+
+# -- what else a network may be ----------------------------------------------------------------------------------
+
+
+def test_several_backward_passes_through_one_forward_pass():
+    """The gradients add up, which norms do not: the weights' are measured, the blocks' are not."""
+    net, (images, labels) = network().eval(), batch()
+    with attach(net, "gradient-norms") as probe:
+        loss = loss_of(net, images, labels)
+        loss.backward(retain_graph=True)
+        loss.backward()
+    layers, _ = twin(net, images, labels)
+    assert layers_of(probe.table()) == pytest.approx({name: 2 * norm for name, norm in layers.items()}, rel=1e-4)
+    assert all(math.isnan(norm) for norm in blocks_of(probe.table()).values())
+
+
+def test_a_deep_copy_is_not_measured():
+    net, (images, labels) = network().eval(), batch()
+    with attach(net, "gradient-norms") as probe:
+        loss_of(net, images, labels).backward()
+        loss_of(copy.deepcopy(net), 10 * images, labels).backward()
+    layers, blocks = twin(net, images, labels)
+    assert layers_of(probe.table()) == pytest.approx(layers, rel=1e-5)
+    assert blocks_of(probe.table()) == pytest.approx(blocks, rel=1e-5)
+
+
+def test_an_output_without_tensors_to_be_seen():
+    @dataclasses.dataclass
+    class Answer:
+        logits: Tensor
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Answer:
+            return Answer(self.inner(x))
+
+    net = Net()
+    with attach(net, "gradient-norms") as probe:
+        net(torch.ones(2, 4))
+        assert probe.table().empty, "there was no backward pass"
+        net(torch.ones(2, 4)).logits.square().sum().backward()
+        assert len(probe.table()) == len(probe.table()) == 1
+    assert layers_of(probe.table()) == pytest.approx({"inner": net.inner.weight.grad.norm().item()})
+
+
+def test_weights_that_go_by_other_names():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 3))
+    prune.l1_unstructured(net[0], "weight", 0.5)
+    nn.utils.spectral_norm(net[2])
+    with attach(net, "gradient-norms") as probe:
+        net(torch.ones(2, 1, 8, 8)).square().sum().backward()
+    own = {"0.weight_orig": net[0].weight_orig, "2.weight_orig": net[2].weight_orig}
+    assert layers_of(probe.table()) == pytest.approx({name: each.grad.norm().item() for name, each in own.items()})
+    assert set(probe.table().kind) == {"conv"}
+
+
+def test_parameters_that_are_replaced_are_found():
+    net, (images, labels) = network().eval(), batch()
+    other = {name: tensor.clone() for name, tensor in network("cifar/resnet", seed=3).state_dict().items()}
+    with attach(net, "gradient-norms") as probe:
+        net.load_state_dict(other, assign=True)
+        net.requires_grad_()
+        loss_of(net, images, labels).backward()
+    layers, _ = twin(net, images, labels)
+    assert layers_of(probe.table()) == pytest.approx(layers, rel=1e-5)
+
+
+def test_complex_weights():
+    net = nn.Linear(3, 2, bias=False, dtype=torch.complex64)
+    with attach(net, "gradient-norms") as probe:
+        net(torch.ones(1, 3, dtype=torch.complex64)).abs().sum().backward()
+    assert layers_of(probe.table()) == pytest.approx({"": net.weight.grad.norm().item()})
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_code_is_refused_by_name():
+    net = nn.Sequential(nn.Conv2d(1, 3, 3), torch.jit.script(nn.ReLU()))
+    with pytest.raises(rp.UsageError, match=r"^gradient-norms cannot measure '1' .*before scripting$"):
+        GradientNorms().attach(net)
+    assert hook_count(net) == 0
+
+
+def test_one_name_is_no_list_of_names():
+    with pytest.raises(rp.UsageError, match=r"^blocks \(='stage1'\) must be a list of names or classes"):
+        GradientNorms(blocks="stage1")

@@ -767,3 +767,83 @@ def test_on_a_gpu_it_is_the_same_and_nothing_waits(kind):
     with torch.autocast("cuda", kind, enabled=kind != torch.float32):
         expected = naive(net, probe.table().measured.tolist(), batches)
     check(probe.table(), probe.channels(), {name: each.cpu() for name, each in expected.items()}, rtol=1e-4)
+
+
+# -- the range of float32, and networks that change ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("flush", [False, True], ids=["", "denormals flushed"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-23, 1e-19, 1e-12, 1e12, 1e19])
+def test_vanished_and_exploded_responses_keep_their_figures(scale, flush, layout):
+    """Squares below 1e-38 are zero in float32, and above 1e38 infinite, long before the responses are."""
+    net = seeded(nn.Conv2d, 3, 4, 3, bias=False)
+    batch = (images(64, channels=3) * scale).contiguous(memory_format=layout)
+    torch.set_flush_denormal(flush)
+    try:
+        with torch.no_grad(), rp.attach(net, "layer-responses") as probe:
+            responses = net(batch).double()
+    finally:
+        torch.set_flush_denormal(True)  # as conftest.py has it
+    assert probe.table()["std"].item() == pytest.approx(responses.std().item(), rel=1e-5, abs=0)
+    by_channel = responses.transpose(0, 1).flatten(1)
+    assert probe.channels()["std"].tolist() == pytest.approx(by_channel.std(1).tolist(), rel=1e-5, abs=0)
+    assert probe.channels()["mean"].tolist() == pytest.approx(by_channel.mean(1).tolist(), abs=1e-6 * scale)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_another_use_of_a_normalization_in_a_later_pass_is_refused(inference):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor, between: bool) -> torch.Tensor:
+            y = self.conv(x)
+            return self.norm(F.relu(y) * 100 if between else y)
+
+    net = Net()
+    with torch.inference_mode(inference), rp.attach(net, "layer-responses") as probe:
+        net(images(), False)
+        net(images(), False)
+        with pytest.raises(
+            rp.UsageError, match="^layer-responses cannot measure 'conv': 'norm' normalized it in an earl"
+        ):
+            net(images(), True)
+    assert probe.table()["count"].item() == 2 * IMAGES * 4 * 36
+
+
+def test_a_checkpointed_network_is_counted_once():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+    for reentrant in (True, False):
+        with rp.attach(net, "layer-responses") as probe:
+            torch.utils.checkpoint.checkpoint(net, images().requires_grad_(), use_reentrant=reentrant).sum().backward()
+        assert probe.table()["count"].item() == IMAGES * 4 * 36, reentrant
+
+
+def test_the_normalization_is_known_where_the_first_pass_has_nan():
+    net = randomized(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))).eval()
+    broken = images()
+    broken[0, 0, 0, 0] = math.nan
+    with torch.inference_mode(), rp.attach(net, "layer-responses") as probe:
+        net(broken)
+    assert probe.table()["measured"].item() == "1"
+
+
+class Pair(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+@pytest.mark.parametrize(
+    ("net", "kind"),
+    [(Pair(1, 4, 3), "tuple"), (nn.Conv2d(1, 4, 3, dtype=torch.complex64), "torch.complex64 tensor")],
+    ids=["tuple", "complex"],
+)
+def test_responses_that_are_no_real_numbers_are_refused(net, kind):
+    given_images = images().to(net.weight.dtype)
+    with (
+        rp.attach(net, "layer-responses"),
+        pytest.raises(rp.UsageError, match=f"it gives a {kind}, not a tensor of real"),
+    ):
+        net(given_images)

@@ -12,7 +12,7 @@ from torch import nn
 
 import resprobe as rp
 from resprobe.errors import UsageError
-from resprobe.probes import PROBES, at, attach, every, logarithmic, make_probe
+from resprobe.probes import PROBES, _Uncompiled, at, attach, every, logarithmic, make_probe
 
 
 class Counting(rp.Probe):
@@ -247,3 +247,54 @@ def test_the_base_class_says_nothing(net, images):
     assert probe.load_state(None) is None
     with pytest.raises(NotImplementedError):
         probe.table()
+
+
+def test_a_refused_second_attach_leaves_the_first_alone(net, images):
+    probe = Counting()
+    with attach(net, probe):
+        with pytest.raises(UsageError, match="attached already"), attach(net, Second(), probe):
+            pytest.fail("the block must not be entered")
+        net(images)
+    assert hook_count(net) == 0
+    assert set(probe.seen.values()) == {1}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_probe_that_fails_when_it_is_detached_leaves_no_hook_of_another(net, order):
+    class Stubborn(Counting):
+        def detach(self):
+            super().detach()
+            raise UsageError("cannot be read")
+
+    probes = [Stubborn(), Second()]
+    with pytest.raises(UsageError, match="^cannot be read$"), attach(net, *(probes[index] for index in order)):
+        pass
+    assert hook_count(net) == 0
+    assert _Uncompiled._holders == 0
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about its own
+@pytest.mark.parametrize("what", ["the network", "what it is part of", "by method", "a function"])
+def test_what_was_compiled_and_run_before_is_measured(net, images, what):
+    whole = nn.Sequential(net)
+    if what == "by method":
+        whole.compile(backend="eager")
+    target = {"the network": net, "a function": lambda x: net(x)}.get(what, whole)
+    run = whole if what == "by method" else torch.compile(target, backend="eager")
+    run(images)
+    with attach(net, Counting()) as probe:
+        run(images)
+    assert set(probe.seen.values()) == {1}
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("value", [5, "10", [1.5], [-1], ["3"]])
+def test_at_needs_whole_numbers(value):
+    with pytest.raises(UsageError) as caught:
+        at(value)
+    assert str(caught.value) == f"at: iterations (={value!r}) must be a list of whole numbers ≥ 0"
+
+
+def test_every_needs_a_whole_offset():
+    with pytest.raises(UsageError, match=r"^every: offset \(=0.5\) must be a whole number ≥ 0$"):
+        every(3, offset=0.5)
