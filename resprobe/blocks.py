@@ -105,6 +105,8 @@ class Block(nn.Module):
 def register_block(name: str):
     """Decorator that files a subclass of `Block` under `name`, so that networks and studies accept it."""
 
+    file = BLOCKS.register(name)  # a name that is none is said before the class is looked at
+
     def file_under_name(cls: type[Block]) -> type[Block]:
         if not (isinstance(cls, type) and issubclass(cls, Block)):
             raise UsageError(f"block (={name!r}) must be a subclass of resprobe.Block, not {cls!r}")
@@ -112,7 +114,7 @@ def register_block(name: str):
             raise UsageError(
                 f"block (={name!r}): weighted_layers (={cls.weighted_layers!r}) must be a whole number ≥ 1"
             )
-        return BLOCKS.register(name)(cls)
+        return file(cls)
 
     return file_under_name
 

@@ -15,6 +15,7 @@ from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
 from resprobe.data.folder import resized
 from resprobe.devices import autocast, resolve_device
 from resprobe.errors import UsageError, not_accepted
+from resprobe.networks import check_fit
 
 PROTOCOLS = ("single-view", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)
@@ -62,24 +63,30 @@ def evaluate(
     cropped to `data.cropped(size)`; for crops other than 224 pixels the scales are in proportion.
     A sequence of networks is an ensemble: their scores are averaged.
 
-    Inputs are normalized as the network was trained (`network.normalization`), else by `normalization`, else by the
-    per-pixel mean of the training part of `data`.
+    Inputs are normalized by `normalization`, else as the network was trained (`network.normalization`), else by the
+    per-pixel mean of the training part of `data`. Raises `UsageError` for a network that does not fit the data.
     """
     if protocol not in PROTOCOLS:
         raise not_accepted("protocol", protocol, PROTOCOLS)
-    networks = (
-        list(network)
-        if isinstance(network, Sequence | list | tuple) and not isinstance(network, nn.Module)
-        else [network]
-    )
-    if not networks:
-        raise UsageError("evaluate needs at least one network")
+    networks = list(network) if isinstance(network, list | tuple) else [network]
+    if not networks or not all(isinstance(member, nn.Module) for member in networks):
+        kinds = ", ".join(type(member).__name__ for member in networks) or "nothing"
+        raise UsageError(f"network (={kinds}) must be a built network, or a list of them: rp.build makes one of a name")
+    if normalization is not None and not isinstance(normalization, Normalization):
+        raise UsageError(
+            f"normalization (={normalization!r}) must be a Normalization, such as Normalization.fit(images)"
+        )
+    if not (isinstance(batch_size, int) and batch_size >= 1):
+        raise UsageError(f"batch_size (={batch_size!r}) must be a whole number ≥ 1")
     images: ImageSet | FolderSet
     if isinstance(data, ImageSet | FolderSet):
         images, fitted = data, None
     else:
         loaded = load_data(data)
         images, fitted = loaded.test, loaded.train
+        for spec in (getattr(member, "spec", None) for member in networks):
+            if spec is not None:
+                check_fit(spec, loaded)
     device = resolve_device(device)
     members: list[tuple[nn.Module, Normalization]] = []
     for member in networks:

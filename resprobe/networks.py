@@ -22,6 +22,9 @@ from resprobe.normalization import NORMALIZATIONS
 from resprobe.registry import Registry
 from resprobe.shortcuts import SHORTCUTS
 
+if TYPE_CHECKING:
+    from resprobe.data import Data
+
 Option = int | str | bool | float | None
 
 NETWORKS: Registry[Callable[..., nn.Module]] = Registry("network")
@@ -33,9 +36,11 @@ def register_network(name: str, *, defaults: Callable[[int], Mapping[str, Option
     `defaults(depth)` gives the values of options whose default depends on the depth; the signature says None there.
     """
 
+    file = NETWORKS.register(name)
+
     def file_under_name(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         make.defaults = defaults  # type: ignore[attr-defined]
-        return NETWORKS.register(name)(make)
+        return file(make)
 
     return file_under_name
 
@@ -162,10 +167,26 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
     return NetworkSpec(family, depth, tuple(complete.items()))
 
 
+def check_fit(spec: NetworkSpec, data: Data) -> None:
+    """Raises `UsageError` if the network's channels or classes are not the data's."""
+    for name, needed in (("in_channels", data.in_channels), ("num_classes", data.num_classes)):
+        if spec.get(name, needed) != needed:
+            raise UsageError(
+                f"{name} (={spec.get(name)}) of {spec.name} does not fit data {data.name!r}, which has {needed}"
+            )
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 80 and "\n" not in text else f"a {type(value).__name__}"
+
+
 def _parse_name(name: str) -> tuple[str, int | None]:
     if not isinstance(name, str):
-        raise UsageError(f"network (={name!r}) must be a name such as 'cifar/resnet-20' or a NetworkSpec")
+        raise UsageError(f"network (={_short(name)}) must be a name such as 'cifar/resnet-20' or a NetworkSpec")
     family, dash, depth = name.rpartition("-")
+    if depth.isdecimal() and family.endswith("-") and family[:-1] in NETWORKS:
+        return family[:-1], -int(depth)  # the family itself says which depths it has
     for known in (NETWORKS.known, NETWORKS.__contains__):  # plugins are looked into only if nothing else fits
         if known(name):  # also one that ends like a depth: "my-net-2"
             return name, None

@@ -180,6 +180,8 @@ register_probe = PROBES.register
 
 def make_probe(probe: str | Probe) -> Probe:
     """The probe itself, or a new one of the registered name."""
+    if not isinstance(probe, Probe | str):
+        raise UsageError(f"probe (={type(probe).__name__!r}) must be a registered name or a Probe")
     return probe if isinstance(probe, Probe) else PROBES[probe]()
 
 
@@ -188,6 +190,10 @@ def attach(network: nn.Module, *probes: str | Probe) -> Iterator[Any]:
     """Attaches probes for a `with` block: gives the probe, or a tuple of them if there are several."""
     if not probes:
         raise UsageError("attach needs at least one probe: a registered name or a Probe")
+    if not isinstance(network, nn.Module):
+        raise UsageError(
+            f"network (={type(network).__name__!r}) must be a torch.nn.Module: rp.build makes one of a name"
+        )
     made = tuple(make_probe(probe) for probe in probes)
     with ExitStack() as attached:  # each is detached, whatever another raises then
         for probe in made:

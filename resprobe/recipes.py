@@ -5,11 +5,28 @@ Every choice that the paper leaves open is a field with its default; the reasons
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from resprobe.errors import UsageError, not_accepted
+
+_WHOLE = {
+    **dict.fromkeys(("iterations", "batch_size", "window", "evaluations", "crop", "plateau", "bn_batch"), 1),
+    **dict.fromkeys(("pad", "warm_up_iterations"), 0),
+}
+"""Fields of a recipe that are whole numbers, and the least they may be."""
+_MAY_BE_NONE = ("plateau", "bn_batch", "warm_up_iterations", "warm_up_rate")
+_EXAMPLES = {"milestones": (32_000, 48_000), "scale": (256, 480)}
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class Recipe:
     crop: int = 224
     """Side of the crop in pixels ("scale-crop")."""
     colour: Literal["none", "pca"] = "none"
-    """"pca": AlexNet's lighting noise (§3.4: "the standard color augmentation in [21] is used")."""
+    """"pca": AlexNet's lighting noise (§3.4: "the standard color augmentation in [21] is used"; "scale-crop")."""
     normalization: Literal["per-pixel-mean", "channel-mean-std"] = "per-pixel-mean"
     """"per-pixel-mean" subtracts the training set's mean image (§4.2); pixels are in [0, 1]."""
 
@@ -83,18 +100,20 @@ class Recipe:
         for field in fields(self):  # JSON knows no tuples
             if isinstance(getattr(self, field.name), list):
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
-        for name in ("iterations", "batch_size", "window", "evaluations", "crop"):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
-                raise UsageError(f"{name} (={getattr(self, name)!r}) must be a whole number ≥ 1")
-        for name in ("learning_rate", "decay"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} (={getattr(self, name)!r}) must be > 0")
-        for name, low, high in (("pad", 0, None), ("flip", 0, 1), ("validation_fraction", 0, 0.9), ("momentum", 0, 1)):
+        for name, least in _WHOLE.items():
             value = getattr(self, name)
-            if value < low or (high is not None and value > high):
-                raise UsageError(
-                    f"{name} (={value!r}) must be ≥ {low}" + (f" and ≤ {high}" if high is not None else "")
-                )
+            if not _is_whole(value, least) and not (value is None and name in _MAY_BE_NONE):
+                raise UsageError(f"{name} (={value!r}) must be a whole number ≥ {least}")
+        for name in ("learning_rate", "decay", "warm_up_rate"):
+            value = getattr(self, name)
+            if not (_is_number(value) and value > 0) and not (value is None and name in _MAY_BE_NONE):
+                raise UsageError(f"{name} (={value!r}) must be > 0")
+        for name, high in (("flip", 1), ("validation_fraction", 0.9), ("momentum", 1), ("weight_decay", math.inf)):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value <= high):
+                raise UsageError(f"{name} (={value!r}) must be ≥ 0" + (f" and ≤ {high}" if high < math.inf else ""))
+        if self.nesterov not in (True, False) or (self.nesterov and not self.momentum):
+            raise UsageError(f"nesterov (={self.nesterov!r}) must be True or False, and False without momentum")
         for name, accepted in (
             ("momentum_form", ("torch", "caffe")),
             ("weight_decay_on", ("all", "weights")),
@@ -106,12 +125,16 @@ class Recipe:
         ):
             if getattr(self, name) not in accepted:
                 raise not_accepted(name, getattr(self, name), accepted)
-        if list(self.milestones) != sorted(self.milestones):
-            raise UsageError(f"milestones (={self.milestones}) must rise")
+        for name in ("milestones", "scale"):
+            values = getattr(self, name)
+            if not (isinstance(values, tuple) and all(_is_whole(value, 0) for value in values)):
+                raise UsageError(f"{name} (={values!r}) must be whole numbers ≥ 0, such as {_EXAMPLES[name]}")
+            if list(values) != sorted(values):
+                raise UsageError(f"{name} (={values}) must rise")
 
     def with_iterations(self, iterations: int) -> Recipe:
         """The same recipe with its whole schedule scaled to `iterations`."""
-        if not (isinstance(iterations, int) and iterations >= 1):
+        if not _is_whole(iterations, 1):
             raise UsageError(f"iterations (={iterations!r}) must be a whole number ≥ 1")
         ratio = iterations / self.iterations
         return replace(

@@ -55,6 +55,12 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         return self.known(name) or name in self.names()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
     def known(self, name: object) -> bool:
         """Whether `name` is registered so far. Does not import the installed plugins, which takes a moment."""
         return name in self._things

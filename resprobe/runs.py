@@ -34,7 +34,7 @@ from resprobe.devices import resolve_device, resolve_precision
 from resprobe.distributed import team
 from resprobe.environment import environment
 from resprobe.errors import TrainingDiverged, UsageError
-from resprobe.networks import NETWORKS, Network, NetworkSpec, Option, build, resolve
+from resprobe.networks import NETWORKS, Network, NetworkSpec, Option, build, check_fit, resolve
 from resprobe.probes import Probe, make_probe
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.registry import source_digest
@@ -137,6 +137,8 @@ def check_seed(seed: int) -> int:
     """A seed is a whole number from 0 on."""
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise UsageError(f"seed (={seed!r}) must be a whole number ≥ 0")
+    if seed >= 2**63:
+        raise UsageError(f"seed (={seed}) must be below 2⁶³")
     return seed
 
 
@@ -209,8 +211,9 @@ def configure(
     A network given by name (with `options`, as for `build`) is fitted to the data's channels and classes; one given as
     a specification or built must fit, else `UsageError`.
     """
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise UsageError(f"recipe (={type(recipe).__name__!r}) must be a Recipe, such as rp.recipes.cifar_paper()")
     loaded = load_data(data)
-    fit = {"in_channels": loaded.in_channels, "num_classes": loaded.num_classes}
     start = None
     if isinstance(network, nn.Module):
         spec = getattr(network, "spec", None) or NetworkSpec(f"module/{type(network).__qualname__}", None)
@@ -218,14 +221,11 @@ def configure(
     else:
         spec = resolve(network, **options)
         if isinstance(network, str):
+            fit = {"in_channels": loaded.in_channels, "num_classes": loaded.num_classes}
             spec = resolve(
                 spec, **{name: fit[name] for name in fit if name in dict(spec.options) and name not in options}
             )
-    for name, needed in fit.items():
-        if spec.get(name, needed) != needed:
-            raise UsageError(
-                f"{name} (={spec.get(name)}) of {spec.name} does not fit data {loaded.name!r}, which has {needed}"
-            )
+    check_fit(spec, loaded)
     recipe = recipe or default_recipe(loaded, depth=spec.depth)
     name = data if isinstance(data, str) else data.name
     return RunConfig(spec, name, data_identity(data), recipe, check_seed(seed), precision, start)
@@ -273,6 +273,8 @@ def train(
     config = configure(
         network, data if isinstance(data, str) else loaded, recipe, seed=seed, precision=chosen_precision
     )
+    if isinstance(probes, str | Probe):
+        raise UsageError(f"probes (={probes!r}) must be a list of names or probes")
     made = [make_probe(probe) for probe in probes]
     names = [probe.name for probe in made]
     if len(set(names)) < len(names) or "" in names:

@@ -48,7 +48,7 @@ class Options:
     preset: Literal["quick", "paper"] = "quick"
     """quick: minutes on a laptop, on embedded data. paper: the paper's recipe."""
     data: str = "digits"
-    """data set: digits, cifar10, cifar100, or NAME:PATH to read a local copy; folder:PATH for class folders"""
+    """data set: digits, digits-64, cifar10, cifar100, or NAME:PATH to read a local copy; folder:PATH for class folders"""
     depths: tuple[int, ...] = (20, 56)
     """depths in weighted layers, as the paper counts them"""
     block: str = "basic"
@@ -302,6 +302,11 @@ def _gather_on(
             raise UsageError(f"{name} (={' '.join(map(str, values))}) must be given, each once")
     for seed in options.seeds:
         check_seed(seed)
+    for path in getattr(options, "weights", ()):  # said before anything is trained, and by a dry run too
+        if not Path(path).exists():
+            raise UsageError(
+                f"weights (={path!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
+            )
     planned = study.plan(options)
     for one in planned:
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for

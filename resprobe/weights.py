@@ -29,9 +29,13 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     `module.` prefix. The input normalization that belongs to a layout is set as `network.normalization`.
 
     The common CIFAR weights were trained with option A's zeros on both sides; a network with trailing zeros (option A
-    as in the paper) gets the same function, its channels permuted. Raises `UsageError` naming every mismatch; of a run
-    also those that no shape tells of, such as which convolution of a bottleneck takes the stride.
+    as in the paper) gets the same function, its channels permuted. Raises `UsageError` with how many tensors do not fit, and
+    the first of them; of a run also for mismatches that no shape tells of, such as which convolution of a bottleneck takes the stride.
     """
+    if not isinstance(network, Network):
+        raise UsageError(f"network (={type(network).__name__!r}) must be one that rp.build made")
+    if not isinstance(weights, Mapping | str | Path):
+        raise UsageError(f"weights (={type(weights).__name__!r}) must be a file, a run's folder or a state dict")
     if not isinstance(weights, Mapping):
         _check_run(network, Path(weights))
     given = _unwrap(weights if isinstance(weights, Mapping) else _read(Path(weights)))
@@ -50,10 +54,15 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
                     "torchvision's bottleneck weights were trained with the stride in the 3×3 convolution; build "
                     f'the network with stride_in="3x3", not stride_in (={network.spec.get("stride_in")!r})'
                 )
+            if not any(block.shortcut is not None for _, block in network.blocks()):
+                raise UsageError(f"the weights are those of a residual network, and {network.spec} has no shortcuts")
             common_cifar = "linear.weight" in given
             given = {_resnet_name(name): value for name, value in given.items()}
             if common_cifar:
-                given = _zeros_from_centred(network, given)
+                try:
+                    given = _zeros_from_centred(network, given)
+                except (IndexError, KeyError):
+                    pass  # another network's: what does not fit is named below
         else:
             some = ", ".join(sorted(given)[:3]) or "none"
             raise UsageError(
@@ -127,7 +136,13 @@ def _unwrap(given: object) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(given.get(key), Mapping):
             given = given[key]
-    return {name.removeprefix("module."): value for name, value in given.items() if isinstance(value, Tensor)}
+    tensors = {name.removeprefix("module."): value for name, value in given.items() if isinstance(value, Tensor)}
+    if not tensors:
+        some = ", ".join(map(repr, list(given)[:3])) or "none"
+        raise UsageError(
+            f"weights must be a state dict, a mapping of names to tensors; there is no tensor (keys: {some})"
+        )
+    return tensors
 
 
 def _resnet_name(name: str) -> str:
@@ -209,6 +224,6 @@ def _check(network: Network, own: Mapping[str, Tensor], given: Mapping[str, Tens
         problems.append(f"{len(wrong)} shapes differ, first {wrong[0]}")
     if problems:
         hint = ""
-        if any(".shortcut." in name for name in [*missing, *extra]):
+        if not wrong and all(".shortcut." in name for name in [*missing, *extra]):
             hint = "; the shortcut options differ: try another shortcut, A, B or C"
         raise UsageError(f"the weights do not fit {network.spec}: {'; '.join(problems)}{hint}")

@@ -27,9 +27,11 @@ def register_dataset(name: str, *, identity: Callable[[str | None], str] | None 
     `identity(path)` says what the data are, for sets that are not always the same under one name.
     """
 
+    file = DATASETS.register(name)
+
     def file_under_name(load: Callable[[str | None], Data]) -> Callable[[str | None], Data]:
         load.identity = identity  # type: ignore[attr-defined]
-        return DATASETS.register(name)(load)
+        return file(load)
 
     return file_under_name
 
@@ -53,7 +55,7 @@ def data_identity(data: str | Data) -> str:
 
 def _split(data: str) -> tuple[str, str | None]:
     if not isinstance(data, str) or not data:
-        raise UsageError(f"data (={data!r}) must be NAME or NAME:PATH")
+        raise UsageError(f"data (={data if data == '' else type(data).__name__!r}) must be NAME, NAME:PATH or a Data")
     name, colon, path = data.partition(":")
     return name, os.path.expanduser(path) if colon else None
 
