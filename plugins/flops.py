@@ -36,16 +36,23 @@ A total is the sum of a column. Work done by a module's own code outside any mod
 Operators that only make, move or choose numbers, and those on whole numbers, are not listed.
 
 As a probe it takes the inputs of the first forward pass after each `attach` and, when that pass is over, counts in a copy
-of the network, in the mode that the network is in; it divides by the number of images, the length of the first input. In a
-training that is done at iteration 0. The network itself is only read. A call that is not a whole forward pass of the
-module that it is attached to is not counted.
+of the network, in the mode that the network is in; it divides by the number of images. In a training that is done at
+iteration 0. The network itself is only read. A call that is not a whole forward pass of the module that it is attached to
+is not counted.
+
+The number of images is the length of the first tensor, except where
+- the first argument is a list or tuple of tensors of three dimensions or fewer, as torchvision's detectors take: its length;
+- the network takes one image without a batch, seen by what the first convolution that is called is given: one. Then
+  `output_shape` is the whole shape.
+
 `torch.compile`: the probe attaches to the module as written, which runs uncompiled while the probe is attached.
 `DistributedDataParallel`: it attaches to `.module` and counts one process's pass, which per image is everyone's.
 
 Why not fvcore's `FlopCountAnalysis`, with which the tests compare: its tracing of a 1202-layer network takes six to
 fourteen seconds on a laptop's core and as long again for the activations, it computes with real numbers, and it fails on
 device "meta". Here operators are seen as they are called, on "meta" without any arithmetic; the formula for convolutions
-is fvcore's. The operators of a scripted module (`torch.jit`) are counted as its own work.
+is fvcore's. The operators of a scripted module inside the network (`torch.jit`), which has no layers to be seen, are
+counted as the work of the module that calls it. A network that is itself scripted is refused.
 """
 
 from __future__ import annotations
@@ -55,6 +62,7 @@ import math
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pandas
@@ -79,6 +87,8 @@ COLUMNS = (
 TOTALS = ("parameters", "macs", "activations")
 UNCOUNTED_COLUMNS = ("operator", "layer", "calls")
 BLOCKS = rp.probes.block_classes()
+HOOKS = {name for name in vars(nn.Module()) if name.endswith("_hooks")}
+"""The attributes in which every module keeps hooks. Others may be called so too: `use_hooks`."""
 
 aten = torch.ops.aten
 
@@ -142,7 +152,7 @@ class _Pass(TorchDispatchMode):
         self.shapes: dict[str, list[int]] = {}
         self.uncounted: Counter[tuple[str, str]] = Counter()
         for name, module in network.named_modules():
-            if not isinstance(module, torch.jit.ScriptModule) or name == "":
+            if not isinstance(module, torch.jit.ScriptModule):
                 module.register_forward_pre_hook(self._enter(name))
                 # Called after an exception too, which the network may catch.
                 module.register_forward_hook(self._leave(name), always_call=True)
@@ -185,8 +195,8 @@ def _is_arithmetic(output: Any) -> bool:
 class Flops(rp.Probe):
     """Parameters, multiply-adds and activations; the module's docstring explains the tables.
 
-    Raises `rp.UsageError` if the pass has no input tensor whose length says how many images there are, and if neither
-    an empty nor a full copy of the network runs.
+    Raises `rp.UsageError` if the network is scripted, if the pass has no input tensor whose length says how many images
+    there are, and if neither an empty nor a full copy of the network runs.
     """
 
     name = "flops"
@@ -198,6 +208,7 @@ class Flops(rp.Probe):
         self._uncounted: list[dict[str, Any]] = []
 
     def hook(self, network: nn.Module) -> Iterator[RemovableHandle]:
+        self._refuse_scripted(network)
         waiting = True
 
         def end_pass(network: nn.Module, inputs: Any, named_inputs: dict[str, Any], output: Any) -> None:
@@ -208,30 +219,41 @@ class Flops(rp.Probe):
 
         yield network.register_forward_hook(end_pass, with_kwargs=True)
 
+    def _refuse_scripted(self, network: nn.Module) -> None:
+        if isinstance(network, torch.jit.ScriptModule):
+            raise rp.UsageError(f"{self.name}: the network is scripted, which hides its layers; count before scripting")
+
     @torch.inference_mode(False)  # in which operators are seen whole, a linear layer's as one of another name
     @torch.no_grad()
     def count(self, network: nn.Module, *inputs: Any, **named_inputs: Any) -> None:
         """Counts in a copy of `network`, which is called with copies of these inputs."""
-        images = next((len(each) for each in _tensors((inputs, named_inputs)) if each.ndim), 0)
+        self._refuse_scripted(network)
+        given = (*inputs, *named_inputs.values())
+        first = next((each for each in _tensors(given) if each.ndim), torch.empty(0))
+        listed = bool(given) and _is_list_of_images(given[0])
+        images = len(given[0] if listed else first)
         if images == 0:
             raise rp.UsageError(
                 f"{self.name}: {type(network).__name__} was given no images, so there is no cost for one image"
             )
-        try:
-            seen = _watch(network, inputs, named_inputs, _without_data)
-        except Exception:
-            # Some networks look at numbers to decide what to do. Those are copied with their data.
-            devices = {each.device for each in network.parameters() if each.device.type == "cuda"}
+        with rp.keeping_random_state(network):
             try:
-                with torch.random.fork_rng(devices):
-                    seen = _watch(network, inputs, named_inputs, _with_data)
-            except Exception as error:
-                shapes = ", ".join(str(tuple(each.shape)) for each in _tensors((inputs, named_inputs)))
-                raise rp.UsageError(
-                    f"{self.name}: {type(network).__name__} fails on an input of shape {shapes}: "
-                    f"{type(error).__name__}: {' '.join(str(error).split())}"
-                ) from error
-        self._rows = list(_rows(network, seen, images))
+                seen = _watch(network, inputs, named_inputs, _without_data)
+            except Exception:
+                # Some networks look at numbers to decide what to do. Those are copied with their data.
+                try:
+                    with _unfused():
+                        seen = _watch(network, inputs, named_inputs, _with_data)
+                except Exception as error:
+                    shapes = ", ".join(str(tuple(each.shape)) for each in _tensors(given))
+                    raise rp.UsageError(
+                        f"{self.name}: {type(network).__name__} fails on an input of shape {shapes}: "
+                        f"{type(error).__name__}: {' '.join(str(error).split())}"
+                    ) from error
+        unbatched = _is_unbatched(network, seen, first)
+        if unbatched and not listed:
+            images = 1
+        self._rows = list(_rows(network, seen, images, unbatched))
         self._uncounted = [
             dict(zip(UNCOUNTED_COLUMNS, (*of, calls), strict=True)) for of, calls in seen.uncounted.items()
         ]
@@ -298,11 +320,12 @@ def _watch(network: nn.Module, inputs: Any, named_inputs: Any, copied: Callable[
     memory: dict[int, Any] = {}
     for module in network.modules():
         for name, value in vars(module).items():
-            if name.endswith("_hooks"):
+            if name in HOOKS:
                 memory[id(value)] = OrderedDict()  # hooks of others must not see this pass
-            # Neither parameters nor buffers, and what may stand there could not be copied: results of past passes.
-            elif isinstance(value, Tensor):
-                memory[id(value)] = copied(value)
+                continue
+            # Parameters and buffers follow; what else stands there could not be copied: results of past passes.
+            for tensor in _tensors(value):
+                memory[id(tensor)] = copied(tensor)
     for parameter in network.parameters():
         memory[id(parameter)] = nn.Parameter(copied(parameter), requires_grad=False)
     for buffer in network.buffers():
@@ -325,7 +348,44 @@ def _with_data(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
 
 
-def _rows(network: nn.Module, seen: _Pass, images: int) -> Iterator[dict[str, Any]]:
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Without kernels that do the work of many operators in one, in which products are not seen: attention's and LSTMs'.
+
+    Sets only what is needed: the backends' own `flags()` would also reset precisions that the user has set.
+    """
+    attention = torch.backends.mha.get_fastpath_enabled()
+    backends: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [backend.enabled for backend in backends]
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for backend in backends:
+            backend.enabled = False
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(attention)
+        for backend, was in zip(backends, enabled, strict=True):
+            backend.enabled = was
+
+
+def _is_list_of_images(argument: Any) -> bool:
+    images = argument if isinstance(argument, tuple | list) else ()
+    return len(images) > 0 and all(isinstance(each, Tensor) and each.ndim <= 3 for each in images)
+
+
+def _is_unbatched(network: nn.Module, seen: _Pass, first: Tensor) -> bool:
+    """Whether the first convolution was given an image without a batch, as torch allows."""
+    modules = dict(network.named_modules())
+    for name in seen.calls:
+        module = modules[name]
+        if isinstance(module, _ConvNd):
+            dimensions = len(seen.shapes.get(name, []))  # of its output, which has as many as its input
+            # A network may also take a batch apart itself, and then its input has more.
+            return first.ndim <= dimensions == len(module.kernel_size) + 1
+    return False
+
+
+def _rows(network: nn.Module, seen: _Pass, images: int, unbatched: bool) -> Iterator[dict[str, Any]]:
     modules = dict(network.named_modules())
     parameters = _own_parameters(network)
     order = {name: index for index, name in enumerate(seen.calls)}
@@ -345,7 +405,7 @@ def _rows(network: nn.Module, seen: _Pass, images: int) -> Iterator[dict[str, An
             "parameters": parameters[name],
             "macs": _per_image(seen.macs[name], images),
             "activations": _per_image(seen.activations[name], images),
-            "output_shape": "x".join(map(str, shape[1:])),
+            "output_shape": "x".join(map(str, shape if unbatched else shape[1:])),
         }
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 import time
 import warnings
 
+import numpy
 import pandas
 import pytest
 import torch
@@ -86,7 +88,7 @@ def by_fvcore(net: nn.Module, image: torch.Tensor) -> dict[str, int]:
         return {"parameters": parameter_count(net)[""], "macs": macs, "activations": analyses[1].total()}
 
 
-def by_torch(net: nn.Module, image: torch.Tensor) -> int:
+def by_torch(net: nn.Module, image: torch.Tensor | list[torch.Tensor]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         net(image)
     assert counter.get_total_flops() % 2 == 0
@@ -303,6 +305,48 @@ def test_named_and_several_inputs():
     assert probe.table().set_index("layer").calls.to_dict() == {"": 1, "up": 1, "first": 1, "second": 1, "twice": 0}
 
 
+class Detector(nn.Module):
+    """Takes a list of images, as torchvision's detectors do."""
+
+    def __init__(self, together: bool):
+        super().__init__()
+        self.conv, self.together = nn.Conv2d(3, 4, 3), together
+
+    def forward(self, images, targets=None):
+        return self.conv(torch.stack(images)) if self.together else [self.conv(image) for image in images]
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("container", [list, tuple])
+def test_a_list_of_images_is_counted_by_its_length(together, container):
+    net, images = Detector(together), container(torch.zeros(2, 3, 8, 8))
+    with rp.attach(net, Flops()) as probe:
+        net(images)
+    assert probe.total().macs == by_torch(net, images) // 2 == 3 * 4 * 9 * 36
+    assert probe.table().output_shape.tolist() == ["4x6x6"]
+    with rp.attach(net, Flops()) as probe:
+        net(images=images, targets=[{"boxes": torch.zeros(5, 4)}] * 2)
+    assert probe.total().macs == 3 * 4 * 9 * 36
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_an_image_without_a_batch_is_one_image(dimensions):
+    make = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    net, image = nn.Sequential(make(3, 4, 3), nn.ReLU(), make(4, 5, 1)), torch.zeros(3, *[8] * dimensions)
+    with rp.attach(net, Flops()) as probe:
+        net(image)
+    assert probe.total().macs == by_torch(net, image)
+    assert probe.table().output_shape.tolist() == ["x".join(map(str, (c, *[6] * dimensions))) for c in (4, 5)]
+    pandas.testing.assert_frame_equal(probe.table(), flops.count(net, image.shape))
+
+
+def test_a_batch_that_the_network_takes_apart_is_still_a_batch():
+    net, images = Detector(together=False), torch.zeros(2, 3, 8, 8)
+    with rp.attach(net, Flops()) as probe:
+        net(images)
+    assert probe.total().macs == by_torch(net, images) // 2
+
+
 # -- what is refused, and what needs data ------------------------------------------------------------------------
 
 
@@ -329,6 +373,107 @@ def test_a_network_that_looks_at_its_numbers_is_run_with_them():
         net(images(3))
     assert probe.total().macs == 2 * 9 * 36
     assert torch.count_nonzero(net.seen) > 0, "the network's own result, not a copy's"
+
+
+class If(nn.Module):
+    """Looks at its numbers, then calls a layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() < 1e9 else x
+
+
+class Attention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)
+
+
+LAYERS = {
+    "encoder layer": lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True),
+    "attention": lambda: Attention(16, 2, batch_first=True),
+    "lstm": lambda: nn.LSTM(16, 8, batch_first=True),
+    "convolutions": lambda: nn.Sequential(nn.Conv1d(5, 4, 3), nn.ReLU(), nn.ConvTranspose1d(4, 6, 2, groups=2)),
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_what_is_run_with_its_numbers_costs_the_same(layer, mode):
+    backends = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [torch.backends.mha.get_fastpath_enabled(), *(each.enabled for each in backends)]
+    plain, x = LAYERS[layer]().train(mode == "train"), torch.zeros(3, 5, 16)
+    macs = []
+    for net in (plain, If(plain)):
+        with rp.attach(net, Flops()) as probe, torch.no_grad():
+            net(x)
+        macs.append(probe.total().macs)
+    assert macs[0] == macs[1] > 0
+    assert before == [torch.backends.mha.get_fastpath_enabled(), *(each.enabled for each in backends)]
+
+
+class Named(nn.Module):
+    """Names its own attributes as torch names tables of hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.use_hooks, self.num_hooks = nn.Conv2d(1, 1, 3), True, 1
+        self.own_hooks = {"last": torch.relu}
+
+    def forward(self, x):
+        assert (self.use_hooks, self.num_hooks) == (True, 1)
+        assert self.conv.kernel_size == (3, 3)
+        assert self.conv.training is True or self.conv.training is False
+        return self.own_hooks["last"](self.conv(x))
+
+
+def test_attributes_that_are_called_hooks_are_left():
+    assert flops.total(Named(), (1, 8, 8)).macs == 9 * 36
+    with rp.attach(Named(), Flops()) as probe:
+        probe.count(Named(), images(2))
+    assert probe.total().macs == 9 * 36
+
+
+class Caching(nn.Module):
+    """Keeps what it has computed, which has a gradient and so could not be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.results: list = []
+        self.by_name: dict = {"weights": [self.conv.weight]}
+
+    def forward(self, x):
+        self.results.append(self.conv(x))
+        self.by_name["last"] = (self.results[-1] * 2,)
+        assert self.by_name["weights"][0] is self.conv.weight
+        return self.results[-1]
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_network_that_keeps_results_is_copied(looks):
+    net = Caching()
+    with rp.attach(If(net) if looks else net, Flops()) as probe:
+        for _ in range(2):
+            net(images(3))
+        probe.count(If(net) if looks else net, images(3))
+    assert probe.total().macs == 2 * 9 * 36
+    assert len(net.results) == 2, "the network's own are left"
+    assert net.results[-1].requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+@pytest.mark.parametrize("script", [torch.jit.script, lambda net: torch.jit.trace(net, images())])
+def test_a_scripted_network_is_refused(script):
+    net = script(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    message = "^flops: the network is scripted, which hides its layers; count before scripting$"
+    with pytest.raises(rp.UsageError, match=message):
+        flops.count(net, (1, 8, 8))
+    with pytest.raises(rp.UsageError, match=message), rp.attach(net, Flops()):
+        net(images())
+    assert hook_count(net) == 0
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8)])
@@ -455,6 +600,32 @@ def test_a_training_that_is_watched_ends_the_same(tmp_path):
     assert stored.macs.tolist() == expected.macs.tolist()
 
 
+class Noise(nn.Module):
+    """Draws from every generator on the host, also where its input is on "meta"."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        return self.block(x) * (1 + (torch.randn(()) + random.random() + numpy.random.rand()) / 10)
+
+
+@pytest.mark.parametrize("looks", [False, True])
+def test_a_training_that_draws_random_numbers_ends_the_same(looks):
+    def trained(probes):
+        torch.manual_seed(0)
+        random.seed(0)
+        numpy.random.seed(0)
+        net = network()
+        net.stage1[0] = Noise(If(net.stage1[0]) if looks else net.stage1[0])
+        return rp.train(net, digits(), recipe(), probes=probes, device="cpu", precision="fp32", progress=False)
+
+    bare, watched = trained([]), trained(["flops"])
+    assert_same(bare.network.state_dict(), watched.network.state_dict())
+    assert watched.tables["flops"].macs.sum() == flops.total(network(), (1, 8, 8)).macs
+
+
 def test_a_resumed_training_still_has_the_table():
     whole = training(probes=[Flops()])
     states = []
@@ -502,6 +673,8 @@ def test_distributed_data_parallel_is_counted_beneath(one_process):  # noqa: F81
 def test_scripted_parts_count_as_their_callers_work():
     net = nn.Sequential(torch.jit.script(nn.Conv2d(1, 2, 3)), nn.ReLU())
     assert flops.total(net, (1, 8, 8)).macs == 2 * 9 * 36
+    macs = flops.count(net, (1, 8, 8)).set_index("layer").macs
+    assert macs.to_dict() == {"": 2 * 9 * 36, "0": 0}
 
 
 def test_it_is_found_by_its_name():
