@@ -41,7 +41,7 @@ iteration 0. The network itself is only read. A call that is not a whole forward
 is not counted.
 
 The number of images is the length of the first tensor, except where
-- the first argument is a list or tuple of tensors of three dimensions or fewer, as torchvision's detectors take: its length;
+- the first argument is a list or tuple of tensors of three dimensions, as torchvision's detectors take: its length;
 - the network takes one image without a batch, seen by what the first convolution that is called is given: one. Then
   `output_shape` is the whole shape.
 
@@ -370,7 +370,7 @@ def _unfused() -> Iterator[None]:
 
 def _is_list_of_images(argument: Any) -> bool:
     images = argument if isinstance(argument, tuple | list) else ()
-    return len(images) > 0 and all(isinstance(each, Tensor) and each.ndim <= 3 for each in images)
+    return len(images) > 0 and all(isinstance(each, Tensor) and each.ndim == 3 for each in images)
 
 
 def _is_unbatched(network: nn.Module, seen: _Pass, first: Tensor) -> bool:

@@ -21,6 +21,12 @@ def nearest(value: object, accepted: Iterable[object]) -> str | None:
     return names[close[0]] if close else None
 
 
+def short(value: object) -> str:
+    """The value as Python writes it; its type, where that would be more than a line."""
+    text = repr(value)
+    return text if len(text) < 80 and "\n" not in text else f"a {type(value).__name__}"
+
+
 def not_accepted(what: str, value: object, accepted: Iterable[object], otherwise: str = "") -> UsageError:
     """The error for a value outside a known set: value, accepted values, nearest one; `otherwise`: where none is near."""
     accepted = [str(name) for name in accepted]

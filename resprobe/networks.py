@@ -11,11 +11,12 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from resprobe.blocks import BLOCKS, Block
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import UsageError, not_accepted, short
 from resprobe.initialization import INITIALIZATIONS, initialize
 from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
@@ -176,14 +177,9 @@ def check_fit(spec: NetworkSpec, data: Data) -> None:
             )
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 80 and "\n" not in text else f"a {type(value).__name__}"
-
-
 def _parse_name(name: str) -> tuple[str, int | None]:
     if not isinstance(name, str):
-        raise UsageError(f"network (={_short(name)}) must be a name such as 'cifar/resnet-20' or a NetworkSpec")
+        raise UsageError(f"network (={short(name)}) must be a name such as 'cifar/resnet-20' or a NetworkSpec")
     family, dash, depth = name.rpartition("-")
     if depth.isdecimal() and family.endswith("-") and family[:-1] in NETWORKS:
         return family[:-1], -int(depth)  # the family itself says which depths it has

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from resprobe.blocks import Block
-from resprobe.errors import UsageError
+from resprobe.errors import UsageError, short
 from resprobe.registry import Registry
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ register_probe = PROBES.register
 def make_probe(probe: str | Probe) -> Probe:
     """The probe itself, or a new one of the registered name."""
     if not isinstance(probe, Probe | str):
-        raise UsageError(f"probe (={type(probe).__name__!r}) must be a registered name or a Probe")
+        raise UsageError(f"probe (={short(probe)}) must be a registered name or a Probe")
     return probe if isinstance(probe, Probe) else PROBES[probe]()
 
 
@@ -191,9 +191,7 @@ def attach(network: nn.Module, *probes: str | Probe) -> Iterator[Any]:
     if not probes:
         raise UsageError("attach needs at least one probe: a registered name or a Probe")
     if not isinstance(network, nn.Module):
-        raise UsageError(
-            f"network (={type(network).__name__!r}) must be a torch.nn.Module: rp.build makes one of a name"
-        )
+        raise UsageError(f"network (={short(network)}) must be a torch.nn.Module: rp.build makes one of a name")
     made = tuple(make_probe(probe) for probe in probes)
     with ExitStack() as attached:  # each is detached, whatever another raises then
         for probe in made:

@@ -33,7 +33,7 @@ from resprobe.data import DATASETS, Data, FolderSet, Normalization, data_identit
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.distributed import team
 from resprobe.environment import environment
-from resprobe.errors import TrainingDiverged, UsageError
+from resprobe.errors import TrainingDiverged, UsageError, short
 from resprobe.networks import NETWORKS, Network, NetworkSpec, Option, build, check_fit, resolve
 from resprobe.probes import Probe, make_probe
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
@@ -212,7 +212,7 @@ def configure(
     a specification or built must fit, else `UsageError`.
     """
     if recipe is not None and not isinstance(recipe, Recipe):
-        raise UsageError(f"recipe (={type(recipe).__name__!r}) must be a Recipe, such as rp.recipes.cifar_paper()")
+        raise UsageError(f"recipe (={short(recipe)}) must be a Recipe, such as rp.recipes.cifar_paper()")
     loaded = load_data(data)
     start = None
     if isinstance(network, nn.Module):

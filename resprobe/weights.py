@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resprobe.data import Normalization
-from resprobe.errors import UsageError
+from resprobe.errors import UsageError, short
 from resprobe.networks import Network, NetworkSpec, build
 from resprobe.shortcuts import ZeroPadding
 
@@ -29,13 +30,14 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     `module.` prefix. The input normalization that belongs to a layout is set as `network.normalization`.
 
     The common CIFAR weights were trained with option A's zeros on both sides; a network with trailing zeros (option A
-    as in the paper) gets the same function, its channels permuted. Raises `UsageError` with how many tensors do not fit, and
-    the first of them; of a run also for mismatches that no shape tells of, such as which convolution of a bottleneck takes the stride.
+    as in the paper) gets the same function, its channels permuted. Raises `UsageError` with how many tensors do not
+    fit, and the first of them; of a run also for mismatches that no shape tells of, such as which convolution of a bottleneck
+    takes the stride.
     """
     if not isinstance(network, Network):
-        raise UsageError(f"network (={type(network).__name__!r}) must be one that rp.build made")
+        raise UsageError(f"network (={short(network)}) must be one that rp.build made")
     if not isinstance(weights, Mapping | str | Path):
-        raise UsageError(f"weights (={type(weights).__name__!r}) must be a file, a run's folder or a state dict")
+        raise UsageError(f"weights (={short(weights)}) must be a file, a run's folder or a state dict")
     if not isinstance(weights, Mapping):
         _check_run(network, Path(weights))
     given = _unwrap(weights if isinstance(weights, Mapping) else _read(Path(weights)))
@@ -59,10 +61,8 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
             common_cifar = "linear.weight" in given
             given = {_resnet_name(name): value for name, value in given.items()}
             if common_cifar:
-                try:
+                with contextlib.suppress(IndexError, KeyError):  # of another network: what does not fit is named below
                     given = _zeros_from_centred(network, given)
-                except (IndexError, KeyError):
-                    pass  # another network's: what does not fit is named below
         else:
             some = ", ".join(sorted(given)[:3]) or "none"
             raise UsageError(

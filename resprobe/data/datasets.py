@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from resprobe.data.folder import folder_identity, open_folder
 from resprobe.data.images import Data, ImageSet
-from resprobe.errors import UsageError
+from resprobe.errors import UsageError, short
 from resprobe.registry import Registry
 
 DATASETS: Registry[Callable[[str | None], Data]] = Registry("data")
@@ -55,7 +55,7 @@ def data_identity(data: str | Data) -> str:
 
 def _split(data: str) -> tuple[str, str | None]:
     if not isinstance(data, str) or not data:
-        raise UsageError(f"data (={data if data == '' else type(data).__name__!r}) must be NAME, NAME:PATH or a Data")
+        raise UsageError(f"data (={short(data)}) must be NAME or NAME:PATH")
     name, colon, path = data.partition(":")
     return name, os.path.expanduser(path) if colon else None
 
