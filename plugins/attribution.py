@@ -447,8 +447,9 @@ def _measure(
         shortcut = torch.zeros_like(branch)
         if block.shortcut is not None:
             shortcut = values[block.shortcut].detach()
-            # What is added as it is has the gradient of the sum.
-            if not torch.allclose(gradient, gradients[block.shortcut], rtol=1e-4, atol=1e-12, equal_nan=True):
+            # What is added as it is has the gradient of the sum, however small that is.
+            rounding = 1e-6 * float(gradient.nan_to_num(0, 0, 0).abs().max())
+            if not torch.allclose(gradient, gradients[block.shortcut], rtol=1e-4, atol=rounding, equal_nan=True):
                 raise rp.UsageError(
                     f"attribution cannot measure {block.name!r} ({block.kind}): it does not add its branch and its "
                     "shortcut as they are"

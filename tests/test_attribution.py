@@ -290,6 +290,34 @@ class Weighed(rp.BLOCKS["basic"]):
         return self.activation(self.branch(x) + 0.5 * self.shortcut(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_a_block_is_measured_or_refused_whatever_the_scale_of_the_logits(scale, dtype):
+    images, labels = batch()
+    for block in (rp.BLOCKS["basic"], Weighed):
+        torch.manual_seed(0)
+        net = nn.Sequential(block(1, 1, shortcut="A"), nn.Flatten(), nn.Linear(64, 10, bias=False)).to(dtype)
+        with torch.no_grad():
+            net[2].weight *= scale
+        for method in attribution.METHODS:
+            if block is Weighed:
+                with pytest.raises(rp.UsageError, match="^attribution cannot measure '0' .Weighed.: it does not add"):
+                    branch_and_shortcut(net, images, labels, method=method, steps=4)
+            else:
+                assert branch_and_shortcut(net, images, labels, method=method, steps=4).shortcut_absolute[0] > 0
+
+
+def test_a_block_whose_gradient_is_zero_or_no_number_is_measured():
+    images, labels = batch()
+    tail = [nn.Flatten(), nn.Linear(64, 10), nn.Softplus()]  # whose gradient is NaN where the image is
+    net = nn.Sequential(rp.BLOCKS["basic"](1, 1, shortcut="A"), *tail)
+    images[0] = torch.nan
+    share = branch_and_shortcut(net, images, labels, per_image=True).branch_share
+    assert share.isna().tolist() == [True, False, False, False, False]
+    nn.init.zeros_(net[2].weight)
+    assert branch_and_shortcut(net, images[1:], labels[1:]).shortcut_absolute.tolist() == [0.0]
+
+
 class Uncopied(nn.Sequential):
     def __deepcopy__(self, memo):
         raise RuntimeError("no\ncopies")
