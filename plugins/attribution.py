@@ -490,16 +490,15 @@ def _averaged(table: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def _as_baseline(baseline: Tensor | float, images: Tensor) -> Tensor:
-    """The baseline as a tensor that can be expanded to the images."""
+    """The baseline, [1, C, H, W]."""
     result = torch.as_tensor(baseline)
     try:
-        torch.broadcast_shapes(result.shape, images.shape[1:])
+        return result.expand_as(images[:1])
     except RuntimeError:
         raise rp.UsageError(
             f"baseline has the shape {tuple(result.shape)}; expected one value or that of an image, "
             f"{tuple(images.shape[1:])}"
         ) from None
-    return result
 
 
 def _check_steps(steps: int) -> None:

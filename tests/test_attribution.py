@@ -374,6 +374,14 @@ def test_what_cannot_be_measured_is_named():
             "baseline has the shape (3, 8); expected one value or that of an image, (1, 8, 8)",
         ),
         (
+            {"baseline": torch.zeros(5, 1, 8, 8)},
+            "baseline has the shape (5, 1, 8, 8); expected one value or that of an image, (1, 8, 8)",
+        ),
+        (
+            {"baseline": torch.zeros(3, 8, 8)},
+            "baseline has the shape (3, 8, 8); expected one value or that of an image, (1, 8, 8)",
+        ),
+        (
             {"images": torch.zeros(5, 1, 8, 8, dtype=torch.uint8)},
             "images (=(5, 1, 8, 8) of torch.uint8) must be floating-point [N, C, H, W], normalized, N ≥ 1",
         ),
@@ -386,9 +394,20 @@ def test_what_cannot_be_measured_is_named():
 )
 def test_arguments_that_are_refused(change, message):
     images, labels = batch()
-    with pytest.raises(rp.UsageError) as caught:
-        branch_and_shortcut(network(), **({"images": images, "targets": labels} | change))
-    assert str(caught.value) == message
+    options = {"images": images, "targets": labels} | change
+    for explain in (branch_and_shortcut, integrated_gradients) if "method" not in change else (branch_and_shortcut,):
+        with pytest.raises(rp.UsageError) as caught:
+            explain(network(), **options)
+        assert str(caught.value) == message
+
+
+def test_one_baseline_in_every_shape():
+    net, (images, labels) = settled(network()), batch(3)
+    for explain, options in ((branch_and_shortcut, {"method": "conductance"}), (integrated_gradients, {})):
+        expected = explain(net, images, labels, steps=4, baseline=0.5, **options)
+        for shape in ((), (1,), (8, 8), (1, 8, 8), (1, 1, 8, 8)):
+            table = explain(net, images, labels, steps=4, baseline=torch.full(shape, 0.5), **options)
+            assert_same(table.to_dict("list"), expected.to_dict("list"))
 
 
 # -- no trace ----------------------------------------------------------------------------------------------------
