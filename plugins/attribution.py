@@ -51,9 +51,10 @@ blocks, such as VGG, has neither; `integrated_gradients` and `pictures` explain 
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import pandas
 import torch
@@ -81,8 +82,21 @@ COLUMNS = (
     *(column for measure in _MEASURES for column in (measure, f"{measure}_std")),
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_Explain = TypeVar("_Explain", bound=Callable[..., pandas.DataFrame])
 
 
+def _apart(explain: _Explain) -> _Explain:
+    """Explains with gradients, wherever it is called, and leaves the random numbers as they were."""
+
+    @functools.wraps(explain)
+    def wrapped(network: nn.Module, *args: Any, **options: Any) -> pandas.DataFrame:
+        with rp.keeping_random_state(network), torch.inference_mode(False), torch.enable_grad():
+            return explain(network, *args, **options)
+
+    return cast(_Explain, wrapped)
+
+
+@_apart
 def branch_and_shortcut(
     network: nn.Module,
     images: Tensor,
@@ -210,6 +224,7 @@ class Attribution(rp.Probe):
         self._rows = [list(row) for row in state]
 
 
+@_apart
 def integrated_gradients(
     network: nn.Module,
     images: Tensor,
@@ -323,12 +338,12 @@ class _Twin:
                 module.inplace = False
 
     def take(self, images: Tensor) -> Tensor:
-        """The images on the network's device."""
+        """A copy of the images on the network's device; like the network's, it is no inference tensor."""
         if not (isinstance(images, Tensor) and images.is_floating_point() and images.ndim >= 2 and len(images)):
             what = f"{tuple(images.shape)} of {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
             raise rp.UsageError(f"images (={what}) must be floating-point [N, C, H, W], normalized, N ≥ 1")
         tensor = next(self.network.parameters(), images)
-        return images.detach().to(tensor.device, tensor.dtype)
+        return images.detach().to(tensor.device, tensor.dtype, copy=True)
 
     @torch.no_grad()
     def answers(self, images: Tensor) -> Tensor:
@@ -353,7 +368,8 @@ class _Twin:
         answers = self.answers(images)
         if targets is None:
             return answers.argmax(1)
-        classes = torch.as_tensor(targets, device=images.device).long()
+        # A copy, as `take` makes one: autograd keeps no inference tensor.
+        classes = torch.as_tensor(targets).to(images.device, torch.long, copy=True)
         classes = classes.expand(len(images)) if classes.ndim == 0 else classes
         if classes.shape != (len(images),):
             raise rp.UsageError(
@@ -491,7 +507,7 @@ def _averaged(table: pandas.DataFrame) -> pandas.DataFrame:
 
 def _as_baseline(baseline: Tensor | float, images: Tensor) -> Tensor:
     """The baseline, [1, C, H, W]."""
-    result = torch.as_tensor(baseline)
+    result = torch.as_tensor(baseline).clone()  # no inference tensor either
     try:
         return result.expand_as(images[:1])
     except RuntimeError:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import numpy
@@ -452,6 +455,59 @@ def test_it_is_explained_as_in_eval_mode():
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         pandas.testing.assert_frame_equal(branch_and_shortcut(net, *given), table)
     pandas.testing.assert_frame_equal(branch_and_shortcut(net.requires_grad_(False), *given), table)
+
+
+class Restless(nn.Module):
+    """Draws random numbers from every generator in eval mode too."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.fc = rp.BLOCKS["basic"](1, 1, shortcut="A"), nn.Linear(64, 10)
+
+    def forward(self, x):
+        random.random(), numpy.random.rand()
+        return self.fc(F.dropout(self.block(x), 0.5).flatten(1))
+
+
+def test_the_random_numbers_are_as_they_were():
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), numpy.random.get_state()[1:3]]
+
+    net, (images, labels) = Restless(), batch()
+    before = states()
+    for explain in (
+        *(partial(branch_and_shortcut, method=method, steps=4) for method in attribution.METHODS),
+        partial(integrated_gradients, steps=4),
+        partial(pictures, steps=4),
+        partial(branch_and_shortcut, targets=10),
+    ):
+        given = {"targets": labels} | explain.keywords
+        with pytest.raises(rp.UsageError) if given["targets"] is not labels else nullcontext():
+            explain(net, images, **given)
+        numpy.testing.assert_equal(states(), before)
+
+
+@pytest.mark.parametrize("made_there", [False, True], ids=["network", "inference-network"])
+def test_in_inference_mode_it_is_the_same(made_there):
+    explanations = (
+        *(partial(branch_and_shortcut, method=method, steps=4) for method in attribution.METHODS),
+        partial(integrated_gradients, steps=4),
+    )
+    net, (images, labels) = settled(network()), batch()
+    baseline = images[0] / 2
+    for targets in (labels, None, 3):
+        expected = [explain(net, images, targets, baseline=baseline) for explain in explanations]
+        with torch.inference_mode():
+            there = network() if made_there else net
+            there.load_state_dict(net.state_dict())
+            # What is made there cannot be saved for a backward pass.
+            given = [each.clone() if isinstance(each, Tensor) else each for each in (images, targets, baseline)]
+            assert given[0].is_inference() and next(there.parameters()).is_inference() == made_there
+            for explain, table in zip(explanations, expected, strict=True):
+                found = explain(there, given[0], given[1], baseline=given[2])
+                assert_same(found.to_dict("list"), table.to_dict("list"))
+            pictures(there, *given[:2], baseline=given[2], steps=4)
+            assert torch.is_inference_mode_enabled()
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
