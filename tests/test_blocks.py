@@ -263,3 +263,12 @@ def test_weighted_layers_must_be_a_count(count):
         rp.register_block("mine")(type("Mine", (Promise,), {"weighted_layers": count}))
     assert str(error.value) == f"block (='mine'): weighted_layers (={count!r}) must be a whole number ≥ 1"
     assert "mine" not in rp.BLOCKS
+
+
+def test_a_decorator_without_a_name_is_refused():
+    """Else the class would silently be something else, and no block be registered."""
+    with pytest.raises(rp.UsageError, match=r"^block name \(=<class .*Nameless'>\) must be a non-empty string"):
+
+        @rp.register_block
+        class Nameless(rp.Block):
+            weighted_layers = 2

@@ -114,8 +114,40 @@ def test_an_unknown_protocol_is_named(net):
 
 
 def test_no_network(net):
-    with pytest.raises(UsageError, match="^evaluate needs at least one network$"):
+    with pytest.raises(UsageError, match=r"^network \(=nothing\) must be a built network"):
         on([], "digits")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"in_channels": 3}, "in_channels (=3) of cifar/resnet-8 does not fit data 'digits', which has 1"),
+        ({"num_classes": 5}, "num_classes (=5) of cifar/resnet-8 does not fit data 'digits', which has 10"),
+        ({"num_classes": 20}, "num_classes (=20) of cifar/resnet-8 does not fit data 'digits', which has 10"),
+    ],
+)
+def test_a_network_that_does_not_fit_the_data(changes, text):
+    """One of three channels would be given grey images, and its error would be a number like any other."""
+    member = rp.build("cifar/resnet-8", **{"in_channels": 1} | changes)
+    for asked in (member, [rp.build("cifar/resnet-8", in_channels=1), member]):
+        with pytest.raises(UsageError) as caught:
+            rp.evaluate(asked, "digits", device="cpu")
+        assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "text"),
+    [
+        (("cifar/resnet-8", "digits"), {}, r"^network \(=str\) must be a built network, or a list of them: rp.build"),
+        ((None, "digits"), {}, r"^network \(=NoneType\) must be a built network"),
+        ((nn.Identity(), "digits"), {"batch_size": 0}, r"^batch_size \(=0\) must be a whole number ≥ 1$"),
+        ((nn.Identity(), "digits"), {"normalization": "mean"}, r"^normalization \(='mean'\) must be a Normalization"),
+        ((nn.Identity(), torch.zeros(2, 1, 8, 8)), {}, r"^data \(=a Tensor\) must be NAME or NAME:PATH$"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, options, text):
+    with pytest.raises(UsageError, match=text):
+        rp.evaluate(*arguments, device="cpu", **options)
 
 
 def test_no_images(net):

@@ -606,3 +606,14 @@ class TestStrangersNetwork:
 
         with pytest.raises(rp.UsageError, match=r"^shrinking, body\.0: Shrinks: the branch gives \(2, 4, 2, 2\) but"):
             rp.build("shrinking")
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet--20", "cifar/plain--20"])
+def test_a_negative_depth_is_called_a_depth(name):
+    with pytest.raises(rp.UsageError, match=r"^depth \(=-20\) must be 6n\+2 with block 'basic'; the smallest is 8$"):
+        rp.build(name)
+
+
+def test_a_network_where_its_name_is_wanted_gets_one_line():
+    with pytest.raises(rp.UsageError, match=r"^network \(=a Network\) must be a name such as 'cifar/resnet-20'"):
+        rp.build(rp.build("cifar/resnet-8"))

@@ -298,3 +298,18 @@ def test_at_needs_whole_numbers(value):
 def test_every_needs_a_whole_offset():
     with pytest.raises(UsageError, match=r"^every: offset \(=0.5\) must be a whole number ≥ 0$"):
         every(3, offset=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ("cifar/resnet-20", "flops"),
+            r"^network \(='cifar/resnet-20'\) must be a torch.nn.Module: rp.build makes one",
+        ),
+        ((nn.Identity(), ["flops"]), r"^probe \(=\['flops'\]\) must be a registered name or a Probe$"),
+    ],
+)
+def test_arguments_of_another_kind(arguments, text):
+    with pytest.raises(UsageError, match=text), attach(*arguments):
+        pytest.fail("the block must not be entered")

@@ -157,3 +157,8 @@ def test_fingerprint_of_something_without_a_file_says_where_it_comes_from(fruits
 def test_fingerprint_of_an_unknown_name_is_refused(fruits):
     with pytest.raises(rp.UsageError, match="nearest: apple"):
         fruits.fingerprint("appel")
+
+
+def test_a_registry_is_a_collection_of_names(fruits):
+    assert list(fruits) == list(fruits.names())
+    assert len(fruits) == len(fruits.names())

@@ -902,3 +902,20 @@ def test_a_history_with_gaps_is_read_as_numbers(tmp_path):
     found = train(tmp_path)
     pandas.testing.assert_frame_equal(found.history, run.history, check_exact=True)
     assert found.history["test_error"].isna().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"recipe": "cifar_paper"},
+            r"^recipe \(='cifar_paper'\) must be a Recipe, such as rp.recipes.cifar_paper\(\)$",
+        ),
+        ({"recipe": rp.recipes.cifar_paper}, r"^recipe \(=<function cifar_paper .*\) must be a Recipe"),
+        ({"probes": "gradient-norms"}, r"^probes \(='gradient-norms'\) must be a list of names or probes$"),
+        ({"seed": 2**70}, r"^seed \(=1180591620717411303424\) must be below 2⁶³$"),
+    ],
+)
+def test_arguments_of_another_kind(options, text):
+    with pytest.raises(rp.UsageError, match=text):
+        rp.train("cifar/resnet-8", "digits", **options)

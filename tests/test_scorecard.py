@@ -483,8 +483,8 @@ def test_all_studies_are_run_or_those_that_are_named(three):
     assert scorecard.main(["--run", "quick"]) == 0
     assert three == {"a": [], "b": [], "c": []}
     three.clear()
-    assert scorecard.main(["--run", "paper", "--results", "r", "--data", "cifar10:x", "--studies", "b", "c"]) == 0
-    assert three == {"b": ["--preset", "paper", "--out", "r/b", "--data", "cifar10:x"]}
+    assert scorecard.main(["--run", "paper", "--results", "r", "--data", "cifar10:/", "--studies", "b", "c"]) == 0
+    assert three == {"b": ["--preset", "paper", "--out", "r/b", "--data", "cifar10:/"]}
     assert Path("r/scorecard/report.html").is_file()
 
 
@@ -508,6 +508,8 @@ def test_without_run_the_page_is_written_and_nothing_is_run(three, capsys):
         ("--run quick --studies d", "studies (='d') is unknown; accepted: a, b, c"),
         ("--studies a", "--studies says what to run; it needs --run quick or --run paper"),
         ("--dry-run", "--dry-run says what to run; it needs --run quick or --run paper"),
+        ("--run quick --device gpu", "device (='gpu') is unknown; accepted: auto, cpu, cuda, mps; nearest: cpu"),
+        ("--run paper --data cifar10:absent --dry-run", "data (='cifar10:absent'): there is no absent"),
         ("--run quick --data cifar10:x", "--data is for --run paper; the quick presets run on embedded data"),
         ("--run paper --data cifar100:x", "data (='cifar100:x') is unknown; accepted: cifar10; nearest: cifar10"),
         ("--results nowhere", "--results (='nowhere') is not a folder"),

@@ -270,8 +270,33 @@ class TestUnreadable:
 
     def test_no_tensors(self):
         assert refusal(rp.build("cifar/resnet-8"), {"epoch": 3}) == (
-            "the layout of the weights is not known (first keys: none); accepted: resprobe, torchvision, CIFAR"
+            "weights must be a state dict, a mapping of names to tensors; there is no tensor (keys: 'epoch')"
         )
+
+    @pytest.mark.parametrize("shortcut", ["plain", "none"])
+    def test_a_plain_network_is_not_given_residual_weights(self, shortcut):
+        given = CommonResNet(1).state_dict()
+        plain = rp.build("cifar/plain-8") if shortcut == "plain" else rp.build("cifar/resnet-8", shortcut="none")
+        text = refusal(plain, given)
+        assert text.startswith("the weights are those of a residual network, and ") and text.endswith(
+            " has no shortcuts"
+        )
+
+    def test_a_small_networks_weights_in_a_large_one(self):
+        text = refusal(rp.build("imagenet/resnet-18"), CommonResNet(1).state_dict())
+        assert "tensors are missing, first " in text and "shapes differ, first stem.conv.weight" in text
+
+    @pytest.mark.parametrize(
+        ("network", "weights", "text"),
+        [
+            ("cifar/resnet-20", {}, "network (='cifar/resnet-20') must be one that rp.build made"),
+            (None, None, "weights (=None) must be a file, a run's folder or a state dict"),
+        ],
+    )
+    def test_arguments_of_another_kind(self, network, weights, text):
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_weights(network or rp.build("cifar/resnet-8"), weights)
+        assert str(error.value) == text
 
     def test_missing_file(self, tmp_path):
         where = tmp_path / "absent.pth"
