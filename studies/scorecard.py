@@ -455,9 +455,12 @@ def _commands(options: argparse.Namespace, known: Sequence[Study], broken: Mappi
     for copy in options.data:
         if not Path(copy.partition(":")[2] or ".").expanduser().exists():
             raise UsageError(f"data (={copy!r}): there is no {copy.partition(':')[2]}")
+    from resprobe.checkpoints import check_writable
     from resprobe.devices import resolve_device
 
     resolve_device(options.device)
+    if not options.dry_run:  # which writes nothing
+        check_writable(Path(options.runs), "runs")
     commands = {}
     for study in chosen:
         # Where a study's report goes by itself need not be said, so that its command stays short.

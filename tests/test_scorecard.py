@@ -509,6 +509,7 @@ def test_without_run_the_page_is_written_and_nothing_is_run(three, capsys):
         ("--studies a", "--studies says what to run; it needs --run quick or --run paper"),
         ("--dry-run", "--dry-run says what to run; it needs --run quick or --run paper"),
         ("--run quick --device gpu", "device (='gpu') is unknown; accepted: auto, cpu, cuda, mps; nearest: cpu"),
+        ("--run quick --runs /dev/null/runs", "runs (='/dev/null/runs') cannot be written to: Not a directory"),
         ("--run paper --data cifar10:absent --dry-run", "data (='cifar10:absent'): there is no absent"),
         ("--run quick --data cifar10:x", "--data is for --run paper; the quick presets run on embedded data"),
         ("--run paper --data cifar100:x", "data (='cifar100:x') is unknown; accepted: cifar10; nearest: cifar10"),
