@@ -18,8 +18,8 @@ split into batches. `table()` has a row a layer, over all its channels; `channel
 | `call` | 0; for a convolution that is used several times in one pass, which use | |
 | `stage` | n where the name says `stageN` or, in torchvision's ResNets, `layerN`; 0 outside the stages | |
 | `block` | name of the block that the layer is in; empty outside blocks | |
-| `position` | order in the forward pass, from 1 | |
-| `kind` | `branch` or `shortcut` in a block, `stem` before the first block, else `other` | |
+| `position` | order in the first forward pass, from 1; what that did not use comes last | |
+| `kind` | `branch` or `shortcut` in a block, `stem` if the network lists it before its first block, else `other` | |
 | `kernel_size` | "3x3", "1x1", ... | |
 | `measured` | name of the module whose output was measured: the normalization, or the convolution itself | |
 | `channels` | in `table()`: number of channels | |
@@ -29,7 +29,8 @@ split into batches. `table()` has a row a layer, over all its channels; `channel
 
 Which normalization follows a convolution is seen from the tensors of the first pass: it is the one that is given the
 convolution's output, unchanged. A normalization is one of torch's or torchvision's modules, or a module without children
-whose class says "norm" in its name; `F.batch_norm` called as a function is not seen. Responses are reduced as soon as
+whose class says "norm" in its name, and what it gives is the response, also where its own code ends in an activation;
+`F.batch_norm` called as a function is not seen. Responses are reduced as soon as
 their module has given them, so nothing that happens to them later, an in-place ReLU or addition, matters.
 
 What is counted: whole forward passes of the module that the probe is attached to. A pass that ends in an exception is
