@@ -302,12 +302,12 @@ def _gather_on(
             raise UsageError(f"{name} (={' '.join(map(str, values))}) must be given, each once")
     for seed in options.seeds:
         check_seed(seed)
+    planned = study.plan(options)
     for path in getattr(options, "weights", ()):  # said before anything is trained, and by a dry run too
         if not Path(path).exists():
             raise UsageError(
                 f"weights (={path!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
             )
-    planned = study.plan(options)
     for one in planned:
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
             resolve(one.network, **one.options)

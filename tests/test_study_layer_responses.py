@@ -207,6 +207,12 @@ def test_weights_without_a_name_are_refused(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_weights_that_are_not_there_are_missed_by_a_dry_run_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["--weights", "resnet20.th", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("error: weights (='resnet20.th') are not there; accepted: .pth, ")
+
+
 @pytest.mark.slow
 def test_published_networks_on_the_real_test_images(shared_data, cifar10_folder, tmp_path, monkeypatch):
     """Deeper residual networks have smaller responses, in weights that others trained (their order is Fig. 7's)."""
