@@ -52,8 +52,8 @@ LIMIT = 3.0
 LOWEST = -20.0
 """Decades at which figures end below."""
 BELOW_FLOAT64, BELOW_FLOAT32 = 1e-300, 1e-14
-"""What a gradient of 0 is taken for. float32 ends at 1e-38, so squares at numbers of 1e-19: over the two million responses of a
-CIFAR-10 mini-batch a root mean square of 2e-15."""
+"""What a gradient of 0 is taken for. float32 ends at 1e-38, and where squares are summed up in it, as on MPS, at numbers of
+1e-19: over the two million responses of a CIFAR-10 mini-batch a root mean square of 2e-15."""
 PROBE = "gradient-norms"
 CONDITIONS = {
     ("batch", "he"): "BN, He",
