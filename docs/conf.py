@@ -28,7 +28,7 @@ suppress_warnings = ["myst.header"]  # a study's report may begin a list of clai
 nb_execution_mode = "cache"
 nb_execution_in_temp = True
 nb_execution_raise_on_error = True
-nb_execution_timeout = 1200  # seconds for a cell, which takes at most a minute on an idle machine of two cores
+nb_execution_timeout = 1200  # seconds for a cell: a whole notebook has taken 309 on a busy machine of two cores
 nb_merge_streams = True
 
 # -- names from docstrings ----------------------------------------------------------------------------------------------

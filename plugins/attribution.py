@@ -52,7 +52,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
@@ -81,7 +80,6 @@ COLUMNS = (
     *("iteration", "block", "stage", "position", "method", "target", "images"),
     *(column for measure in _MEASURES for column in (measure, f"{measure}_std")),
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _Explain = TypeVar("_Explain", bound=Callable[..., pandas.DataFrame])
 
 
@@ -121,7 +119,7 @@ def branch_and_shortcut(
     """
     if method not in METHODS:
         raise rp.UsageError(f"method (={method!r}) is unknown; accepted: {', '.join(METHODS)}")
-    _check_steps(steps)
+    rp.check_whole("steps", steps, 2)
     twin = _Twin(network)
     images, baseline = twin.take(images), _as_baseline(baseline, images)
     sums = twin.tap_blocks(images[:1])
@@ -238,7 +236,7 @@ def integrated_gradients(
     One row an image: `target_class`, `logit`, `difference` (to the baseline's logit), `delta` (what the attributions sum
     to, less `difference`: the error of the integral) and `attribution`, a [C, H, W] tensor on the CPU. Unit: logit.
     """
-    _check_steps(steps)
+    rp.check_whole("steps", steps, 2)
     twin = _Twin(network)
     images, baseline = twin.take(images), _as_baseline(baseline, images)
     classes = twin.classes(images, targets)
@@ -323,11 +321,8 @@ class _Twin:
 
     def __init__(self, network: nn.Module):
         network = rp.probes.unwrap(network)
-        tables = (getattr(module, table) for module in network.modules() for table in _HOOKS)
-        # `memo` tells deepcopy what it has copied already: a table of hooks becomes an empty one.
-        memo: dict[int, Any] = {id(table): OrderedDict() for table in tables}
         try:
-            self.network = copy.deepcopy(network, memo).eval().requires_grad_(False)
+            self.network = copy.deepcopy(network, rp.probes.without_hooks(network)).eval().requires_grad_(False)
         except Exception as error:
             raise rp.UsageError(
                 f"attribution works on a copy of the network, and {type(network).__name__} cannot be copied: "
@@ -515,11 +510,6 @@ def _as_baseline(baseline: Tensor | float, images: Tensor) -> Tensor:
             f"baseline has the shape {tuple(result.shape)}; expected one value or that of an image, "
             f"{tuple(images.shape[1:])}"
         ) from None
-
-
-def _check_steps(steps: int) -> None:
-    if not (isinstance(steps, int) and steps >= 2):
-        raise rp.UsageError(f"steps (={steps!r}) must be a whole number ≥ 2")
 
 
 def _kind(targets: Tensor | int | None) -> str:

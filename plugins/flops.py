@@ -60,7 +60,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -87,8 +87,6 @@ COLUMNS = (
 TOTALS = ("parameters", "macs", "activations")
 UNCOUNTED_COLUMNS = ("operator", "layer", "calls")
 BLOCKS = rp.probes.block_classes()
-HOOKS = {name for name in vars(nn.Module()) if name.endswith("_hooks")}
-"""The attributes in which every module keeps hooks. Others may be called so too: `use_hooks`."""
 
 aten = torch.ops.aten
 
@@ -317,12 +315,9 @@ def uncounted(network: nn.Module, image_shape: Sequence[int]) -> pandas.DataFram
 
 def _watch(network: nn.Module, inputs: Any, named_inputs: Any, copied: Callable[[Tensor], Tensor]) -> _Pass:
     """Calls a copy of `network`, its tensors and those of the inputs made by `copied`."""
-    memory: dict[int, Any] = {}
+    memory = rp.probes.without_hooks(network)  # hooks of others must not see this pass
     for module in network.modules():
-        for name, value in vars(module).items():
-            if name in HOOKS:
-                memory[id(value)] = OrderedDict()  # hooks of others must not see this pass
-                continue
+        for value in vars(module).values():
             # Parameters and buffers follow; what else stands there could not be copied: results of past passes.
             for tensor in _tensors(value):
                 memory[id(tensor)] = copied(tensor)

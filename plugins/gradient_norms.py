@@ -266,7 +266,7 @@ class GradientNorms(rp.Probe):
         def take_norm(gradient: Tensor) -> None:
             images = len(gradient) if gradient.ndim else 1
             norm = _norm(gradient.detach())
-            if norm.device.type == "cpu" and not _SMALL < norm < _LARGE:
+            if _doubtful(gradient, norm):
                 norm = _wide_norm(gradient.detach())
             self._seen.setdefault((name, call), []).append((number, images, norm))
 
@@ -303,9 +303,9 @@ class GradientNorms(rp.Probe):
         given = [gradient for gradient in gradients if gradient is not None]
         measured = weights + given
         figures = _to_host(_norms(measured) + [norm for passes in seen for _, _, norm in passes])
-        for index, norm in enumerate(figures[: len(measured)]):
-            if measured[index].device.type == "cpu" and not _SMALL < norm < _LARGE:
-                figures[index] = _wide_norm(measured[index])
+        for index, tensor in enumerate(measured):
+            if _doubtful(tensor, figures[index]):
+                figures[index] = _wide_norm(tensor)
         of_weights, of_gradients, of_passes = numpy.split(figures, [len(weights), len(weights) + len(given)])
         values = numpy.full((len(weights) + len(seen), 5), math.nan)
         values[: len(weights), 1] = of_weights
@@ -392,6 +392,11 @@ def _norm(tensor: Tensor) -> Tensor:
         inner = tuple(range(1, tensor.ndim))
         rows = norm(tensor, dim=inner, dtype=_accurate(tensor)) if rounded is None else rounded
     return norm(rows, dtype=_accurate(tensor))
+
+
+def _doubtful(tensor: Tensor, norm: Tensor | float) -> bool:
+    """Whether squares may have left float32's range in `norm`, the 2-norm of `tensor`. GPUs add up in float64."""
+    return tensor.device.type == "cpu" and not _SMALL < norm < _LARGE
 
 
 def _wide_norm(tensor: Tensor) -> Tensor:

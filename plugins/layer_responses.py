@@ -125,8 +125,10 @@ class _Candidate:
 
     def is_same(self, other: Tensor) -> bool:
         """Whether `other` is this response, unchanged; equal moments per channel say so where nothing else does."""
-        if self.response.surely(other) or not self.response.may_be(other):
-            return self.response.may_be(other)
+        if not self.response.may_be(other):
+            return False
+        if self.response.surely(other):
+            return True
         moments = _moments(other, self.axis) if other.ndim > self.axis else ()
         return len(moments) == 2 and all(map(_equal, moments, self.moments))
 

@@ -19,7 +19,7 @@ from .data import (
     register_dataset as register_dataset,
 )
 from .devices import cpu_threads as cpu_threads
-from .errors import TrainingDiverged as TrainingDiverged, UsageError as UsageError
+from .errors import TrainingDiverged as TrainingDiverged, UsageError as UsageError, check_whole as check_whole
 from .evaluation import Evaluation as Evaluation, evaluate as evaluate, precise_batch_norm as precise_batch_norm
 from .extensions import load_plugin as load_plugin
 from .initialization import INITIALIZATIONS as INITIALIZATIONS, register_initialization as register_initialization

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from resprobe.errors import UsageError
+from resprobe.errors import UsageError, check_whole
 from resprobe.layers import Layers
 from resprobe.registry import Registry
 from resprobe.shortcuts import SHORTCUTS
@@ -110,10 +110,7 @@ def register_block(name: str):
     def file_under_name(cls: type[Block]) -> type[Block]:
         if not (isinstance(cls, type) and issubclass(cls, Block)):
             raise UsageError(f"block (={name!r}) must be a subclass of resprobe.Block, not {cls!r}")
-        if not isinstance(cls.weighted_layers, int) or cls.weighted_layers < 1:
-            raise UsageError(
-                f"block (={name!r}): weighted_layers (={cls.weighted_layers!r}) must be a whole number ≥ 1"
-            )
+        check_whole(f"block (={name!r}): weighted_layers", cls.weighted_layers, 1)
         return file(cls)
 
     return file_under_name

@@ -21,6 +21,16 @@ def nearest(value: object, accepted: Iterable[object]) -> str | None:
     return names[close[0]] if close else None
 
 
+def is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def check_whole(what: str, value: object, least: int, why: str = "") -> None:
+    """Raises `UsageError` for what is no whole number, or less than `least`; `why` ends the line."""
+    if not is_whole(value, least):
+        raise UsageError(f"{what} (={value!r}) must be a whole number ≥ {least}{why}")
+
+
 def short(value: object) -> str:
     """The value as Python writes it; its type, where that would be more than a line."""
     text = repr(value)

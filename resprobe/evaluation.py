@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
 from resprobe.data.folder import resized
 from resprobe.devices import autocast, resolve_device
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import UsageError, check_whole, not_accepted
 from resprobe.networks import check_fit
 
 PROTOCOLS = ("single-view", "ten-crop", "multi-scale")
@@ -76,8 +76,7 @@ def evaluate(
         raise UsageError(
             f"normalization (={normalization!r}) must be a Normalization, such as Normalization.fit(images)"
         )
-    if not (isinstance(batch_size, int) and batch_size >= 1):
-        raise UsageError(f"batch_size (={batch_size!r}) must be a whole number ≥ 1")
+    check_whole("batch_size", batch_size, 1)
     images: ImageSet | FolderSet
     if isinstance(data, ImageSet | FolderSet):
         images, fitted = data, None

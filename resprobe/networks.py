@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from resprobe.blocks import BLOCKS, Block
-from resprobe.errors import UsageError, not_accepted, short
+from resprobe.errors import UsageError, check_whole, not_accepted, short
 from resprobe.initialization import INITIALIZATIONS, initialize
 from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
@@ -199,8 +199,8 @@ def _check_option(name: str, value: Option) -> None:
     registries = {"block": BLOCKS, "shortcut": SHORTCUTS, "norm": NORMALIZATIONS, "init": INITIALIZATIONS}
     if name in registries:
         registries[name][value]  # type: ignore[index]
-    if name in ("width", "num_classes", "in_channels") and not (isinstance(value, int) and value >= 1):
-        raise UsageError(f"{name} (={value!r}) must be a whole number ≥ 1")
+    if name in ("width", "num_classes", "in_channels"):
+        check_whole(name, value, 1)
     if name == "stride_in" and value not in ("1x1", "3x3"):
         raise not_accepted("stride_in", value, ("1x1", "3x3"))
 

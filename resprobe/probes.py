@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
@@ -16,7 +17,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from resprobe.blocks import Block
-from resprobe.errors import UsageError, short
+from resprobe.errors import UsageError, check_whole, short
 from resprobe.registry import Registry
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ def every(iterations: int, *, offset: int = 0) -> Schedule:
 def logarithmic(per_decade: int = 10) -> Schedule:
     """At 0 and then `per_decade` times between each power of ten and the next, rounded to whole iterations: below 10
     several fall together."""
-    if not (isinstance(per_decade, int) and per_decade >= 1):
-        raise UsageError(f"logarithmic: per_decade (={per_decade!r}) must be a whole number ≥ 1")
+    check_whole("logarithmic: per_decade", per_decade, 1)
     points = {0} | {round(10 ** (step / per_decade)) for step in range(9 * per_decade)}
     return points.__contains__
 
@@ -68,6 +68,16 @@ def unwrap(network: nn.Module) -> nn.Module:
             network = network._orig_mod  # type: ignore[assignment]
         else:
             return network
+
+
+def without_hooks(network: nn.Module) -> dict[int, Any]:
+    """The `memo` with which `copy.deepcopy` makes a copy of `network` that has no hooks.
+
+    It tells what has been copied already: here, of each table of hooks, an empty one.
+    """
+    # Others may be called so too: `use_hooks`.
+    tables = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+    return {id(getattr(module, name)): OrderedDict() for module in network.modules() for name in tables}
 
 
 @functools.cache

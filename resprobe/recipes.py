@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import UsageError, check_whole, is_whole, not_accepted
 
 _WHOLE = {
     **dict.fromkeys(("iterations", "batch_size", "window", "evaluations", "crop", "plateau", "bn_batch"), 1),
@@ -19,10 +19,6 @@ _WHOLE = {
 """Fields of a recipe that are whole numbers, and the least they may be."""
 _MAY_BE_NONE = ("plateau", "bn_batch", "warm_up_iterations", "warm_up_rate")
 _EXAMPLES = {"milestones": (32_000, 48_000), "scale": (256, 480)}
-
-
-def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value: object) -> bool:
@@ -102,8 +98,8 @@ class Recipe:
                 object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
         for name, least in _WHOLE.items():
             value = getattr(self, name)
-            if not _is_whole(value, least) and not (value is None and name in _MAY_BE_NONE):
-                raise UsageError(f"{name} (={value!r}) must be a whole number ≥ {least}")
+            if not (value is None and name in _MAY_BE_NONE):
+                check_whole(name, value, least)
         for name in ("learning_rate", "decay", "warm_up_rate"):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and name in _MAY_BE_NONE):
@@ -127,15 +123,14 @@ class Recipe:
                 raise not_accepted(name, getattr(self, name), accepted)
         for name in ("milestones", "scale"):
             values = getattr(self, name)
-            if not (isinstance(values, tuple) and all(_is_whole(value, 0) for value in values)):
+            if not (isinstance(values, tuple) and all(is_whole(value, 0) for value in values)):
                 raise UsageError(f"{name} (={values!r}) must be whole numbers ≥ 0, such as {_EXAMPLES[name]}")
             if list(values) != sorted(values):
                 raise UsageError(f"{name} (={values}) must rise")
 
     def with_iterations(self, iterations: int) -> Recipe:
         """The same recipe with its whole schedule scaled to `iterations`."""
-        if not _is_whole(iterations, 1):
-            raise UsageError(f"iterations (={iterations!r}) must be a whole number ≥ 1")
+        check_whole("iterations", iterations, 1)
         ratio = iterations / self.iterations
         return replace(
             self,

@@ -33,7 +33,7 @@ from resprobe.data import DATASETS, Data, FolderSet, Normalization, data_identit
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.distributed import team
 from resprobe.environment import environment
-from resprobe.errors import TrainingDiverged, UsageError, short
+from resprobe.errors import TrainingDiverged, UsageError, check_whole, short
 from resprobe.networks import NETWORKS, Network, NetworkSpec, Option, build, check_fit, resolve
 from resprobe.probes import Probe, make_probe
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
@@ -135,8 +135,7 @@ class Run:
 
 def check_seed(seed: int) -> int:
     """A seed is a whole number from 0 on."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UsageError(f"seed (={seed!r}) must be a whole number ≥ 0")
+    check_whole("seed", seed, 0)
     if seed >= 2**63:
         raise UsageError(f"seed (={seed}) must be below 2⁶³")
     return seed

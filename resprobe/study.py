@@ -287,6 +287,7 @@ def _gather_on(
     from resprobe.runs import RunStore, check_seed
     from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency, run_all, survey
+    from resprobe.weights import check_weights_there
 
     prepare_cpu()
     for plugin in options.plugin:
@@ -304,10 +305,7 @@ def _gather_on(
         check_seed(seed)
     planned = study.plan(options)
     for path in getattr(options, "weights", ()):  # said before anything is trained, and by a dry run too
-        if not Path(path).exists():
-            raise UsageError(
-                f"weights (={path!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
-            )
+        check_weights_there(Path(path), Path(path).exists())
     for one in planned:
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
             resolve(one.network, **one.options)

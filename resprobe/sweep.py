@@ -180,10 +180,9 @@ def survey(
     begun = sum(count > 0 for count in done)
     name = device_name(device) if cluster is None else cluster.name
     ahead = Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason)
-    if cluster is None and concurrency is None and ahead.duration is not None:
-        saved = sum(seconds) - ahead.duration
-        if workers > 1 and saved < _STARTING:
-            return replace(ahead, workers=1)
+    automatic = cluster is None and concurrency is None and workers > 1
+    if automatic and ahead.duration is not None and sum(seconds) - ahead.duration < _STARTING:
+        return replace(ahead, workers=1)
     return ahead
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import re
@@ -42,7 +41,7 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
         _check_run(network, Path(weights))
     given = _unwrap(weights if isinstance(weights, Mapping) else _read(Path(weights)))
     own = network.state_dict()
-    normalization = None
+    normalization, centred = None, False
     if "normalization.mean" in given:  # a run's file
         normalization = Normalization(given["normalization.mean"], given["normalization.std"])
         given = {name.removeprefix("network."): value for name, value in given.items() if name.startswith("network.")}
@@ -58,11 +57,8 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
                 )
             if not any(block.shortcut is not None for _, block in network.blocks()):
                 raise UsageError(f"the weights are those of a residual network, and {network.spec} has no shortcuts")
-            common_cifar = "linear.weight" in given
+            centred = "linear.weight" in given
             given = {_resnet_name(name): value for name, value in given.items()}
-            if common_cifar:
-                with contextlib.suppress(IndexError, KeyError):  # of another network: what does not fit is named below
-                    given = _zeros_from_centred(network, given)
         else:
             some = ", ".join(sorted(given)[:3]) or "none"
             raise UsageError(
@@ -72,7 +68,7 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     # Counters of batches seen are bookkeeping of the framework; old files lack them.
     given = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | given
     _check(network, own, given)
-    network.load_state_dict(given)
+    network.load_state_dict(_zeros_from_centred(network, given) if centred else given)
     network.normalization = normalization or network.normalization
     return network
 
@@ -86,6 +82,14 @@ def load_network(run: str | Path) -> Network:
     if spec is None:
         raise UsageError(f"run (={str(run)!r}) must be the folder of a finished run, with config.json in it")
     return load_weights(build(spec), run)
+
+
+def check_weights_there(path: Path, there: bool) -> None:
+    """Raises `UsageError` for a file of weights that is not there."""
+    if not there:
+        raise UsageError(
+            f"weights (={str(path)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
+        )
 
 
 def _run_spec(folder: Path) -> NetworkSpec | None:
@@ -110,10 +114,7 @@ def _check_run(network: Network, path: Path) -> None:
 def _read(path: Path) -> Mapping[str, Tensor]:
     if path.is_dir() and (path / _RUN_FILE).is_file():
         path = path / _RUN_FILE
-    if not path.is_file():
-        raise UsageError(
-            f"weights (={str(path)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
-        )
+    check_weights_there(path, path.is_file())
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file

@@ -95,8 +95,7 @@ def plan(options: Options) -> list[rp.Planned]:
     """Plain and residual bottleneck networks, and the residual basic network with as many blocks."""
     if options.block == "basic":
         raise rp.UsageError("block (='basic') is what the other is compared with; accepted: bottleneck, or a plugin's")
-    if options.repeats < 2:
-        raise rp.UsageError(f"repeats (={options.repeats}) must be a whole number ≥ 2, to have a spread")
+    rp.check_whole("repeats", options.repeats, 2, ", to have a spread")
     planned = []
     for depth in options.depths:
         plain, shortcut = {"block": options.block}, {"shortcut": options.shortcut}

@@ -80,8 +80,7 @@ class Options(rp.Options):
 def plan(options: Options) -> list[rp.Planned]:
     """Residual networks over depth. A plain one has no shortcut, and so nothing to compare its branches with."""
     for name in ("images", "conductance_images"):
-        if getattr(options, name) < 1:
-            raise rp.UsageError(f"{name} (={getattr(options, name)}) must be a whole number ≥ 1")
+        rp.check_whole(name, getattr(options, name), 1)
     residual = {"block": options.block, "shortcut": options.shortcut}
     _check_blocks(f"cifar/resnet-{min(options.depths)}", residual)
     return [

@@ -102,8 +102,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     import pandas
 
     options = results.options
-    if options.repeats < 1:
-        raise rp.UsageError(f"repeats (={options.repeats}) must be a whole number ≥ 1")
+    rp.check_whole("repeats", options.repeats, 1)
     rows = []
     for depth in options.depths:
         for kind, shortcut in (("plain", None), ("residual", "A"), ("residual", "B"), ("residual", "C")):

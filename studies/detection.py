@@ -158,8 +158,7 @@ def _check(options: Options) -> None:
     if options.weights and len(options.weights) != 2:
         raise rp.UsageError(f"weights (={' '.join(options.weights)}) must be two files, one for each of backbones")
     for name, least in (("width", 1), ("side", 1), ("detection_iterations", 0)):
-        if getattr(options, name) < least:
-            raise rp.UsageError(f"{name} (={getattr(options, name)}) must be a whole number ≥ {least}")
+        rp.check_whole(name, getattr(options, name), least)
     if options.scales and min(options.scales) < 1:
         raise rp.UsageError(f"scales (={' '.join(map(str, options.scales))}) must be shorter sides ≥ 1")
     _read.cache_clear()  # files may have changed since another study of this process

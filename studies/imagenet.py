@@ -145,8 +145,7 @@ def _check(options: Options) -> None:
         )
     if not options.protocols:
         raise rp.UsageError(f"protocols (=) must be given; accepted: {', '.join(PROTOCOLS)}")
-    if options.crop < 32:
-        raise rp.UsageError(f"crop (={options.crop}) must be a whole number ≥ 32: the networks halve it five times")
+    rp.check_whole("crop", options.crop, 32, ": the networks halve it five times")
     if not options.data.startswith("folder"):
         needing = "weights" if options.weights else "protocols" if set(options.protocols) != {"single-view"} else None
         if needing:

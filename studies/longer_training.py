@@ -62,8 +62,7 @@ def longer(recipe: Recipe, times: int) -> Recipe:
 
 
 def plan(options: Options) -> list[rp.Planned]:
-    if options.times < 2:
-        raise rp.UsageError(f"times (={options.times}) must be a whole number ≥ 2")
+    rp.check_whole("times", options.times, 2)
     recipes = {1: None, options.times: partial(longer, times=options.times)}
     return [
         rp.Planned({"depth": depth, "times": times}, f"cifar/plain-{depth}", {"block": options.block}, recipe=recipe)

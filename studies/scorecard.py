@@ -452,7 +452,6 @@ def _commands(options: argparse.Namespace, known: Sequence[Study], broken: Mappi
     for copy in options.data:
         if copy.partition(":")[0] not in used:
             raise not_accepted("data", copy, sorted(used))
-    for copy in options.data:
         if not Path(copy.partition(":")[2] or ".").expanduser().exists():
             raise UsageError(f"data (={copy!r}): there is no {copy.partition(':')[2]}")
     from resprobe.checkpoints import check_writable

@@ -82,8 +82,7 @@ class Options(rp.Options):
 def plan(options: Options) -> list[rp.Planned]:
     if options.width < 0:
         raise rp.UsageError(f"width (={options.width}) must be a whole number ≥ 1, or 0 for the network's own")
-    if options.crop < 32:
-        raise rp.UsageError(f"crop (={options.crop}) must be a whole number ≥ 32")
+    rp.check_whole("crop", options.crop, 32)
     name, chosen = _network(options, rp.load_data(options.data))
     return [] if options.weights else [rp.Planned({"name": name}, name, chosen, recipe=_recipe(options))]
 

@@ -37,9 +37,7 @@ class DetectionRecipe:
         if isinstance(self.milestones, list):  # JSON knows no tuples
             object.__setattr__(self, "milestones", tuple(self.milestones))
         for name in ("iterations", "batch_size", "window", "evaluations"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise rp.UsageError(f"{name} (={value!r}) must be a whole number ≥ 1")
+            rp.check_whole(name, getattr(self, name), 1)
         for name, low, high in (("flip", 0, 1), ("momentum", 0, 1), ("weight_decay", 0, float("inf"))):
             value = getattr(self, name)
             if not low <= value <= high:
