@@ -192,7 +192,10 @@ def make_probe(probe: str | Probe) -> Probe:
     """The probe itself, or a new one of the registered name."""
     if not isinstance(probe, Probe | str):
         raise UsageError(f"probe (={short(probe)}) must be a registered name or a Probe")
-    return probe if isinstance(probe, Probe) else PROBES[probe]()
+    made = probe if isinstance(probe, Probe) else PROBES[probe]()
+    if not isinstance(made, Probe):
+        raise UsageError(f"probe (={probe!r}): what is registered must make a resprobe.Probe, not {short(made)}")
+    return made
 
 
 @contextmanager

@@ -316,6 +316,9 @@ def _gather_on(
     _check_networks({job.config.network for _, job in fresh})
     # Nothing is written before everything that was asked for is known to make sense.
     check_writable(Path(options.out), "out")
+    if fresh and team().first:
+        for note in _too_few(study, options):  # hours before the report says so
+            print(f"note: {note}", flush=True)
     store = RunStore(options.runs) if fresh else None
     labelled, runs = [], []
     for then in (study.then, None):
@@ -349,6 +352,15 @@ def _gather_on(
         results = dataclasses.replace(results, measurements=study.measure(results))
     recipes = list(dict.fromkeys(job.config.recipe for _, job in labelled))
     return results, recipes, made_with
+
+
+def _too_few(study: Study, options: Options) -> Iterator[str]:
+    """What cannot be told from one depth or one seed, if the study usually has more."""
+    usual = study.presets[options.preset]
+    if len(options.depths) == 1 < len(usual.depths):
+        yield f"one depth only (--depths {options.depths[0]}): claims that compare depths will be 'not tested'"
+    if len(options.seeds) == 1 < len(usual.seeds) and not study.how_sure:
+        yield f"one seed only (--seeds {options.seeds[0]}): without a spread, comparisons will be 'inconclusive'"
 
 
 def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: str) -> list[tuple[dict[str, Any], Job]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -176,6 +176,13 @@ def _from_torchvision_vgg(network: Network, given: Mapping[str, Tensor]) -> dict
     return result
 
 
+def _other_data(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Iterator[str]:
+    """What the weights' first and last layers say about the data they were trained on, where those are others."""
+    for name, axis, what in (("stem.conv.weight", 1, "channels"), ("fc.weight", 0, "classes")):
+        if name in own and own[name].shape[axis] != given[name].shape[axis]:
+            yield f"; they are for data of {given[name].shape[axis]} {what}, the network is for {own[name].shape[axis]}"
+
+
 def _zeros_from_centred(network: Network, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Permutes channels so that weights trained with zeros on both sides fit a network whose zeros trail.
 
@@ -227,4 +234,6 @@ def _check(network: Network, own: Mapping[str, Tensor], given: Mapping[str, Tens
         hint = ""
         if not wrong and all(".shortcut." in name for name in [*missing, *extra]):
             hint = "; the shortcut options differ: try another shortcut, A, B or C"
+        elif not missing and not extra:
+            hint = "".join(_other_data(own, given))
         raise UsageError(f"the weights do not fit {network.spec}: {'; '.join(problems)}{hint}")

@@ -134,6 +134,26 @@ class TestNames:
         assert data_identity("mine") == "mine from None"
         assert rp.load_data(data) is data
 
+    @pytest.mark.usefixtures("clean_registries")
+    def test_a_function_that_gives_something_else(self):
+        rp.register_dataset("mine")(lambda path: (1, 2))
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_data("mine")
+        assert str(error.value) == "data (='mine'): its function must give a resprobe.Data, not (1, 2)"
+
+
+class TestData:
+    @pytest.mark.parametrize("part", ["train", "test", "validation"])
+    @pytest.mark.parametrize(("labels", "said"), [((0, 3), "from 0 to 3"), ((-1, 2), "from -1 to 2")])
+    def test_labels_beyond_the_classes(self, part, labels, said):
+        good, bad = random_images(2), rp.ImageSet(random_images(2).images, torch.tensor(labels))
+        good = rp.ImageSet(good.images, torch.tensor([0, 2]))
+        parts = {"train": good, "test": good, "validation": good}
+        rp.Data("mine", "mine", **parts, classes=("a", "b", "c"))
+        with pytest.raises(rp.UsageError) as error:
+            rp.Data("mine", "mine", **parts | {part: bad}, classes=("a", "b", "c"))
+        assert str(error.value) == (f"data 'mine': {part}'s labels go {said}; with 3 classes they must be from 0 to 2")
+
 
 class TestImageSet:
     def test_refuses_other_images(self):
@@ -148,6 +168,11 @@ class TestImageSet:
             rp.ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3))
         assert str(error.value) == "labels must have shape (2,), not (3,)"
 
+    def test_refuses_labels_of_another_kind(self):
+        with pytest.raises(rp.UsageError) as error:
+            rp.ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.uint8))
+        assert str(error.value) == "labels must be int64 [N], not torch.uint8"
+
     def test_views_are_the_images_in_order(self):
         images = random_images(7)
         batches = list(images.views(3))
@@ -159,7 +184,7 @@ class TestImageSet:
 class TestHoldOut:
     def test_cifar_split_is_45k_and_5k(self):
         whole = rp.ImageSet(torch.zeros(50_000, 1, 1, 1, dtype=torch.uint8), torch.arange(50_000))
-        data = rp.Data("d", "d", whole, random_images(2), ("a",))
+        data = rp.Data("d", "d", whole, random_images(2), ("a",) * len(whole))
         split = data.hold_out(0.1)
         assert (len(split.train), len(split.validation)) == (45_000, 5_000)
         together = torch.cat([split.train.labels, split.validation.labels])
@@ -169,12 +194,12 @@ class TestHoldOut:
         assert torch.equal(data.hold_out(0.1).validation.labels, split.validation.labels)
 
     def test_nothing_held_out(self):
-        data = rp.Data("d", "d", random_images(5), random_images(2), ("a",))
+        data = rp.Data("d", "d", random_images(5), random_images(2), ("a",) * 5)
         assert data.hold_out(0) is data
 
     def test_images_keep_their_labels(self):
         whole = random_images(20)
-        split = rp.Data("d", "d", whole, whole, ("a",)).hold_out(0.25)
+        split = rp.Data("d", "d", whole, whole, ("a",) * 20).hold_out(0.25)
         assert (len(split.train), len(split.validation)) == (15, 5)
         for part in (split.train, split.validation):
             assert torch.equal(part.images, whole.images[part.labels])

@@ -126,6 +126,15 @@ def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     return folder, run(*SMALL, cwd=folder)
 
 
+def test_one_depth_or_one_seed_is_said_before_the_training(tmp_path):
+    few = run("--depths", "8", "--seeds", "0", "--iterations", "20", "--dry-run", cwd=tmp_path)
+    assert few.stdout.startswith(
+        "note: one depth only (--depths 8): claims that compare depths will be 'not tested'\n"
+        "note: one seed only (--seeds 0): without a spread, comparisons will be 'inconclusive'\n"
+    )
+    assert "note" not in run(*SMALL, "--dry-run", cwd=tmp_path).stdout
+
+
 def test_a_study_ends_with_its_verdict_and_the_paths(done):
     folder, process = done
     assert process.returncode == 0, process.stderr

@@ -313,3 +313,12 @@ def test_every_needs_a_whole_offset():
 def test_arguments_of_another_kind(arguments, text):
     with pytest.raises(UsageError, match=text), attach(*arguments):
         pytest.fail("the block must not be entered")
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_what_is_registered_must_make_a_probe():
+    rp.register_probe("mine")(dict)
+    with pytest.raises(
+        UsageError, match=r"^probe \(='mine'\): what is registered must make a resprobe.Probe, not \{\}$"
+    ):
+        make_probe("mine")

@@ -217,6 +217,14 @@ class TestCommonCifar:
             "the shortcut options differ: try another shortcut, A, B or C"
         )
 
+    def test_weights_for_other_data(self):
+        network = rp.build("cifar/resnet-8", in_channels=1, num_classes=7)
+        assert refusal(network, CommonResNet(1).state_dict()) == (
+            f"the weights do not fit {network.spec}: 3 shapes differ, "
+            "first stem.conv.weight is (16, 3, 3, 3), the network's (16, 1, 3, 3); "
+            "they are for data of 3 channels, the network is for 1; they are for data of 10 classes, the network is for 7"
+        )
+
 
 class TestOwnLayout:
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

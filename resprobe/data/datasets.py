@@ -41,7 +41,10 @@ def load_data(data: str | Data) -> Data:
     if isinstance(data, Data):
         return data
     name, path = _split(data)
-    return DATASETS[name](path)
+    loaded = DATASETS[name](path)
+    if not isinstance(loaded, Data):
+        raise UsageError(f"data (={name!r}): its function must give a resprobe.Data, not {short(loaded)}")
+    return loaded
 
 
 def data_identity(data: str | Data) -> str:

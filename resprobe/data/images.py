@@ -77,6 +77,8 @@ class ImageSet:
             )
         if self.labels.shape != (len(self.images),):
             raise UsageError(f"labels must have shape ({len(self.images)},), not {tuple(self.labels.shape)}")
+        if self.labels.dtype != torch.int64:
+            raise UsageError(f"labels must be int64 [N], not {self.labels.dtype}")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -111,6 +113,17 @@ class Data:
     test: ImageSet
     classes: tuple[str, ...]
     validation: ImageSet | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test", "validation"):
+            part = getattr(self, name)
+            if isinstance(part, ImageSet) and len(part):
+                least, most = (int(label) for label in part.labels.aminmax())
+                if least < 0 or most >= len(self.classes):
+                    raise UsageError(
+                        f"data {self.name!r}: {name}'s labels go from {least} to {most}; with {len(self.classes)} classes "
+                        f"they must be from 0 to {len(self.classes) - 1}"
+                    )
 
     @property
     def in_channels(self) -> int:
