@@ -37,7 +37,8 @@ own with several steps inside the `with` block calls `probe.read()` after each b
 
 Gradients that are accumulated over several passes are measured as accumulated: ∇W is `.grad` as it stands, and a block's
 ‖∂L/∂y‖₂ is the root of the sum of squares over the passes since the `.grad` were last None. (Gradients set to zero
-instead of None look like accumulated ones: call `probe.read()` after each step.) Under autocast the norms of half-precision
+instead of None look like accumulated ones: call `probe.read()` after each step.) A reading between the passes, that of
+`table()` too, ends the sum over blocks, not that over weights. Under autocast the norms of half-precision
 gradients are summed up in float32; those of large bfloat16 tensors on a CPU are good to about 1e-4. Norms whose squares
 leave float32's range (below 1e-14, above 1e18) are summed up in float64. With a loss that a `GradScaler` has scaled, call
 `probe.read()` after `unscale_`.
