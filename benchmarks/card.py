@@ -354,7 +354,7 @@ PARTS: dict[str, tuple[Callable[[Card, Deadline], None], float, float]] = {
     "probes": (probes, 20, 30),
     "detection": (detection, 20, 30),
     "checkpoint": (checkpoint, 10, 20),
-    "start": (start, 25, 30),
+    "start": (start, 45, 50),
     "concurrency": (concurrency, 20, 90),
     "depth": (depth, 20, 120),
 }

@@ -88,9 +88,9 @@ class RayCluster:
         concurrency: int | None,
         plugins: Sequence[str],
         board: Board,
-        failures: dict[str, Exception],
+        failures: list[str],
     ) -> None:
-        """Trains `jobs` on the nodes, with `failures` for those that failed.
+        """Trains `jobs` on the nodes, with a line in `failures` for each that failed.
 
         A lost node or a killed process is no failure: its run begins again from its last checkpoint. Raises
         `UsageError` if a node cannot train as this machine would.
@@ -139,7 +139,7 @@ class RayCluster:
                         elif isinstance(failure, UsageError):
                             raise failure from None
                         else:
-                            failures[job.config.key] = failure
+                            failures.append(str(failure))
                             board.failed(job, failure)
             except BaseException:
                 for left in reversed(pending):  # first what waits for its turn, else it would be begun

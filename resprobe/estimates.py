@@ -14,6 +14,7 @@ from resprobe.data import Data, FolderSet, Normalization, training_batches
 from resprobe.data.folder import loader_processes
 from resprobe.devices import autocast, cpu_threads, synchronize
 from resprobe.networks import NetworkSpec, build
+from resprobe.randomness import keeping_random_state
 from resprobe.recipes import Recipe
 from resprobe.recompute import recomputing
 
@@ -100,11 +101,10 @@ def _timed(
             network(images[:count])
 
     reading = _reading(data, recipe) if isinstance(data.train, FolderSet) else 0.0
+    with keeping_random_state(network):
+        a_step, a_test = (_seconds(work, recipe.batch_size, device) for work in (step, test))
     # Loader processes read while the device computes: the slower of the two sets the pace.
-    return Cost(
-        max(_seconds(step, recipe.batch_size, device), reading * recipe.batch_size),
-        max(_seconds(test, recipe.batch_size, device) / recipe.batch_size, reading),
-    )
+    return Cost(max(a_step, reading * recipe.batch_size), max(a_test / recipe.batch_size, reading))
 
 
 def _shape(data: Data, recipe: Recipe) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def evaluate(
     their flips, softmax scores averaged (§3.4). "multi-scale": the network applied fully convolutionally with the
     shorter side at 224, 256, 384, 480 and 640 pixels, scores averaged over scales (§3.4; image files only). Files are
     cropped to `data.cropped(size)`; for crops other than 224 pixels the scales are in proportion.
-    A sequence of networks is an ensemble: their scores are averaged.
+    A sequence of networks is an ensemble: their scores are averaged. Networks are left where they were, in their modes.
 
     Inputs are normalized by `normalization`, else as the network was trained (`network.normalization`), else by the
     per-pixel mean of the training part of `data`. Raises `UsageError` for a network that does not fit the data.
@@ -94,7 +94,7 @@ def evaluate(
             if fitted is None:
                 raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
             chosen = Normalization.fit(fitted.sample(2000), "per-pixel-mean")
-        members.append((member.to(device), chosen.to(device)))
+        members.append((member, chosen.to(device)))
     views = {"single-view": _single_view, "ten-crop": _ten_crop, "multi-scale": _multi_scale}[protocol](
         images, batch_size
     )
@@ -114,8 +114,11 @@ def evaluate(
         assert total is not None
         return (total / count).clamp_min(1e-300 if total.dtype == torch.float64 else 1e-38).log()
 
-    with _all_in_evaluation_mode([member for member, _ in members]), torch.inference_mode():
-        return tally((scores(batch), labels.to(device)) for batch, labels in views)
+    with ExitStack() as stack:
+        for member in networks:
+            stack.enter_context(_lent(member, device))
+        with torch.inference_mode():
+            return tally((scores(batch), labels.to(device)) for batch, labels in views)
 
 
 def tally(scored: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
@@ -166,12 +169,14 @@ def precise_batch_norm(network: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 @contextmanager
-def _all_in_evaluation_mode(networks: Sequence[nn.Module]) -> Iterator[None]:
-    if not networks:
-        yield
-        return
-    with evaluation_mode(networks[0]), _all_in_evaluation_mode(networks[1:]):
-        yield
+def _lent(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """In evaluation mode and on `device` for the length of a block; then again in its own, and where it was."""
+    home = next((parameter.device for parameter in network.parameters()), device)
+    with evaluation_mode(network.to(device)):
+        try:
+            yield
+        finally:
+            network.to(home)
 
 
 Views = Iterator[tuple[Sequence[Tensor], Tensor]]

@@ -10,6 +10,8 @@ On a CPU it hardly pays: measured in docs/measurements/.
 
 from __future__ import annotations
 
+import functools
+import gc
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
@@ -63,9 +65,10 @@ class CapturedStep:
         def work() -> tuple[Tensor, Tensor]:
             return update(self.images, self.labels)
 
-        with _undone(network, optimizer), _repeatable(network):
-            stream = _warm_up(work, images.device)
-        self._replay, self._given = _record(work, stream)
+        with _without_collector():
+            with _undone(network, optimizer), _repeatable(network):
+                stream = _warm_up(work, images.device)
+            self._replay, self._given = _record(work, stream)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         self.images.copy_(images)
@@ -74,9 +77,28 @@ class CapturedStep:
         return self._given
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keeps Python's collector out of a capture, which ends if a graph that nobody holds any more is destroyed meanwhile."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one on which all steps of a process are captured: matrix products keep a workspace for every stream."""
+    return torch.cuda.Stream(device)
+
+
 def _warm_up(work: Callable[[], object], device: torch.device) -> torch.cuda.Stream:
     # On a stream of its own, as capturing wants it: what the default stream holds must not be waited for later.
-    stream = torch.cuda.Stream(device)
+    stream = _stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     asked = torch.cuda.get_sync_debug_mode()
     try:

@@ -222,7 +222,7 @@ def run_all(
     ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
-    failures: dict[str, Exception] = {}
+    failures: list[str] = []  # texts: an error itself would keep its run in memory, and on a GPU that of all others
     with Board(ahead) as board:
         ordered, workers = ahead.missing, ahead.workers
         if cluster is not None and ordered:
@@ -235,7 +235,7 @@ def run_all(
         kept = len(jobs) - len(failures)
         raise SweepFailed(
             f"{len(failures)} of {len(jobs)} runs failed: "
-            + "; ".join(str(error) for error in failures.values())
+            + "; ".join(failures)
             + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; "
             "the same command goes on from there"
         )
@@ -270,7 +270,7 @@ def _train_here(
     device: torch.device,
     threads: int,
     board: Board,
-    failures: dict[str, Exception],
+    failures: list[str],
 ) -> None:
     # Not more threads than a process of several would have: short runs come out the same here and there.
     with cpu_threads(min(threads, torch.get_num_threads())):
@@ -281,7 +281,7 @@ def _train_here(
             except UsageError:
                 raise
             except Exception as error:
-                failures[job.config.key] = error
+                failures.append(str(error))
                 board.failed(job, error)
 
 
@@ -298,7 +298,7 @@ def _train_in_processes(
     threads: int,
     plugins: Sequence[str],
     board: Board,
-    failures: dict[str, Exception],
+    failures: list[str],
 ) -> None:
     # Spawned, not forked: torch's threads and CUDA do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -327,7 +327,7 @@ def _train_in_processes(
                         f"in {store.root}; the same command goes on from there, --concurrency 1 needs the least memory"
                     ) from None
                 except Exception as error:
-                    failures[job.config.key] = error
+                    failures.append(str(error))
                     board.failed(job, error)
     except BaseException:
         workers_left = list((pool._processes or {}).values())  # there is no public way to stop what is running

@@ -82,7 +82,10 @@ class Training:
         self.team = team()
         self.part = self.team.part(recipe)
         self.parallel = self.team.parallel(self.network, device)
-        self.forward = torch.compile(self.parallel) if self.how == "compile" else self.parallel
+        self.forward: nn.Module = self.parallel
+        if self.how == "compile":
+            torch.compiler.reset()  # else a process compiles eight architectures, and runs further ones as they are written
+            self.forward = torch.compile(self.parallel)  # type: ignore[assignment]
         self.optimizer = _optimizer(self.network, recipe, device)
         self.rate = recipe.learning_rate
         self._place_rate()
@@ -117,7 +120,9 @@ class Training:
         self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.rows, self.lowest_error = list(state["rows"]), state["lowest_error"]
         # The state is the first process's; the others' networks draw (dropout) from streams of their own.
-        self.random = state["random"] if self.team.first else self._first_random_state()
+        self.random = self._first_random_state()
+        if self.team.first:
+            self.random |= state["random"]  # of a training on a CPU, the host's alone
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rate = float(self.optimizer.param_groups[0]["lr"])
@@ -448,7 +453,7 @@ def _random_state(device: torch.device) -> dict[str, Tensor]:
 
 def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
 
 

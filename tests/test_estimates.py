@@ -6,6 +6,7 @@ import time
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import resprobe as rp
 from resprobe import estimates, sweep
@@ -44,6 +45,26 @@ def test_only_the_shallowest_and_the_deepest_of_a_kind_are_timed(monkeypatch):
     assert timed == ["cifar/plain-8", "cifar/plain-56", "cifar/resnet-8", "cifar/resnet-56"]
     assert [cost.step for cost in found] == [8, 56, 20, 8] * 2
     assert found[2].test == pytest.approx(2.0)
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_random_numbers_are_as_if_nothing_was_timed():
+    @rp.register_block("noisy")
+    class Noisy(rp.BLOCKS["basic"]):
+        def make_activation(self):
+            return nn.Dropout(0.5)
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    costs(
+        [(resolve("cifar/resnet-8", block="noisy", in_channels=1, width=4), tiny.recipe())],
+        tiny.digits(),
+        device=CPU,
+        precision="fp32",
+        threads=1,
+    )
+    assert torch.equal(torch.rand(2), expected)
 
 
 def test_the_number_of_threads_is_given_back():

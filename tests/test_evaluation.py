@@ -572,3 +572,16 @@ def test_without_batch_normalization_no_batch_is_taken():
         yield
 
     precise_batch_norm(nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1, track_running_stats=False)), never())
+
+
+@pytest.mark.gpu
+def test_a_network_that_was_evaluated_on_cuda_is_where_it_was():
+    net, data = network().train(), digits()
+    with torch.no_grad():
+        before = net.eval()(PLAIN(data.test.images[:2]))
+    placed = {name: tensor.device for name, tensor in net.train().state_dict().items()}
+    found = evaluate(net, data, device="cuda", precision="fp32")
+    assert {name: tensor.device for name, tensor in net.state_dict().items()} == placed and net.training
+    assert found.loss == pytest.approx(on(net, data).loss, rel=1e-3)
+    with torch.no_grad():
+        assert torch.equal(net.eval()(PLAIN(data.test.images[:2])), before)

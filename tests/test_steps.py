@@ -5,6 +5,7 @@ tested on any machine, with a stand-in that runs the captured work anew at each 
 """
 
 import contextlib
+import gc
 import random
 import warnings
 
@@ -214,6 +215,22 @@ def test_what_a_graph_would_freeze_runs_as_it_is_written(part, why):
     assert_alike(*ends)
 
 
+def test_the_collector_waits_until_a_step_is_captured(stand_in, monkeypatch):
+    """What it destroys meanwhile, an older graph above all, would end the capture."""
+    seen = []
+    warm_up, record = steps._warm_up, steps._record
+    monkeypatch.setattr(steps, "_warm_up", lambda *given: (seen.append(gc.isenabled()), warm_up(*given))[1])
+    monkeypatch.setattr(steps, "_record", lambda *given: (seen.append(gc.isenabled()), record(*given))[1])
+    tiny.training(iterations=2).run()
+    assert seen == [False, False] and gc.isenabled()
+    gc.disable()
+    try:
+        tiny.training(iterations=2).run()
+        assert not gc.isenabled(), "it was off before"
+    finally:
+        gc.enable()
+
+
 def test_a_warm_up_leaves_nothing_behind():
     net = tiny.network().train()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
@@ -264,6 +281,21 @@ def test_a_compiled_step_gives_the_same_losses():
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
     for name, value in eager.network.state_dict().items():
         torch.testing.assert_close(compiled.network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_every_architecture_of_a_process_is_compiled(monkeypatch):
+    """Dynamo takes all of them for one function, of which it compiles eight."""
+    compiled, compile_with = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda module: compile_with(module, backend=backend))
+    for width in range(2, 12):
+        graphs = len(compiled)
+        tiny.training(tiny.network(width=width), step="compile", iterations=1, milestones=()).run()
+        assert len(compiled) > graphs, f"width {width} was not compiled"
 
 
 @pytest.mark.gpu

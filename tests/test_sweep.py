@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -123,6 +124,32 @@ def test_a_failed_run_does_not_take_the_others_down(tmp_path, capsys):
     assert all(store.find(job.config) is not None for job in asked[1:])
     said = capsys.readouterr().out
     assert "first in stage1.0.branch.1" in said
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_a_failed_run_leaves_no_network_in_memory(tmp_path, monkeypatch):
+    """All runs on a card share a process: what a failed one kept would be missing to the others."""
+    plugin = tmp_path / "explodes.py"
+    plugin.write_text(BLOCK)
+    rp.load_plugin(str(plugin))
+    recipe = rp.default_recipe(rp.load_data("digits"), 8)
+    bad = Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="explodes"))
+    left = []
+
+    def blocks():
+        return sum(type(each) is rp.BLOCKS["explodes"] for each in gc.get_objects())
+
+    before = sweep.train_job
+
+    def train_job(job, *given):
+        gc.collect()
+        left.append(blocks())
+        return before(job, *given)
+
+    monkeypatch.setattr(sweep, "train_job", train_job)
+    with pytest.raises(SweepFailed, match="1 of 2 runs failed: .* the loss is not"):
+        run_all([bad, *jobs(8)], rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=1)
+    assert left == [0] * len(left) and len(left) > 1
 
 
 def test_concurrency_texts():

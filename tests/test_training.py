@@ -937,3 +937,18 @@ def test_nothing_waits_for_the_card_between_log_points():
 
 def batches_on(train: Training):
     return training_batches(train.data.train, train.recipe, 0, train.normalization, train.device, 0)
+
+
+@pytest.mark.gpu
+def test_a_training_on_a_cpu_is_taken_up_on_cuda():
+    """Its state has no random numbers of a card: those are the seed's, not the caller's."""
+    part = training(network(), device=CPU)
+    ends = []
+    for caller in (1, 2):
+        torch.cuda.manual_seed(caller)
+        taken = training(network(), device=CUDA)
+        taken.load_state(part.state())
+        ends.append(taken.random["cuda"])
+        taken.run()
+        assert taken.iteration == taken.recipe.iterations
+    assert torch.equal(*ends)

@@ -142,7 +142,7 @@ def begin(
 ) -> tuple[DetectorConfig, Detector]:
     """What a detector's run is, and the detector that it begins with, on the CPU; arguments as for `train_detector`."""
     with _drawn_for(torch.device("cpu"), "detector", check_seed(seed)):
-        model = faster_rcnn(network, len(data.classes) + 1, **options)
+        model = faster_rcnn(network, len(data.classes) + 1, **options).cpu()
     spec = getattr(network, "spec", None)
     name = spec.name if spec is not None else type(network).__name__
     return DetectorConfig(name, model.spec, data.name, data.identity, recipe, seed, _start(model, spec)), model
