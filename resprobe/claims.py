@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from resprobe.errors import not_accepted
+from resprobe.errors import UsageError, not_accepted
 
 Word = Literal["holds", "fails", "inconclusive", "not tested"]
 VERDICTS = ("holds", "fails", "inconclusive", "not tested")
@@ -108,6 +108,8 @@ def compare(
     """
     from scipy import stats
 
+    if any(isinstance(side, Sequence) and not len(side) for side in (higher, lower)):
+        raise UsageError("compare needs one value a seed on either side, and one side has none")
     n = tuple(len(side) if isinstance(side, Sequence) else None for side in (higher, lower))
     higher, lower = ([float(side)] * 2 if not isinstance(side, Sequence) else side for side in (higher, lower))
     difference = _mean(higher) - _mean(lower)

@@ -42,9 +42,11 @@ def load_plugin(where: str) -> ModuleType:
     Raises `UsageError` with the cause in one line if it is not there or does not import.
     """
     path = Path(where).expanduser()
-    looks_like_file = path.suffix == ".py" or "/" in where or "\\" in where
+    looks_like_file = path.suffix == ".py" or "/" in where or "\\" in where or path.is_file()
     if looks_like_file and not path.is_file():
         raise UsageError(f"plugin (={where!r}) is not there: no file {path.absolute()}")
+    if looks_like_file and path.suffix != ".py":
+        raise UsageError(f"plugin (={where!r}) must be a Python file (my_block.py) or a module (package.module)")
     try:
         return _load_file(path.resolve()) if looks_like_file else importlib.import_module(where)
     except UsageError:

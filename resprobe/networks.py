@@ -125,7 +125,13 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
     """
     spec = resolve(network, **options)
     make = NETWORKS[spec.family]
-    made = make(**({} if spec.depth is None else {"depth": spec.depth}), **dict(spec.options))
+    try:
+        made = make(**({} if spec.depth is None else {"depth": spec.depth}), **dict(spec.options))
+    except UsageError:
+        raise
+    except Exception as error:  # of a stranger's block or shortcut
+        why = " ".join(str(error).split())
+        raise UsageError(f"{spec} cannot be built: {type(error).__name__}: {why}") from error
     result = made if isinstance(made, Network) else Network(OrderedDict(body=made))
     result.spec = spec
     checked = set()

@@ -167,12 +167,17 @@ class Probe:
 
         While a probe is attached, everything compiled in this process runs uncompiled.
         """
+        if not hasattr(self, "_handles"):
+            raise UsageError(f"probe {self.name or type(self).__name__} must call super().__init__() in its own")
         if self._handles:
             raise UsageError(f"probe {self.name or type(self).__name__} is attached already; detach it first")
         try:
             if _Uncompiled.needed():
                 self._handles.append(_Uncompiled())
-            for handle in self.hook(unwrap(network)):
+            handles = self.hook(unwrap(network))
+            if handles is None:
+                raise UsageError(f"probe {self.name or type(self).__name__}: hook must return the handles it registers")
+            for handle in handles:
                 self._handles.append(handle)
         except BaseException:
             self.detach()

@@ -87,7 +87,7 @@ def write_report(
         "verdicts": verdicts,
         "symbols": SYMBOLS,
         "setting": SETTINGS[setting],
-        "data": results.options.data.partition(":")[0] if results.runs else "",
+        "what": _what(study, results),
         "table": table,
         "drawings": drawings,
         "images": images,
@@ -110,8 +110,14 @@ def write_report(
 def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Results) -> str:
     """The verdict in one paragraph."""
     said = " ".join(f"{verdict.claim.id} {verdict.verdict}: {verdict.measured}." for verdict in verdicts)
-    data = f"; data: {results.options.data.partition(':')[0]}" if results.runs else ""
-    return f"{study.title} ({SETTINGS[setting]}{data}). {said}"
+    return f"{study.title} ({SETTINGS[setting]}{_what(study, results)}). {said}"
+
+
+def _what(study: Study, results: Results) -> str:
+    """What was trained on what, behind a semicolon: the data, and a block or shortcut that is not the usual one."""
+    own = {"data": results.options.data.partition(":")[0]} if results.runs else {}
+    own |= {name: ours for name, (ours, _) in study.built_of(results.options).items()}
+    return "".join(f"; {name}: {value}" for name, value in own.items())
 
 
 def _made(record: dict[str, Any]) -> dict[str, str]:
@@ -143,6 +149,7 @@ def _departures(study: Study, results: Results, recipes: Sequence[Recipe], envir
             found.append(f"data: the folder {Path(path).name}; whether it is {study.paper_data} is not checked")
         elif data != study.paper_data.lower().replace("-", ""):
             found.append(f"data: {data} instead of {study.paper_data}")
+    found += [f"{name}: {ours} instead of {its}" for name, (ours, its) in study.built_of(results.options).items()]
     if weights:
         found.append("weights that were trained elsewhere, by a recipe that is not known here")
     paper = imagenet_paper() if study.paper_data == "ImageNet" else cifar_paper()

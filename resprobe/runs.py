@@ -29,7 +29,7 @@ from resprobe.checkpoints import (
     save_checkpoint,
     write_atomically,
 )
-from resprobe.data import DATASETS, Data, FolderSet, Normalization, data_identity, load_data
+from resprobe.data import DATASETS, Data, FolderSet, Normalization, load_data
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.distributed import team
 from resprobe.environment import environment
@@ -227,7 +227,7 @@ def configure(
     check_fit(spec, loaded)
     recipe = recipe or default_recipe(loaded, depth=spec.depth)
     name = data if isinstance(data, str) else data.name
-    return RunConfig(spec, name, data_identity(data), recipe, check_seed(seed), precision, start)
+    return RunConfig(spec, name, loaded.identity, recipe, check_seed(seed), precision, start)
 
 
 def default_recipe(data: Data, iterations: int | None = None, depth: int | None = None) -> Recipe:

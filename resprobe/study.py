@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
 import os
 import re
 import shlex
@@ -98,6 +99,9 @@ _NOT_THE_SETTING = {
     "out",
     "runs",
 }
+
+
+_BUILT_OF = ("block", "shortcut")
 
 
 @dataclass(frozen=True)
@@ -247,6 +251,11 @@ class Study:
         _gather(self, dataclasses.replace(options, out=options.out or f"results/{self.name}"), ahead)
         return ahead
 
+    def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
+        """Block and shortcut, and the preset's, where they are not the preset's."""
+        pairs = {name: (getattr(options, name), getattr(self.presets[options.preset], name)) for name in _BUILT_OF}
+        return {name: (ours, its) for name, (ours, its) in pairs.items() if ours != its}
+
     def setting(self, options: Options) -> Setting:
         """The preset's name if what is measured is the preset's, else "custom"."""
         preset = self.presets[options.preset]
@@ -304,6 +313,10 @@ def _gather_on(
     for seed in options.seeds:
         check_seed(seed)
     planned = study.plan(options)
+    if options.shortcut == "none" and "shortcut" in study.built_of(options):
+        raise UsageError(
+            "shortcut (='none') makes plain networks, which are there anyway; name one of residual networks"
+        )
     for path in getattr(options, "weights", ()):  # said before anything is trained, and by a dry run too
         check_weights_there(Path(path), Path(path).exists())
     for one in planned:
@@ -317,7 +330,7 @@ def _gather_on(
     # Nothing is written before everything that was asked for is known to make sense.
     check_writable(Path(options.out), "out")
     if fresh and team().first:
-        for note in _too_few(study, options):  # hours before the report says so
+        for note in (*_too_few(study, options), *_replaced(options)):  # hours before the report is there
             print(f"note: {note}", flush=True)
     store = RunStore(options.runs) if fresh else None
     labelled, runs = [], []
@@ -358,9 +371,20 @@ def _too_few(study: Study, options: Options) -> Iterator[str]:
     """What cannot be told from one depth or one seed, if the study usually has more."""
     usual = study.presets[options.preset]
     if len(options.depths) == 1 < len(usual.depths):
-        yield f"one depth only (--depths {options.depths[0]}): claims that compare depths will be 'not tested'"
+        yield f"one depth only (--depths {options.depths[0]}): what compares depths will be 'not tested'"
     if len(options.seeds) == 1 < len(usual.seeds) and not study.how_sure:
         yield f"one seed only (--seeds {options.seeds[0]}): without a spread, comparisons will be 'inconclusive'"
+
+
+def _replaced(options: Options) -> Iterator[str]:
+    """Says that a report of something else stands where this one is going to."""
+    ours = json.loads(json.dumps(dataclasses.asdict(options)))
+    try:
+        made = json.loads((Path(options.out) / "verdict.json").read_text())["config"]
+        if any(made["options"].get(name) != ours[name] for name in ours if name not in _NOT_THE_SETTING):
+            yield f"{options.out} holds the report of `{made['command']}`, which this one replaces; --out keeps both"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it cannot be read
+        return
 
 
 def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: str) -> list[tuple[dict[str, Any], Job]]:

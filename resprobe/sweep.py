@@ -390,6 +390,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
+    """What runs are called by their keys: network and seed, and options in which networks of one name differ."""
+    options: dict[str, list[dict[str, Any]]] = {}
+    for config in configs:
+        options.setdefault(config.network.name, []).append(dict(config.network.options))
+    names = {}
+    for config in configs:
+        others = options[config.network.name]
+        differ = [name for name, value in config.network.options if any(other.get(name) != value for other in others)]
+        said = "".join(f", {name} {config.network.get(name)}" for name in differ)
+        names[config.key] = f"{config.network.name}{said}, seed {config.seed}"
+    return names
+
+
 # -- what the user sees --------------------------------------------------------------------------------------------
 
 
@@ -400,6 +414,7 @@ class Board:
         self.total, self.found = ahead.total, ahead.found
         self.work = {job.config.key: job.work for job in ahead.missing}
         self.share = dict.fromkeys(self.work, 0.0)
+        self.names = _names([job.config for job in ahead.missing])
         self.latest: dict[str, Progress] = {}
         self.done, self.lock = 0, threading.Lock()
         self.bar: Any = None
@@ -449,9 +464,9 @@ class Board:
             self.done += 1
             self._set_share(job.config.key, 1.0)
             self.latest.pop(job.config.key, None)
-            name = f"{job.config.network.name}, seed {job.config.seed}"
             if not team().first:
                 return
+            name = self.names[job.config.key]
             self.bar.write(f"[{self.found + self.done}/{self.total}] {name}: {outcome}", file=sys.stdout)
             sys.stdout.flush()
 

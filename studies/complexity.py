@@ -347,9 +347,11 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
             paper_macs = f"{PAPER_MACS[row.network] / 1e9:.1f} × 10⁹"
         if family == "cifar" and row.shortcut == "A" and row.block == "basic" and row.depth in PAPER_PARAMETERS:
             paper_parameters = f"{PAPER_PARAMETERS[row.depth] / 1e6:g} M"
+        own = [row.block] if family == "cifar" and row.block != "basic" else []
+        shortcut = [row.shortcut] if isinstance(row.shortcut, str) else []
         rows.append(
             {
-                "network": f"{short} ({family})" + (f", {row.shortcut}" if isinstance(row.shortcut, str) else ""),
+                "network": ", ".join([f"{short} ({family})", *own, *shortcut]),
                 "parameters": f"{row.parameters:,}",
                 "paper's parameters": paper_parameters,
                 "multiply-adds": f"{row.macs:,}",

@@ -148,7 +148,8 @@ def tabulate(results: rp.Results):
     rows = []
     on_cifar10 = results.options.data.partition(":")[0] == "cifar10"
     for (kind, depth), group in results.table.groupby(["kind", "depth"], sort=False):
-        paper = PAPER_TEST_ERROR.get(depth) if kind == "residual" else None
+        of_the_paper = kind == "residual" and not study.built_of(results.options)
+        paper = PAPER_TEST_ERROR.get(depth) if of_the_paper else None
         note = "" if on_cifar10 else " (CIFAR-10)"
         rows.append(
             {

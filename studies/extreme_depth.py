@@ -12,7 +12,7 @@ Others measured the opposite: 6.18 % (akamaster's pytorch_resnet_cifar10) and 7.
 20).
 
 Both networks have the warm-up of §4.2 (see warm_up.py, which shares the runs of 110 layers). With `--recompute`, which
-the paper preset turns on, activations are computed again in the backward pass, block by block: the same numbers in less
+the paper preset turns on, activations are computed again in the backward pass, in segments: the same numbers in less
 memory. What would refute the claims stands with them below.
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16, n = 3; record in

@@ -244,7 +244,7 @@ def _share_smaller(results: rp.Results, depth: int) -> float:
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     table = results.measurements[results.measurements["reading"] == "test"]
     networks = sorted(table[["kind", "depth"]].drop_duplicates().itertuples(index=False, name=None))
@@ -260,6 +260,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
             axis.plot(seeds.index, seeds.mean(axis=1), color=palette[depth], label=_name(kind, depth), **style)
             # On a logarithmic axis mean − std can lie below 0; from the smallest to the largest seed cannot.
             axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=palette[depth], alpha=0.15, lw=0)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_yscale("log")  # or one network that has not trained squashes all others
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -182,6 +182,8 @@ def _in_words(seeds: Sequence[float]) -> str:
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
+    from matplotlib.ticker import MaxNLocator
+
     histories, options = results.histories, results.options
     figure, (whole, early) = rp.figures.new_figure(2, share_y=False)
     # One line a seed: a single seed that starts badly would make a band over seeds as wide as the figure.
@@ -195,6 +197,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
         early.plot([], [], label=start, **line)
     for axis, title in ((whole, "test error, whole training"), (early, "training error, first ten epochs")):
         axis.set(title=title, xlabel="iterations", ylim=(0, 100), xlim=(0, None))
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     whole.set_ylabel("error (%)")
     for level in (80, 90):

@@ -103,3 +103,9 @@ def test_seeds_that_all_agree_are_said_to():
     assert str(rp.compare([30, 30, 30], [20, 20, 20], unit="iterations")) == (
         "difference +10.00 iterations, the same at every seed, n = 3 and 3 seeds"
     )
+
+
+@pytest.mark.parametrize("sides", [([], [1.0]), ([1.0, 2.0], [])])
+def test_a_side_without_values_is_refused(sides):
+    with pytest.raises(rp.UsageError, match="one value a seed"):
+        rp.compare(*sides)

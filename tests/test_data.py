@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import resprobe as rp
-from resprobe.data import TensorBatches, data_identity, datasets, training_batches
+from resprobe.data import TensorBatches, datasets, training_batches
 from resprobe.recipes import cifar_paper, imagenet_paper
 from resprobe.training import Training
 
@@ -87,7 +87,7 @@ class TestDigits:
         assert torch.equal(again.test.labels, digits.test.labels)
 
     def test_identity(self, digits):
-        assert data_identity("digits") == data_identity(digits) == digits.identity == "digits"
+        assert digits.identity == "digits"
 
     def test_take_no_path(self):
         with pytest.raises(rp.UsageError) as error:
@@ -101,9 +101,13 @@ class TestDigits:
         for ours, small in ((large.train, digits.train), (large.test, digits.test)):
             means = torch.nn.functional.avg_pool2d(ours.images.float(), 8)  # 8×8 again, blurred a little
             assert (means - small.images.float()).abs().mean() < 20
-        assert data_identity("digits-64") == large.identity == "digits-64"
+        assert large.identity == "digits-64"
         with pytest.raises(rp.UsageError, match="takes no path: the digits are embedded"):
             rp.load_data("digits-64:somewhere")
+
+
+def identity_of(folder: Path) -> str:
+    return rp.load_data(f"folder:{folder}").identity
 
 
 class TestNames:
@@ -130,9 +134,17 @@ class TestNames:
 
         data = rp.load_data("mine:C:/there")
         assert data.train is images
-        assert data_identity("mine:C:/there") == data.identity == "mine from C:/there"
-        assert data_identity("mine") == "mine from None"
+        assert data.identity == "mine from C:/there"
+        assert rp.load_data("mine").identity == "mine from None"
         assert rp.load_data(data) is data
+
+    @pytest.mark.usefixtures("clean_registries")
+    def test_a_strangers_path_belongs_to_the_identity_unless_it_says_more(self):
+        images = random_images(3)
+        for name, identity in (("bare", "bare"), ("versioned", "versioned-2")):
+            rp.register_dataset(name)(lambda path, i=identity: rp.Data("mine", i, images, images, ("a", "b", "c")))
+        found = [rp.load_data(data).identity for data in ("bare", "bare:a.pt", "bare:b.pt", "versioned:a.pt")]
+        assert found == ["bare", "bare:a.pt", "bare:b.pt", "versioned-2"]
 
     @pytest.mark.usefixtures("clean_registries")
     def test_a_function_that_gives_something_else(self):
@@ -543,21 +555,21 @@ class TestFolder:
     def test_identity_is_independent_of_the_place(self, small, tmp_path):
         moved = tmp_path / "elsewhere" / "renamed"
         shutil.copytree(small, moved)
-        identity = data_identity(f"folder:{small}")
-        assert identity == data_identity(f"folder:{moved}") == rp.load_data(f"folder:{moved}").identity
+        identity = identity_of(small)
+        assert identity == identity_of(moved)
         assert identity.startswith("folder:")
         (moved / "notes.txt").write_text("no image")
-        assert data_identity(f"folder:{moved}") == identity
+        assert identity_of(moved) == identity
 
     def test_identity_changes_with_a_files_size_name_and_number(self, small):
         file = small / "val" / "dog" / "1.png"
-        identities = [data_identity(f"folder:{small}")]
+        identities = [identity_of(small)]
         file.write_bytes(file.read_bytes() + b"\0")
-        identities.append(data_identity(f"folder:{small}"))
+        identities.append(identity_of(small))
         file = file.rename(file.with_name("2.png"))
-        identities.append(data_identity(f"folder:{small}"))
+        identities.append(identity_of(small))
         shutil.copy(file, file.with_name("3.png"))
-        identities.append(data_identity(f"folder:{small}"))
+        identities.append(identity_of(small))
         assert len(set(identities)) == 4
 
 
@@ -698,10 +710,6 @@ class TestCifar:
             f"(MD5 {md5}) into {nowhere} or ./data, or name its place with --data {name}:PATH"
         )
 
-    def test_identity_does_not_depend_on_the_place(self):
-        assert data_identity("cifar10:anywhere") == data_identity("cifar10") == "cifar10"
-        assert data_identity("cifar100:anywhere") == "cifar100"
-
 
 @pytest.fixture(scope="module")
 def cifar10(cifar10_folder: Path) -> rp.Data:
@@ -710,6 +718,7 @@ def cifar10(cifar10_folder: Path) -> rp.Data:
 
 class TestRealCifar:
     def test_sizes_and_classes(self, cifar10):
+        assert cifar10.identity == "cifar10", "wherever it is read from"
         assert cifar10.train.images.shape == (50_000, 3, 32, 32)
         assert cifar10.test.images.shape == (10_000, 3, 32, 32)
         assert cifar10.train.labels.bincount().tolist() == [5_000] * 10

@@ -129,10 +129,18 @@ def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 def test_one_depth_or_one_seed_is_said_before_the_training(tmp_path):
     few = run("--depths", "8", "--seeds", "0", "--iterations", "20", "--dry-run", cwd=tmp_path)
     assert few.stdout.startswith(
-        "note: one depth only (--depths 8): claims that compare depths will be 'not tested'\n"
+        "note: one depth only (--depths 8): what compares depths will be 'not tested'\n"
         "note: one seed only (--seeds 0): without a spread, comparisons will be 'inconclusive'\n"
     )
     assert "note" not in run(*SMALL, "--dry-run", cwd=tmp_path).stdout
+
+
+def test_plain_networks_are_no_residual_ones(tmp_path):
+    asked = run("--shortcut", "none", "--dry-run", cwd=tmp_path)
+    assert asked.returncode == 2
+    assert asked.stderr == (
+        "error: shortcut (='none') makes plain networks, which are there anyway; name one of residual networks\n"
+    )
 
 
 def test_a_study_ends_with_its_verdict_and_the_paths(done):
@@ -199,6 +207,8 @@ def test_a_wider_study_trains_what_is_missing_alone(done):
     folder, _ = done
     wider = run("--depths", "8", "14", "--seeds", "0", "1", "2", "--iterations", "20", cwd=folder)
     assert "12 runs: 8 finished already, 4 to train" in wider.stdout
+    command = f"python -m studies.degradation {' '.join(SMALL)}"
+    assert f"note: results/degradation holds the report of `{command}`, which this one replaces;" in wider.stdout
 
 
 STRANGER = """
@@ -234,6 +244,10 @@ def test_a_strangers_block_gets_the_same_study(tmp_path):
     process = run(*arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "[2/2]" in process.stdout
+    assert "which this one replaces" not in process.stdout
+    report = (tmp_path / "results/degradation/report.md").read_text()
+    assert "| residual-8 |" in report
+    assert "- block: wide-middle instead of basic" in report and "; data: digits; block: wide-middle. After" in report
     # An edited block is another block: its runs are not taken for the old one's.
     (tmp_path / "my_block.py").write_text(STRANGER.replace("nn.ReLU()", "nn.ELU()"))
     assert "2 runs: 0 finished already, 2 to train" in run(*arguments, cwd=tmp_path).stdout

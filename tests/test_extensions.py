@@ -170,3 +170,11 @@ def test_plugins_of_this_installation_import():
     assert points
     for point in points:
         assert point.load().__name__ == point.value
+
+
+def test_a_file_that_is_no_python_is_no_plugin(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("# not code")
+    with pytest.raises(rp.UsageError) as caught:
+        rp.load_plugin("README.md")
+    assert str(caught.value) == "plugin (='README.md') must be a Python file (my_block.py) or a module (package.module)"

@@ -617,3 +617,15 @@ def test_a_negative_depth_is_called_a_depth(name):
 def test_a_network_where_its_name_is_wanted_gets_one_line():
     with pytest.raises(rp.UsageError, match=r"^network \(=a Network\) must be a name such as 'cifar/resnet-20'"):
         rp.build(rp.build("cifar/resnet-8"))
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_a_block_that_cannot_be_built_is_named_in_one_line():
+    @rp.register_block("unfinished")
+    class Unfinished(rp.Block):
+        pass
+
+    with pytest.raises(rp.UsageError) as caught:
+        rp.build("cifar/resnet-8", block="unfinished")
+    assert str(caught.value).startswith("cifar/resnet-8 (block=unfinished, ")
+    assert "cannot be built: NotImplementedError: Unfinished must define make_branch(" in str(caught.value)

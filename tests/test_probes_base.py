@@ -322,3 +322,29 @@ def test_what_is_registered_must_make_a_probe():
         UsageError, match=r"^probe \(='mine'\): what is registered must make a resprobe.Probe, not \{\}$"
     ):
         make_probe("mine")
+
+
+class Forgetful(rp.Probe):
+    name = "forgetful"
+
+    def __init__(self):
+        pass
+
+
+class Silent(rp.Probe):
+    name = "silent"
+
+    def hook(self, network):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("probe", "text"),
+    [
+        (Forgetful, r"^probe forgetful must call super\(\).__init__\(\) in its own$"),
+        (Silent, r"^probe silent: hook must return the handles it registers$"),
+    ],
+)
+def test_what_a_probe_of_ones_own_may_lack(probe, text):
+    with pytest.raises(UsageError, match=text), attach(network(), probe()):
+        pytest.fail("the block must not be entered")

@@ -152,6 +152,18 @@ def test_a_failed_run_leaves_no_network_in_memory(tmp_path, monkeypatch):
     assert left == [0] * len(left) and len(left) > 1
 
 
+def test_runs_are_told_apart_by_what_they_differ_in():
+    recipe = rp.default_recipe(rp.load_data("digits"), 8)
+    configs = [configure("cifar/resnet-8", "digits", recipe, shortcut=shortcut) for shortcut in "AB"]
+    configs += [configure("cifar/plain-8", "digits", recipe, seed=seed) for seed in (0, 1)]
+    assert list(sweep._names(configs).values()) == [
+        "cifar/resnet-8, shortcut A, seed 0",
+        "cifar/resnet-8, shortcut B, seed 0",
+        "cifar/plain-8, seed 0",
+        "cifar/plain-8, seed 1",
+    ]
+
+
 def test_concurrency_texts():
     assert parse_concurrency("auto") is None
     assert parse_concurrency("3") == 3

@@ -1,7 +1,7 @@
 """Named data sets: `load_data("digits")`, `load_data("cifar10:PATH")`, `load_data("folder:PATH")`."""
 
 from resprobe.data.batches import TensorBatches, training_batches
-from resprobe.data.datasets import DATASETS, data_identity, load_data, register_dataset
+from resprobe.data.datasets import DATASETS, load_data, register_dataset
 from resprobe.data.folder import FolderSet
 from resprobe.data.images import Data, ImageSet, Normalization
 
@@ -12,7 +12,6 @@ __all__ = [
     "ImageSet",
     "Normalization",
     "TensorBatches",
-    "data_identity",
     "load_data",
     "register_dataset",
     "training_batches",

@@ -8,6 +8,7 @@ import socket
 import tarfile
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from resprobe.data.folder import folder_identity, open_folder
 from resprobe.data.images import Data, ImageSet
 from resprobe.errors import UsageError, short
-from resprobe.registry import Registry
+from resprobe.registry import Registry, source_digest
 
 DATASETS: Registry[Callable[[str | None], Data]] = Registry("data")
 
@@ -24,7 +25,8 @@ DATASETS: Registry[Callable[[str | None], Data]] = Registry("data")
 def register_dataset(name: str, *, identity: Callable[[str | None], str] | None = None):
     """Decorator that files a function `(path | None) -> Data` under `name`.
 
-    `identity(path)` says what the data are, for sets that are not always the same under one name.
+    Finished runs are found again by the data's identity: what `identity(path)` says, else `Data.identity`. Where that is
+    just the name, the path belongs to it: another path, other data.
     """
 
     file = DATASETS.register(name)
@@ -44,16 +46,12 @@ def load_data(data: str | Data) -> Data:
     loaded = DATASETS[name](path)
     if not isinstance(loaded, Data):
         raise UsageError(f"data (={name!r}): its function must give a resprobe.Data, not {short(loaded)}")
-    return loaded
-
-
-def data_identity(data: str | Data) -> str:
-    """What a data set is, whatever folder it is read from; part of the key under which runs are found again."""
-    if isinstance(data, Data):
-        return data.identity
-    name, path = _split(data)
+    if source_digest(DATASETS[name]) is None:  # ours say themselves what they are, wherever they are read from
+        return loaded
     identity = getattr(DATASETS[name], "identity", None)
-    return identity(path) if identity else name
+    if identity is not None:
+        return replace(loaded, identity=identity(path))
+    return replace(loaded, identity=data) if path is not None and loaded.identity == name else loaded
 
 
 def _split(data: str) -> tuple[str, str | None]:
