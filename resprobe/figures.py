@@ -103,9 +103,9 @@ def error_limit(histories: pandas.DataFrame) -> float:
     return min(100.0, max(20.0, 1.1 * float(late[["train_error", "test_error"]].max().max())))
 
 
-def line_key(axis: Axes) -> None:
+def line_key(axis: Axes, tested: str = "test error") -> None:
     """Says what dashed and bold mean; drawn in grey since it holds for every colour."""
-    for column, text in (("train_error", "training error"), ("test_error", "test error")):
+    for column, text in (("train_error", "training error"), ("test_error", tested)):
         axis.plot([], [], color="0.3", label=text, **_LINES[column])
     axis.legend(frameon=False, loc="upper right")
 
@@ -125,7 +125,7 @@ def error_against_depth(axis: Axes, table: pandas.DataFrame, column: str, *, by:
     axis.set_xlabel("depth (weighted layers)")
     # Over all panels that share the axis, since the next one's errors may be larger; room for the marker of an error of 0.
     axis.autoscale(axis="y")
-    top = max(1.0, axis.get_ylim()[1])
+    top = max(1.0, axis.get_ylim()[1], 1.04 * float(table[column].max()))  # dots aside are not seen by autoscale
     axis.set_ylim(-0.02 * top, top)
     _error_ticks(axis)
     label_ends(axis, ends)

@@ -20,7 +20,12 @@ Measured (2026-11-21 and -22, two cores of an AMD EPYC, torch 2.15.0, bf16; reco
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import resprobe as rp
+
+if TYPE_CHECKING:
+    import pandas
 
 PAPER_TEST_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}
 """Residual networks on CIFAR-10, Table 6."""
@@ -110,7 +115,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
             figure,
             f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of several "
             f"depths; {over}. Dashed: training error; bold: test error.",
-            "Error over iterations, one line a depth. " + _in_words(results),
+            "Error over iterations, one line a depth. " + _in_words(results.table),
         )
     }
 
@@ -122,11 +127,13 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     drawings["figure-depth"] = rp.Drawing(
         figure,
         f"Error after the last iteration against depth on {on}: mean ± std over seeds, a dot for each run.",
-        "Final error against depth for plain and residual networks. " + _in_words(results),
+        "Final error against depth for plain and residual networks. " + _in_words(results.table),
     )
 
     extremes = [min(options.depths), max(options.depths)]
-    chosen = histories[(histories["kind"] == "plain") & histories["depth"].isin(extremes)]
+    chosen, ends = (
+        each[(each["kind"] == "plain") & each["depth"].isin(extremes)] for each in (histories, results.table)
+    )
     figure, panels = rp.figures.new_figure(2)
     for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
         rp.figures.curves(axis, chosen, "depth", top=top, columns=(column,), label="{} layers")
@@ -136,12 +143,12 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
         figure,
         f"Plain networks of {extremes[0]} and {extremes[1]} layers on {on}, in the manner of Fig. 1: the deeper one is to be "
         f"worse on the training set (left) and so on the test set (right); {over}.",
-        "Error over iterations of the shallowest and the deepest plain network. " + _in_words(results),
+        "Error over iterations of the shallowest and the deepest plain network. " + _in_words(ends),
     )
     return drawings
 
 
-def tabulate(results: rp.Results):
+def tabulate(results: rp.Results) -> pandas.DataFrame:
     """One row a network, in the manner of Table 6."""
     import pandas
 
@@ -167,10 +174,10 @@ def tabulate(results: rp.Results):
     )
 
 
-def _in_words(results: rp.Results) -> str:
-    """The figure's content for those who cannot see it."""
-    table = results.table.groupby(["kind", "depth"])["train_error"].mean()
-    said = [f"{kind} {depth} layers {error:.1f} %" for (kind, depth), error in table.items()]
+def _in_words(table: pandas.DataFrame) -> str:
+    """A figure's content for those who cannot see it."""
+    errors = table.groupby(["kind", "depth"])["train_error"].mean()
+    said = [f"{kind} {depth} layers {error:.1f} %" for (kind, depth), error in errors.items()]
     return "Mean final training error: " + ", ".join(said) + "."
 
 

@@ -340,7 +340,7 @@ def _figure_4(results: rp.Results, on: str) -> rp.Drawing:
         rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
         axis.set_title(f"{kind} networks")
     panels[0].set_ylabel("top-1 error (%)")
-    rp.figures.line_key(panels[1])
+    rp.figures.line_key(panels[1], "validation error")
     over = f"mean over {len(options.seeds)} seeds, band ± std" if len(options.seeds) > 1 else "one seed"
     return rp.Drawing(
         figure,

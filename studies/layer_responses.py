@@ -34,6 +34,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 MARGIN = 0.05
 """Part of a mean standard deviation of responses: a smaller difference is no effect."""
+LEARNED = 20.0
+"""Percent of training errors above which a residual network's responses are not those of a trained one."""
 WARM_UP_FROM = 110
 """Layers from which the paper needed the warm-up (§4.2)."""
 READINGS = {"test": "test images", "train": "training mode", "closed": "closed form"}
@@ -215,6 +218,13 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         evidence.append(f"there are no {missing} to compare with, so one half of the claim was not tested")
     else:
         word = "fails" if "fails" in parts else "holds" if set(parts) == {"holds"} else "inconclusive"
+    for depth in have.get("residual", []) if len(results.table) else []:
+        error = statistics.mean(results.values("train_error", kind="residual", depth=depth))
+        if error > LEARNED:
+            word = "inconclusive" if word in ("holds", "fails") else word
+            evidence.append(
+                f"{_name('residual', depth)} ends at {error:.1f} % training error: it learned too little to tell"
+            )
     return [rp.Verdict(RESPONSES_ARE_SMALL, word, measured, "; ".join(evidence))]
 
 
@@ -316,7 +326,8 @@ study = rp.Study(
     how_sure=(
         "A claim of order holds if a one-sided Welch test over seeds has p < 0.05; it fails if the same test excludes a "
         f"difference of {MARGIN:.0%} of the larger mean; else it is inconclusive, as is a comparison on which test images and "
-        "training mode disagree. One network of each depth is always inconclusive. The claim needs both of its halves."
+        "training mode disagree. One network of each depth is always inconclusive, and so is a residual network that ends with "
+        f"more than {LEARNED:.0f} % training error. The claim needs both of its halves."
     ),
 )
 

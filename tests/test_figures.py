@@ -155,6 +155,13 @@ def test_panels_that_share_an_axis_show_all_of_the_larger_errors():
     assert right.get_ylim()[0] < 0  # room for the marker of 0 %
 
 
+def test_a_seed_far_from_the_others_is_on_the_axis():
+    table = pandas.DataFrame({"kind": "plain", "depth": 20, "error": [1.0] * 20 + [50.0]})
+    figure, (axis,) = figures.new_figure()
+    figures.error_against_depth(axis, table, "error")
+    assert axis.get_ylim()[1] > 51
+
+
 def test_errors_of_nothing_have_an_axis_too():
     figure, (axis,) = figures.new_figure()
     figures.error_against_depth(axis, depths("error", 0.0, 0.0), "error")

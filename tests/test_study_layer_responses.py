@@ -57,6 +57,25 @@ def test_deeper_networks_with_larger_responses_refute_it():
     assert verdict(FIG_7 | {("residual", 110): [0.80, 0.81, 0.79]}).verdict == "fails"
 
 
+@pytest.mark.parametrize(("error", "word"), [(2.0, "fails"), (70.0, "inconclusive")])
+def test_networks_that_have_learned_little_refute_nothing(error, word):
+    ours = results(FIG_7 | {("residual", 110): [0.80, 0.81, 0.79]})
+    runs = [
+        {
+            "kind": kind,
+            "depth": depth,
+            "seed": seed,
+            "train_error": error if (kind, depth) == ("residual", 110) else 1.0,
+        }
+        for kind, depth in FIG_7
+        for seed in range(3)
+    ]
+    (found,) = judge(dataclasses.replace(ours, table=pandas.DataFrame(runs)))
+    assert found.verdict == word
+    said = "ResNet-110 ends at 70.0 % training error: it learned too little to tell"
+    assert (said in found.evidence) == (error > 20)
+
+
 def test_noise_and_single_seeds_are_inconclusive():
     assert verdict(FIG_7 | {("residual", 56): [0.2, 1.5, 0.6]}).verdict == "inconclusive"
     assert verdict({key: values[:1] for key, values in FIG_7.items()}).verdict == "inconclusive"
