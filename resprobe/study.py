@@ -331,7 +331,7 @@ def _gather_on(
     check_writable(Path(options.out), "out")
     if fresh and team().first:
         for note in (*_too_few(study, options), *_replaced(options)):  # hours before the report is there
-            print(f"note: {note}", flush=True)
+            print(f"note: {note}", file=sys.stderr, flush=True)
     store = RunStore(options.runs) if fresh else None
     labelled, runs = [], []
     for then in (study.then, None):

@@ -128,11 +128,11 @@ def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 
 def test_one_depth_or_one_seed_is_said_before_the_training(tmp_path):
     few = run("--depths", "8", "--seeds", "0", "--iterations", "20", "--dry-run", cwd=tmp_path)
-    assert few.stdout.startswith(
+    assert few.stderr == (
         "note: one depth only (--depths 8): what compares depths will be 'not tested'\n"
         "note: one seed only (--seeds 0): without a spread, comparisons will be 'inconclusive'\n"
     )
-    assert "note" not in run(*SMALL, "--dry-run", cwd=tmp_path).stdout
+    assert run(*SMALL, "--dry-run", cwd=tmp_path).stderr == ""
 
 
 def test_plain_networks_are_no_residual_ones(tmp_path):
@@ -208,7 +208,7 @@ def test_a_wider_study_trains_what_is_missing_alone(done):
     wider = run("--depths", "8", "14", "--seeds", "0", "1", "2", "--iterations", "20", cwd=folder)
     assert "12 runs: 8 finished already, 4 to train" in wider.stdout
     command = f"python -m studies.degradation {' '.join(SMALL)}"
-    assert f"note: results/degradation holds the report of `{command}`, which this one replaces;" in wider.stdout
+    assert f"note: results/degradation holds the report of `{command}`, which this one replaces;" in wider.stderr
 
 
 STRANGER = """
@@ -244,7 +244,7 @@ def test_a_strangers_block_gets_the_same_study(tmp_path):
     process = run(*arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "[2/2]" in process.stdout
-    assert "which this one replaces" not in process.stdout
+    assert "which this one replaces" not in process.stderr
     report = (tmp_path / "results/degradation/report.md").read_text()
     assert "| residual-8 |" in report
     assert "- block: wide-middle instead of basic" in report and "; data: digits; block: wide-middle. After" in report
