@@ -167,16 +167,17 @@ class Probe:
 
         While a probe is attached, everything compiled in this process runs uncompiled.
         """
+        called = self.name or type(self).__name__
         if not hasattr(self, "_handles"):
-            raise UsageError(f"probe {self.name or type(self).__name__} must call super().__init__() in its own")
+            raise UsageError(f"probe {called} must call super().__init__() in its own")
         if self._handles:
-            raise UsageError(f"probe {self.name or type(self).__name__} is attached already; detach it first")
+            raise UsageError(f"probe {called} is attached already; detach it first")
         try:
             if _Uncompiled.needed():
                 self._handles.append(_Uncompiled())
             handles = self.hook(unwrap(network))
             if handles is None:
-                raise UsageError(f"probe {self.name or type(self).__name__}: hook must return the handles it registers")
+                raise UsageError(f"probe {called}: hook must return the handles it registers")
             for handle in handles:
                 self._handles.append(handle)
         except BaseException:

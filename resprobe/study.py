@@ -101,9 +101,6 @@ _NOT_THE_SETTING = {
 }
 
 
-_BUILT_OF = ("block", "shortcut")
-
-
 @dataclass(frozen=True)
 class Planned:
     """A network that a study needs, run once for each seed, with the labels its rows carry in the table.
@@ -253,7 +250,8 @@ class Study:
 
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
         """Block and shortcut, and the preset's, where they are not the preset's."""
-        pairs = {name: (getattr(options, name), getattr(self.presets[options.preset], name)) for name in _BUILT_OF}
+        usual = self.presets[options.preset]
+        pairs = {"block": (options.block, usual.block), "shortcut": (options.shortcut, usual.shortcut)}
         return {name: (ours, its) for name, (ours, its) in pairs.items() if ours != its}
 
     def setting(self, options: Options) -> Setting:

@@ -390,6 +390,9 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+# -- what the user sees --------------------------------------------------------------------------------------------
+
+
 def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
     """What runs are called by their keys: network and seed, and options in which networks of one name differ."""
     options: dict[str, list[dict[str, Any]]] = {}
@@ -402,9 +405,6 @@ def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
         said = "".join(f", {name} {config.network.get(name)}" for name in differ)
         names[config.key] = f"{config.network.name}{said}, seed {config.seed}"
     return names
-
-
-# -- what the user sees --------------------------------------------------------------------------------------------
 
 
 class Board:

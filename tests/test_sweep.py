@@ -107,33 +107,37 @@ class Overflow(torch.nn.Module):
 """
 
 
-@pytest.mark.usefixtures("clean_registries")
-def test_a_failed_run_does_not_take_the_others_down(tmp_path, capsys):
-    plugin = tmp_path / "explodes.py"
-    plugin.write_text(BLOCK)
-    rp.load_plugin(str(plugin))
+@pytest.fixture
+def plugin(tmp_path, clean_registries) -> str:
+    """A file with the block "explodes", loaded here."""
+    file = tmp_path / "explodes.py"
+    file.write_text(BLOCK)
+    rp.load_plugin(str(file))
+    return str(file)
+
+
+@pytest.fixture
+def bad(plugin) -> Job:
+    """A run whose loss is not finite."""
     recipe = rp.default_recipe(rp.load_data("digits"), 8)
-    bad = Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="explodes"))
+    return Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="explodes"))
+
+
+def test_a_failed_run_does_not_take_the_others_down(bad, plugin, tmp_path, capsys):
     asked = [bad, *jobs(8, 14)]
     store = rp.RunStore(tmp_path / "runs")
     with pytest.raises(
         SweepFailed, match=r"1 of 3 runs failed: cifar/resnet-8, seed 0: the loss is not finite at iteration 1, "
     ):
-        run_all(asked, store, device=CPU, concurrency=2, plugins=[str(plugin)])
+        run_all(asked, store, device=CPU, concurrency=2, plugins=[plugin])
     assert store.find(bad.config) is None
     assert all(store.find(job.config) is not None for job in asked[1:])
     said = capsys.readouterr().out
     assert "first in stage1.0.branch.1" in said
 
 
-@pytest.mark.usefixtures("clean_registries")
-def test_a_failed_run_leaves_no_network_in_memory(tmp_path, monkeypatch):
+def test_a_failed_run_leaves_no_network_in_memory(bad, tmp_path, monkeypatch):
     """All runs on a card share a process: what a failed one kept would be missing to the others."""
-    plugin = tmp_path / "explodes.py"
-    plugin.write_text(BLOCK)
-    rp.load_plugin(str(plugin))
-    recipe = rp.default_recipe(rp.load_data("digits"), 8)
-    bad = Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="explodes"))
     left = []
 
     def blocks():

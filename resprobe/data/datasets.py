@@ -43,12 +43,13 @@ def load_data(data: str | Data) -> Data:
     if isinstance(data, Data):
         return data
     name, path = _split(data)
-    loaded = DATASETS[name](path)
+    load = DATASETS[name]
+    loaded = load(path)
     if not isinstance(loaded, Data):
         raise UsageError(f"data (={name!r}): its function must give a resprobe.Data, not {short(loaded)}")
-    if source_digest(DATASETS[name]) is None:  # ours say themselves what they are, wherever they are read from
+    if source_digest(load) is None:  # ours say themselves what they are, wherever they are read from
         return loaded
-    identity = getattr(DATASETS[name], "identity", None)
+    identity = getattr(load, "identity", None)
     if identity is not None:
         return replace(loaded, identity=identity(path))
     return replace(loaded, identity=data) if path is not None and loaded.identity == name else loaded
