@@ -41,8 +41,10 @@ class ZeroPadding(nn.Module):
         self.after = added - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        # x[:, :, ::stride, ::stride], by an operation whose gradient keeps the channels last in memory, as x has them.
-        kept = F.avg_pool2d(x, kernel_size=1, stride=self.stride)
+        if x.stride(1) == 1:  # channels last in memory: so is the gradient of a pool, while that of a slice never is
+            kept = F.avg_pool2d(x, kernel_size=1, stride=self.stride)
+        else:
+            kept = x[:, :, :: self.stride, :: self.stride]
         return F.pad(kept, (0, 0, 0, 0, self.before, self.after))
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from resprobe.shortcuts import ZeroPadding
 LAYERS = rp.Layers()
 WIDENING = st.tuples(st.integers(1, 9), st.integers(0, 9)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 STRIDES, SIZES = st.integers(1, 3), st.integers(1, 9)
+LAYOUTS = st.sampled_from([torch.contiguous_format, torch.channels_last])
 
 
 def images(channels: int, size: int) -> torch.Tensor:
@@ -23,10 +24,10 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-@given(WIDENING, STRIDES, SIZES)
-def test_trailing_zeros_follow_the_subsampled_input(channels, stride, size):
+@given(WIDENING, STRIDES, SIZES, LAYOUTS)
+def test_trailing_zeros_follow_the_subsampled_input(channels, stride, size, layout):
     before, after = channels
-    x = images(before, size)
+    x = images(before, size).to(memory_format=layout)
     out = ZeroPadding(before, after, stride)(x)
     for i in range(0, size, stride):
         for j in range(0, size, stride):
@@ -46,13 +47,24 @@ def test_centred_zeros_are_the_trailing_ones_up_to_a_permutation(channels, strid
     assert torch.equal(centred[:, order], trailing)
 
 
-@given(WIDENING, STRIDES, SIZES, st.booleans())
-def test_gradient_reaches_the_kept_positions_only(channels, stride, size, centred):
-    x = images(channels[0], size).requires_grad_()
+@given(WIDENING, STRIDES, SIZES, st.booleans(), LAYOUTS)
+def test_gradient_reaches_the_kept_positions_only(channels, stride, size, centred, layout):
+    x = images(channels[0], size).to(memory_format=layout).requires_grad_()
     ZeroPadding(*channels, stride, centred=centred)(x).sum().backward()
     expected = torch.zeros_like(x)
     expected[:, :, ::stride, ::stride] = 1
     assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_output_and_gradient_lie_in_memory_as_the_input_does(layout):
+    given = []
+    x = torch.randn(2, 16, 8, 8).to(memory_format=layout).requires_grad_() * 1
+    x.register_hook(given.append)
+    out = ZeroPadding(16, 32, 2)(x)
+    out.backward(torch.randn(out.shape).to(memory_format=layout))
+    assert out.is_contiguous(memory_format=layout)
+    assert given[0].is_contiguous(memory_format=layout)
 
 
 @given(WIDENING, STRIDES)
