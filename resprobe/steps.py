@@ -1,8 +1,8 @@
 """How a training step is executed: operation by operation, compiled, or as one captured CUDA graph.
 
 A small network's step is hundreds of short kernels, and a fast card waits for each of them to be launched. Captured once
-as a CUDA graph, the whole step (forward, backward, update) is one launch. The kernels and their order are the same, so
-the numbers are.
+as a CUDA graph, the whole step (augmentation, forward, backward, update) is one launch. The kernels and their order are
+the same, so the numbers are.
 
 Compiling (torch.compile) fuses operations; its numbers differ in their last digits. It takes half a minute beforehand.
 On a CPU it hardly pays: measured in docs/measurements/.
@@ -14,7 +14,7 @@ import functools
 import gc
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,8 +28,8 @@ STEPS = ("auto", "eager", "graph", "compile")
 _WARM_UP = 3
 """Steps before the capture, in which libraries choose algorithms and reserve memory."""
 
-Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Images and labels → mean loss and count of wrong images, with the weights updated."""
+Update = Callable[..., tuple[Tensor, Tensor]]
+"""Tensors drawn for a batch → mean loss and count of wrong images, with the weights updated."""
 
 
 def resolve_step(name: str, device: torch.device, *, recompute: bool = False) -> str:
@@ -57,22 +57,20 @@ class CapturedStep:
     on must keep its place in memory: values are copied into tensors, never tensors put in their stead.
     """
 
-    def __init__(
-        self, update: Update, images: Tensor, labels: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer
-    ):
-        self.images, self.labels = images.clone(), labels.clone()
+    def __init__(self, update: Update, drawn: Sequence[Tensor], network: nn.Module, optimizer: torch.optim.Optimizer):
+        self.drawn = [tensor.clone() for tensor in drawn]
 
         def work() -> tuple[Tensor, Tensor]:
-            return update(self.images, self.labels)
+            return update(*self.drawn)
 
         with _without_collector():
             with _undone(network, optimizer), _repeatable(network):
-                stream = _warm_up(work, images.device)
+                stream = _warm_up(work, self.drawn[0].device)
             self._replay, self._given = _record(work, stream)
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        self.images.copy_(images)
-        self.labels.copy_(labels)
+    def __call__(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        for place, tensor in zip(self.drawn, drawn, strict=True):
+            place.copy_(tensor)
         self._replay()
         return self._given
 

@@ -6,19 +6,21 @@ device, and the learning rate is a pure function of figures that are known alrea
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resprobe.data import Data, Normalization, training_batches
+from resprobe.data import Data, FolderBatches, Normalization, TensorBatches, batches_of
 from resprobe.devices import autocast, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged
@@ -158,8 +160,8 @@ class Training:
         loss_sum, wrong_sum, since = self._zeros(), self._zeros(), self.iteration
         self.network.train()
         with _random_numbers(self):
-            for images, labels in self._batches(self.iteration):
-                loss, wrong = self.step(images, labels)
+            for drawn in self.batches.drawn(self.iteration):
+                loss, wrong = self.step(*drawn)
                 loss_sum += loss
                 wrong_sum += wrong
                 self.iteration += 1
@@ -193,8 +195,9 @@ class Training:
                     watch(self, self._progress(row, window))
                 loss_sum, wrong_sum, since = self._zeros(), self._zeros(), self.iteration
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One iteration: forward, backward, update. Gives the mean loss and the count of wrong images, on the device."""
+    def step(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """One iteration: augmentation, forward, backward, update. Gives the mean loss and the count of wrong images, on
+        the device. `drawn`: what `self.batches` has drawn for the batch."""
         rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
         self._set_learning_rate(rate)
         measuring = [probe for probe in self.probes if probe.schedule(self.iteration)]
@@ -202,16 +205,17 @@ class Training:
             with attach(self.network, *measuring):
                 # Hooks are called by neither a graph nor a compiled network, and twice where activations are recomputed:
                 # the few iterations that are measured run as they are written.
-                loss, wrong = self._gradients(images, labels, self.parallel)
+                loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel)
                 for probe in measuring:
                     probe.after_backward(self.network, self.iteration)
             self._descend()
             return loss, wrong
         if self.capturing and self.captured is None:
-            self.captured = self._capture(images, labels)
-        return (self.captured or self._update)(images, labels)
+            self.captured = self._capture(drawn)
+        return (self.captured or self._update)(*drawn)
 
-    def _update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _update(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = self.batches.make(*drawn)
         with recomputing(self.network) if self.recompute else nullcontext():
             given = self._gradients(images, labels, self.forward)
         self._descend()
@@ -238,9 +242,9 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _capture(self, images: Tensor, labels: Tensor) -> CapturedStep | None:
+    def _capture(self, drawn: tuple[Tensor, ...]) -> CapturedStep | None:
         try:
-            return CapturedStep(self._update, images, labels, self.network, self.optimizer)
+            return CapturedStep(self._update, drawn, self.network, self.optimizer)
         except RuntimeError as error:  # a stranger's block that asks the device for a number, above all
             self.capturing = False
             self.how = "eager" if self.how == "graph" else self.how  # what the run's record shall say
@@ -250,9 +254,13 @@ class Training:
             warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {said}")
             return None
 
-    def _batches(self, start: int, part: slice | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        part = self.part if part is None else part
-        return training_batches(self.data.train, self.recipe, self.seed, self.normalization, self.device, start, part)
+    @cached_property
+    def batches(self) -> TensorBatches | FolderBatches:
+        """This process's parts of the mini-batches."""
+        return self._batches_of(self.part)
+
+    def _batches_of(self, part: slice) -> TensorBatches | FolderBatches:
+        return batches_of(self.data.train, self.recipe, self.seed, self.normalization, self.device, part)
 
     def _first_random_state(self) -> dict[str, Tensor]:
         return _seeded_random_state(self.seed + (self.team.rank << 32), self.device)
@@ -303,12 +311,13 @@ class Training:
         if self.team.size > 1:  # repeated step by step, the processes would not stop at the same one
             raise TrainingDiverged(f"the loss is not finite; the weights of iteration {self.iteration} are kept")
         _set_random_state(self.random, self.device)
-        for images, labels in self._batches(self.iteration):
+        for drawn in self.batches.drawn(self.iteration):
             rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
             before = _copy(self.network.state_dict())
-            loss, _ = self.step(images, labels)
+            loss, _ = self.step(*drawn)
             if not torch.isfinite(loss):
                 self.network.load_state_dict(before)
+                images, _ = self.batches.make(*drawn)
                 layer = _first_nonfinite(self.network, images, self.device, self.precision)
                 where = f" at iteration {self.iteration + 1}, learning rate {rate:g}, first in {layer}"
                 break
@@ -344,9 +353,11 @@ class Training:
         tested = {"running": self.test_now()}
         if self.recipe.bn_test_statistics == "precise":
             count = max(1, len(self.data.train) // self.recipe.batch_size)
-            batches = self._batches(0, slice(None))  # whole ones, in every process the same
+            # Whole ones, in every process the same.
+            whole = self.batches if self.team.size == 1 else self._batches_of(slice(None))
+            some = itertools.islice(whole.drawn(0), count)
             with autocast(self.device, self.precision):
-                precise_batch_norm(self.network, (next(batches)[0] for _ in range(min(count, self.recipe.iterations))))
+                precise_batch_norm(self.network, (whole.make(*drawn)[0] for drawn in some))
             tested["precise"] = self.test_now()
         reported = tested[self.recipe.bn_test_statistics]
         train = self.test_now(self.data.train.to(self.device))

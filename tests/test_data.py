@@ -273,7 +273,7 @@ class TestTensorBatches:
         # Fitted on other images, else the border could be mistaken for a pixel.
         normalization = rp.Normalization.fit(random_images(50, channels, seed=1).images, kind)
         batches = TensorBatches(images, recipe, sizes["seed"], normalization)
-        pixels, labels = batches(iteration)
+        pixels, labels = batches.make(batches.choices(iteration))
         assert pixels.shape == (sizes["batch_size"], channels, 4, 5)
         assert (pixels.dtype, labels.dtype) == (torch.float32, torch.int64)
         normalized = normalization(images.images)
@@ -289,14 +289,14 @@ class TestTensorBatches:
         count, batch_size = sizes["count"], sizes["batch_size"]
         recipe = dataclasses.replace(cifar_paper(), batch_size=batch_size)
         batches = TensorBatches(random_images(count), recipe, sizes["seed"], NO_CHANGE)
-        labels = torch.cat([batches(iteration)[1] for iteration in range(3 * count)])
+        labels = torch.cat([batches.make(batches.choices(iteration))[1] for iteration in range(3 * count)])
         assert len(labels) == 3 * count * batch_size
         for epoch in labels.view(-1, count):
             assert torch.equal(epoch.sort().values, torch.arange(count))
 
     def test_epochs_differ(self):
         batches = TensorBatches(random_images(20), dataclasses.replace(cifar_paper(), batch_size=20), 0, NO_CHANGE)
-        assert not torch.equal(batches(0)[1], batches(1)[1])
+        assert not torch.equal(batches.make(batches.choices(0))[1], batches.make(batches.choices(1))[1])
 
     @given(BATCHES, st.lists(st.integers(0, 20), min_size=1, max_size=6))
     def test_batch_is_a_function_of_seed_and_iteration(self, sizes, order):
@@ -306,7 +306,9 @@ class TestTensorBatches:
         for iteration in order:  # forwards, backwards, twice
             torch.manual_seed(iteration)  # the global generator is of no concern
             fresh = TensorBatches(images, recipe, sizes["seed"], NO_CHANGE)
-            for one, other in zip(used(iteration), fresh(iteration), strict=True):
+            for one, other in zip(
+                used.make(used.choices(iteration)), fresh.make(fresh.choices(iteration)), strict=True
+            ):
                 assert torch.equal(one, other)
 
     def test_seeds_differ(self):
@@ -325,7 +327,7 @@ class TestTensorBatches:
         images = random_images(1)
         batches = TensorBatches(images, dataclasses.replace(cifar_paper(), batch_size=200, pad=1), 0, NO_CHANGE)
         candidates = variants(images.images[0] / 255, torch.zeros(1), 1)
-        assert {recognized(image, candidates) for image in batches(0)[0]} == set(candidates)
+        assert {recognized(image, candidates) for image in batches.make(batches.choices(0))[0]} == set(candidates)
         assert len(candidates) == 9 * 2
 
     def test_all_81_times_2_variants_of_the_paper_are_drawn_equally_often(self):
@@ -345,7 +347,8 @@ class TestTensorBatches:
     def test_no_augmentation_leaves_images_as_they_are(self):
         images = random_images(6)
         recipe = dataclasses.replace(cifar_paper(), batch_size=6, augmentation="none")
-        pixels, labels = TensorBatches(images, recipe, 0, NO_CHANGE)(3)
+        batches = TensorBatches(images, recipe, 0, NO_CHANGE)
+        pixels, labels = batches.make(batches.choices(3))
         torch.testing.assert_close(pixels, images.images[labels] / 255)
 
     def test_mean_border_is_zero_and_black_border_the_colour_of_black(self):
@@ -354,7 +357,7 @@ class TestTensorBatches:
         recipe = dataclasses.replace(cifar_paper(), batch_size=400, pad=2)
         for pad_value, border in (("mean", (0.0, 0.0)), ("black", (-0.5, -0.25))):
             batches = TensorBatches(images, dataclasses.replace(recipe, pad_value=pad_value), 0, normalization)
-            pixels, corner = batches(0)[0], batches.choices(0)[:, 1:3].eq(0).all(1)
+            pixels, corner = batches.make(batches.choices(0))[0], batches.choices(0)[:, 1:3].eq(0).all(1)
             outside = pixels[corner]  # the crop of the upper left corner shows nothing but the border
             assert len(outside) > 0
             assert torch.equal(outside, torch.tensor(border).view(2, 1, 1).expand_as(outside))

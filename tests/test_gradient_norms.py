@@ -158,7 +158,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(sizes):
 def test_a_training_in_parts_is_measured_as_one_step():
     probe = GradientNorms(at([0]))
     with_probe = training(probes=[probe], bn_batch=8, iterations=1)
-    images, labels = next(with_probe._batches(0))
+    images, labels = with_probe.batches.make(*next(with_probe.batches.drawn(0)))
     net = network().train()
     squares = dict.fromkeys(["stage1.0", "stage2.0", "stage3.0"], 0.0)
     for part, part_labels in zip(images.split(8), labels.split(8), strict=True):

@@ -84,6 +84,7 @@ def assert_alike(one, other):
     [
         {},
         {"precision": "bf16"},
+        {"augmentation": "pad-crop", "pad": 2},
         {"bn_batch": 8},
         {"momentum_form": "caffe"},
         {"nesterov": True},
@@ -99,6 +100,13 @@ def test_a_captured_training_is_the_same_to_the_last_bit(changes):
     captured.run()
     assert eager.captured is None and isinstance(captured.captured, CapturedStep)
     assert_alike(eager, captured)
+
+
+def test_augmentation_is_captured_with_the_step(stand_in):
+    training = tiny.training(augmentation="pad-crop", pad=2)
+    training.run()
+    (drawn,) = training.captured.drawn
+    assert torch.equal(drawn, training.batches.choices(training.iteration - 1))
 
 
 def test_it_is_captured_once_and_again_after_resuming(stand_in):

@@ -371,10 +371,12 @@ class Scripted(Training):
     train_errors: tuple[float, ...] = ()
     test_errors: tuple[float, ...] = ()
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         window = self.iteration // self.recipe.window
-        loss, wrong = super().step(images, labels)
-        return loss, torch.tensor(self.train_errors[window] * len(labels) / 100) if self.train_errors else wrong
+        loss, wrong = super().step(*drawn)
+        if self.train_errors:
+            wrong = torch.tensor(self.train_errors[window] * self.recipe.batch_size / 100)
+        return loss, wrong
 
     def test_now(self, part=None) -> Evaluation:
         tested = super().test_now(part)
@@ -453,8 +455,8 @@ COLUMNS = ["iteration", "epoch", "learning_rate", "train_loss", "train_error", "
 class Noting(Training):
     """Notes what every iteration gave."""
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        loss, wrong = super().step(images, labels)
+    def step(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+        loss, wrong = super().step(*drawn)
         vars(self).setdefault("noted", []).append((loss.item(), wrong.item()))
         return loss, wrong
 
@@ -835,8 +837,8 @@ def test_the_host_waits_only_at_log_points(waits, changes):
     by_iteration: list[int] = []
     step = one.step
 
-    def counted(images, labels):
-        result = step(images, labels)
+    def counted(*drawn):
+        result = step(*drawn)
         by_iteration.append(len(waits))
         return result
 
@@ -922,21 +924,17 @@ def test_bf16_on_cuda_learns():
 @pytest.mark.gpu
 def test_nothing_waits_for_the_card_between_log_points():
     one = training(device=CUDA, iterations=8, window=8, evaluations=1, augmentation="pad-crop")
-    made = batches_on(one)
+    drawn = one.batches.drawn(0)
     one.network.train()
-    one.step(*next(made))  # the first of everything may wait
+    one.step(*next(drawn))  # the first of everything may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for images, labels in itertools.islice(made, 3):
+        for each in itertools.islice(drawn, 3):
             one.iteration += 1
-            one.step(images, labels)
+            one.step(*each)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert one.iteration == 3
-
-
-def batches_on(train: Training):
-    return training_batches(train.data.train, train.recipe, 0, train.normalization, train.device, 0)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,9 @@
 The order of images is one permutation an epoch, the epochs end to end: every batch is full and no image is skipped, as
 the authors' cycling data layer does it. Since batch k does not depend on how training came to it, a resumed run sees
 exactly the images it would have seen, whatever was interrupted.
+
+A batch comes in two parts: tensors that are drawn for it (`drawn`), and what the device makes of them (`make`), which is a
+part of the training step and can be captured with it.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ class TensorBatches:
     """Augmented, normalized batches of images that live on the training device.
 
     Crop offsets and flips are drawn per image (§4.2) on the host once an epoch; the images themselves never leave the
-    device. `batches(k)` gives float32 [batch_size, C, H, W] (channels last in memory) and int64 labels, or the images
-    `part` of them.
+    device. `make(choices(k))` gives float32 [batch_size, C, H, W] (channels last in memory) and int64 labels; with a
+    `part`, `drawn` draws for these images of a batch alone.
     """
 
     def __init__(
@@ -54,11 +57,16 @@ class TensorBatches:
         self.scale = (1 / (255 * normalization.std)).to(device).view(-1)
         self.rows = torch.arange(self.height, device=device)
         self.columns = torch.arange(self.width, device=device)
-        self.drawn: dict[int, Tensor] = {}
+        self.epochs: dict[int, Tensor] = {}
 
-    def __call__(self, iteration: int) -> tuple[Tensor, Tensor]:
-        """The batch of one iteration, counted from 0."""
-        index, top, left, flipped = self.choices(iteration)[self.part].unbind(1)
+    def drawn(self, start: int) -> Iterator[tuple[Tensor]]:
+        """What is drawn for the batches from iteration `start` (counted from 0) to the recipe's last: see `choices`."""
+        for iteration in range(start, self.recipe.iterations):
+            yield (self.choices(iteration)[self.part],)
+
+    def make(self, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """The images that were chosen, cropped and flipped as was drawn, and their labels. Nothing here is random."""
+        index, top, left, flipped = choices.unbind(1)
         rows = top[:, None] + self.rows
         columns = left[:, None] + torch.where(flipped[:, None] == 1, self.columns.flip(0), self.columns)
         rows, columns = rows[:, :, None], columns[:, None, :]
@@ -78,15 +86,57 @@ class TensorBatches:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _epoch(self, epoch: int) -> Tensor:
-        if epoch not in self.drawn:
+        if epoch not in self.epochs:
             random = generator("epoch", self.seed, epoch)
             order = torch.randperm(self.count, generator=random)
             offsets = torch.randint(0, 2 * self.pad + 1, (self.count, 2), generator=random)
             flipped = torch.rand(self.count, generator=random) < self.flip
             drawn = torch.cat([order[:, None], offsets, flipped[:, None].long()], dim=1).to(self.labels.device)
             # Only the epochs a batch can touch are kept.
-            self.drawn = {known: rows for known, rows in self.drawn.items() if known >= epoch - 1} | {epoch: drawn}
-        return self.drawn[epoch]
+            self.epochs = {known: rows for known, rows in self.epochs.items() if known >= epoch - 1} | {epoch: drawn}
+        return self.epochs[epoch]
+
+
+class FolderBatches:
+    """Augmented, normalized batches of images that come from files: made before the step, by a loader's processes."""
+
+    def __init__(
+        self,
+        images: FolderSet,
+        recipe: Recipe,
+        seed: int,
+        normalization: Normalization,
+        device: torch.device,
+        part: slice = slice(None),
+    ):
+        self.images, self.how = images, (recipe, seed, normalization.to(device), device)
+        self.part = part
+
+    def drawn(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of the batches from iteration `start` (counted from 0) to the recipe's last, on the device."""
+        return self.images.training_batches(*self.how, start, self.part)
+
+    def make(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """They are made already."""
+        return images, labels
+
+
+def batches_of(
+    images: ImageSet | FolderSet,
+    recipe: Recipe,
+    seed: int,
+    normalization: Normalization,
+    device: torch.device,
+    part: slice = slice(None),
+) -> TensorBatches | FolderBatches:
+    """The batches of a run, normalized, on the device; of each batch the images `part`."""
+    if isinstance(images, FolderSet):
+        return FolderBatches(images, recipe, seed, normalization, device, part)
+    if recipe.augmentation == "scale-crop":
+        raise UsageError(
+            "augmentation (='scale-crop') needs image files, as from folder:PATH; images in memory accept pad-crop, none"
+        )
+    return TensorBatches(images.to(device), recipe, seed, normalization, part)
 
 
 def training_batches(
@@ -98,14 +148,7 @@ def training_batches(
     start: int,
     part: slice = slice(None),
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `start`, `start + 1`, … of a run, on the device, normalized; of each batch the images `part`."""
-    if isinstance(images, FolderSet):
-        yield from images.training_batches(recipe, seed, normalization.to(device), device, start, part)
-        return
-    if recipe.augmentation == "scale-crop":
-        raise UsageError(
-            "augmentation (='scale-crop') needs image files, as from folder:PATH; images in memory accept pad-crop, none"
-        )
-    batches = TensorBatches(images.to(device), recipe, seed, normalization, part)
-    for iteration in range(start, recipe.iterations):
-        yield batches(iteration)
+    """Batches `start`, `start + 1`, … of a run, made: images and labels."""
+    batches = batches_of(images, recipe, seed, normalization, device, part)
+    for drawn in batches.drawn(start):
+        yield batches.make(*drawn)
