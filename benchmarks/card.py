@@ -11,7 +11,8 @@ In this order, each part with its share of the time:
   moved by the last digit of the precision. Rounding grows as training goes on, so this is asked of every log point;
 - training: `benchmarks.training` for ResNet-20, -56, -110 and their plain twins, with cold starts;
 - probes: what they cost (`benchmarks.probes`, all but memory); detection: beside torchvision's (`benchmarks.detection`);
-- checkpoint, start, concurrency (1, 2, 4, 8 runs at a time), depth: as in `benchmarks.scaling`.
+- checkpoint, start, concurrency (1, 2, 4, 8 runs at a time), depth: as in `benchmarks.scaling`;
+- compiling: what Figure 6's networks wait for their first steps in one process (`benchmarks.compiling`).
 
 It prints one Markdown table with card, versions and date, and lists what was not measured and why. `--device cpu --quick`
 does a small version of it without a GPU, to see that it works.
@@ -38,8 +39,8 @@ flush_denormals()
 import torch  # noqa: E402
 
 import resprobe as rp  # noqa: E402
+from benchmarks import compiling, scaling, training  # noqa: E402
 from benchmarks import data as _random  # noqa: E402, F401 (registers the data set)
-from benchmarks import scaling, training  # noqa: E402
 from benchmarks.measuring import Deadline, Spread, answering, markdown, ratios, write_json  # noqa: E402
 from resprobe.environment import environment  # noqa: E402
 from resprobe.errors import UsageError  # noqa: E402
@@ -183,7 +184,7 @@ def equality(card: Card, deadline: Deadline) -> None:
         card.add("eager against itself", setting, again, f"with the weights' last digit moved: {nudge}")
         found.append({"precision": precision, "step": "eager", "difference": again, "nudged": nudge})
     for step, precision in itertools.product(others, precisions):
-        needs = _COMPILING if step == "compile" else 0.0  # which cannot be broken off
+        needs = _COMPILING if step.startswith("compile") else 0.0  # which cannot be broken off
         if precision not in known or deadline.left <= needs:
             card.missing[f"equality: {step} in {precision}"] = "no time left"
             continue
@@ -207,14 +208,15 @@ def throughput(card: Card, deadline: Deadline) -> None:
     every = [
         each
         for each in training.loops(card.device)
-        if each[2] != "compile" and (each[0] not in ("bare", "lightning", "timm") or each[1] == best)
+        if not each[2].startswith("compile") and (each[0] not in ("bare", "lightning", "timm") or each[1] == best)
     ]
     wanted: dict[str, list[tuple[str, str, str]]] = {
         "cifar/resnet-20": every,
         "cifar/resnet-110": some,
         "cifar/resnet-56": some,
         **{f"cifar/plain-{depth}": [ours, usual] for depth in (20, 56, 110)},
-        "cifar/resnet-20 compiled": [("ours", best, "compile"), ours],
+        "cifar/resnet-20 compiled": [("ours", best, "compile-blocks"), ("ours", best, "compile"), ours],
+        "cifar/resnet-110 compiled": [("ours", best, "compile-blocks"), ours],
     }
     if card.quick:
         wanted = {"cifar/resnet-20": [ours, usual]}
@@ -243,6 +245,24 @@ def throughput(card: Card, deadline: Deadline) -> None:
                 beside = f"64,000 iterations: {64_000 * training.BATCH / speed.median / 60:.1f} min; {beside}"
             card.add("training, images/s", f"{subject}, {label}", speed, beside)
         card.missing |= {f"training of {subject}, {label}": why for label, why in found["not_measured"].items()}
+
+
+def compiling_costs(card: Card, deadline: Deadline) -> None:
+    """Of Figure 6's networks, the way that is done soonest first."""
+    found = card.record["compiling"] = []
+    for step in (training.default_step(card.device), "compile-blocks", "compile"):
+        networks = compiling.FIGURE_6[:1] if card.quick else compiling.FIGURE_6
+        if card.quick and step != "eager" or deadline.left <= 0:
+            card.missing[f"compiling: {step}"] = "left out by --quick" if card.quick else "no time left"
+            continue
+        some = {"batch": 8, "later": 2, "data": "random:64"} if card.quick else {}
+        sweep = compiling.Sweep(networks, step, str(card.device), card.precision, **some)
+        found.append(each := compiling.measure(sweep, deadline))
+        if each["missing"]:
+            card.missing[f"compiling: {step}"] = each["missing"]
+            continue
+        waited = f"{compiling.waited(each['rows']):.0f}"
+        card.add("waiting for first steps, s", f"{len(networks)} networks of Figure 6, {step}", waited)
 
 
 def concurrency(card: Card, deadline: Deadline) -> None:
@@ -356,6 +376,7 @@ PARTS: dict[str, tuple[Callable[[Card, Deadline], None], float, float]] = {
     "checkpoint": (checkpoint, 10, 20),
     "start": (start, 45, 50),
     "concurrency": (concurrency, 20, 90),
+    "compiling": (compiling_costs, 45, 150),
     "depth": (depth, 20, 120),
 }
 """Each part, the seconds without which it is not begun, and those after which it begins nothing more."""

@@ -6,7 +6,8 @@ Each loop trains the same network (§4.2) on the same 50,000 random images of CI
 its own, in interleaved rounds of a window of steps (see `benchmarks.turns`, which also says what a cold start is):
 
 - ours: `resprobe.training.Training`, with augmentation, schedule, logging and the safety copy at each log point, here
-  one a window; in each precision that the device has, with an eager step, a captured graph (CUDA) and a compiled network;
+  one a window; in each precision that the device has, with an eager step, a captured graph (CUDA) and a network that is
+  compiled as a whole or block by block;
 - bare: the limit. Forward, backward, update on one fixed batch, no data, no log, with the same precision and step;
 - usual: a DataLoader with PIL transforms, eager float32, `.item()` at each step, as most CIFAR repositories train;
 - lightning: `Trainer.fit` with the usual DataLoader and PIL transforms, in float32 and in its mixed bf16;
@@ -33,6 +34,7 @@ from benchmarks.turns import Race, race
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.environment import environment
 from resprobe.errors import not_accepted
+from resprobe.steps import STEPS
 
 BATCH = 128
 NETWORKS = tuple(f"cifar/{family}-{depth}" for depth in (20, 56, 110) for family in ("plain", "resnet"))
@@ -47,7 +49,7 @@ def precisions(device: torch.device) -> tuple[str, ...]:
 
 def steps(device: torch.device) -> tuple[str, ...]:
     """Those that the device can do."""
-    return ("eager", "graph", "compile") if device.type == "cuda" else ("eager", "compile")
+    return tuple(step for step in STEPS if step != "auto" and (step != "graph" or device.type == "cuda"))
 
 
 def loops(device: torch.device) -> list[tuple[str, str, str]]:
@@ -56,7 +58,7 @@ def loops(device: torch.device) -> list[tuple[str, str, str]]:
     best, usual = own[-1], "tf32" if "tf32" in own else "fp32"
     first = ("ours", best, default_step(device))
     every = [("ours", precision, step) for precision in reversed(own) for step in ways]
-    every += [("bare", best, step) for step in ways] + [("bare", "fp32", "eager")]
+    every += [("bare", best, step) for step in ways if step != "compile-blocks"] + [("bare", "fp32", "eager")]
     every += [("usual", usual, "eager")]
     every += [(rival, precision, "eager") for rival in ("lightning", "timm") for precision in {usual: 0, best: 0}]
     return list(dict.fromkeys([first, *every]))

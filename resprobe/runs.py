@@ -261,8 +261,8 @@ def train(
     `NAME:PATH`, or a `Data`. `recipe`: by default the paper's (`default_recipe`). `runs`: the folder runs are kept in;
     None keeps nothing on disk. `probes` are attached on their schedules and their tables saved with the run.
     `recompute`: compute activations again in the backward pass instead of keeping them (see `resprobe.recompute`): the
-    same numbers with less memory. `step`: how steps are executed, "eager", "graph" or "compile" (see `resprobe.steps`).
-    `progress`: a bar, or a function that is told at every log point.
+    same numbers with less memory. `step`: how steps are executed, "eager", "graph", "compile" or "compile-blocks" (see
+    `resprobe.steps`). `progress`: a bar, or a function that is told at every log point.
 
     Raises `UsageError` for what cannot be done as asked and `TrainingDiverged` when the loss stops being finite.
     """

@@ -4,8 +4,9 @@ A small network's step is hundreds of short kernels, and a fast card waits for e
 as a CUDA graph, the whole step (augmentation, forward, backward, update) is one launch. The kernels and their order are
 the same, so the numbers are.
 
-Compiling (torch.compile) fuses operations; its numbers differ in their last digits. It takes half a minute beforehand.
-On a CPU it hardly pays: measured in docs/measurements/.
+Compiling (torch.compile) fuses operations; its numbers differ in their last digits. A network compiled as a whole takes
+half a minute or more before its first step, and every depth anew; compiled block by block, each kind of block is compiled
+once in a process, whatever the depth. On a CPU neither pays: measured in docs/measurements/.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from resprobe.blocks import Block
 from resprobe.distributed import team
 from resprobe.errors import UsageError, not_accepted
 from resprobe.randomness import host_random_state, keeping_random_state
 
-STEPS = ("auto", "eager", "graph", "compile")
+STEPS = ("auto", "eager", "graph", "compile", "compile-blocks")
+_KINDS_OF_BLOCKS = 256
+"""Of which a process compiles so many; torch's own limit of eight is less than Figure 6 has."""
 _WARM_UP = 3
 """Steps before the capture, in which libraries choose algorithms and reserve memory."""
 
@@ -33,7 +37,7 @@ Update = Callable[..., tuple[Tensor, Tensor]]
 
 
 def resolve_step(name: str, device: torch.device, *, recompute: bool = False) -> str:
-    """ "eager", "graph" or "compile". "auto" is a graph on CUDA, in one process that keeps its activations; else eager.
+    """One of `STEPS` but "auto", which is a graph on CUDA, in one process that keeps its activations, and else eager.
 
     Raises `UsageError` for what is not there or does not go together.
     """
@@ -42,12 +46,48 @@ def resolve_step(name: str, device: torch.device, *, recompute: bool = False) ->
     alone = team().size == 1
     if name == "auto":
         return "graph" if device.type == "cuda" and alone and not recompute else "eager"
+    others = ", ".join(step for step in STEPS if step != "graph")
     if name == "graph" and device.type != "cuda":
-        raise UsageError(f"step (='graph') needs a CUDA device; accepted on {device.type}: auto, eager, compile")
+        raise UsageError(f"step (='graph') needs a CUDA device; accepted on {device.type}: {others}")
     if name == "graph" and (recompute or not alone):
         why = "recompute" if recompute else "several processes"
-        raise UsageError(f"step (='graph') does not go with {why}; accepted: auto, eager, compile")
+        raise UsageError(f"step (='graph') does not go with {why}; accepted: {others}")
     return name
+
+
+class CompiledBlocks:
+    """The blocks of `network`, each compiled by itself: blocks of one kind (same code, shapes and strides) share what was
+    compiled for the first of them, in this network and in others of the process.
+
+    Raises `UsageError` if the network has no blocks.
+    """
+
+    def __init__(self, network: nn.Module):
+        blocks = [module for module in network.modules() if isinstance(module, Block)]
+        if not blocks:
+            others = ", ".join(step for step in STEPS if step != "compile-blocks")
+            raise UsageError(
+                f"step (='compile-blocks') needs a network of blocks, and {type(network).__name__} has none; "
+                f"accepted: {others}"
+            )
+        # Else sizes that differ between kinds would become variables, and what is compiled slower for it.
+        self.forwards = [(block, torch.compile(block.forward, dynamic=False)) for block in blocks]
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """For the length of a `with` block, the network's blocks run compiled."""
+        from torch._dynamo import config  # seconds to import, and there already where something is compiled
+
+        for block, forward in self.forwards:
+            block.forward = forward  # type: ignore[method-assign]
+        try:
+            with config.patch(recompile_limit=_KINDS_OF_BLOCKS), warnings.catch_warnings():
+                # Dynamo's own look at what enters a block.
+                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+                yield
+        finally:
+            for block, _ in self.forwards:
+                del block.forward  # the class's own again
 
 
 class CapturedStep:

@@ -66,8 +66,8 @@ class Options:
     """auto: bf16 where the processor computes in it, else fp32; weights stay in fp32"""
     recompute: bool = False
     """compute activations again in the backward pass instead of keeping them: same numbers, less memory, more time"""
-    step: Literal["auto", "eager", "graph", "compile"] = "auto"
-    """training steps operation by operation, as one captured CUDA graph (auto on CUDA), or compiled"""
+    step: Literal["auto", "eager", "graph", "compile", "compile-blocks"] = "auto"
+    """training steps operation by operation, as one captured CUDA graph (auto on CUDA), or compiled, whole or by blocks"""
     concurrency: str = "auto"
     """runs at a time; auto: one a core on a CPU (one in all if they are short), one on a GPU"""
     executor: Literal["local", "ray"] = "local"

@@ -28,7 +28,7 @@ from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.probes import Probe, attach
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import recomputing
-from resprobe.steps import CapturedStep, resolve_step
+from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
 
 # What normalizations are fitted on where images come from files; small sets are used whole.
 _FIT_IMAGES = 2000
@@ -88,6 +88,7 @@ class Training:
         if self.how == "compile":
             torch.compiler.reset()  # else a process compiles eight architectures, and runs further ones as they are written
             self.forward = torch.compile(self.parallel)  # type: ignore[assignment]
+        self.blocks = CompiledBlocks(self.network) if self.how == "compile-blocks" else None
         self.optimizer = _optimizer(self.network, recipe, device)
         self.rate = recipe.learning_rate
         self._place_rate()
@@ -216,7 +217,8 @@ class Training:
 
     def _update(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.batches.make(*drawn)
-        with recomputing(self.network) if self.recompute else nullcontext():
+        recomputed = recomputing(self.network) if self.recompute else nullcontext()
+        with recomputed, self.blocks.in_use() if self.blocks else nullcontext():
             given = self._gradients(images, labels, self.forward)
         self._descend()
         return given

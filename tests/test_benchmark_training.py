@@ -113,7 +113,7 @@ def test_a_gpu_is_offered_every_step_and_precision(monkeypatch):
     assert every[0] == ("ours", "bf16", "graph")
     assert len(set(every)) == len(every)
     own = {(precision, step) for loop, precision, step in every if loop == "ours"}
-    assert own == {(p, s) for p in ("fp32", "tf32", "bf16") for s in ("eager", "graph", "compile")}
+    assert own == {(p, s) for p in ("fp32", "tf32", "bf16") for s in ("eager", "graph", "compile", "compile-blocks")}
     # What torch does unasked on such a card is what the others are timed with.
     assert {each for each in every if each[0] in ("usual", "lightning", "timm")} == {
         ("usual", "tf32", "eager"),
@@ -122,7 +122,7 @@ def test_a_gpu_is_offered_every_step_and_precision(monkeypatch):
 
 
 def test_a_cpu_is_offered_no_graph():
-    assert {step for _, _, step in training.loops(CPU)} == {"eager", "compile"}
+    assert {step for _, _, step in training.loops(CPU)} == {"eager", "compile", "compile-blocks"}
     assert training.loops(CPU)[0][0] == "ours"
 
 

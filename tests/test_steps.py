@@ -261,13 +261,18 @@ def test_which_step_is_taken():
     assert resolve_step("auto", CUDA) == "graph"
     assert resolve_step("auto", CUDA, recompute=True) == "eager"
     assert resolve_step("compile", CPU) == "compile"
+    assert resolve_step("compile-blocks", CUDA, recompute=True) == "compile-blocks"
     for name, options, message in (
-        ("graph", {"device": CPU}, r"step \(='graph'\) needs a CUDA device; accepted on cpu: auto, eager, compile"),
+        (
+            "graph",
+            {"device": CPU},
+            r"step \(='graph'\) needs a CUDA device; accepted on cpu: auto, eager, compile, compile-b",
+        ),
         ("graph", {"device": CUDA, "recompute": True}, r"step \(='graph'\) does not go with recompute"),
         (
             "grahp",
             {"device": CPU},
-            r"step \(='grahp'\) is unknown; accepted: auto, eager, graph, compile; nearest: graph",
+            r"step \(='grahp'\) is unknown; accepted: auto, eager, graph, compile, compile-blocks; nearest: graph",
         ),
     ):
         with pytest.raises(rp.UsageError, match=message):
@@ -278,11 +283,12 @@ def test_which_step_is_taken():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_compiled_step_gives_the_same_losses():
+@pytest.mark.parametrize("step", ["compile", "compile-blocks"])
+def test_a_compiled_step_gives_the_same_losses(step):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the compiler's own
-        eager, compiled = (tiny.training(iterations=6, milestones=(4,), step=step) for step in ("eager", "compile"))
-        assert (eager.how, compiled.how) == ("eager", "compile")
+        eager, compiled = (tiny.training(iterations=6, milestones=(4,), step=how) for how in ("eager", step))
+        assert (eager.how, compiled.how) == ("eager", step)
         eager.run()
         compiled.run()
     for one, other in zip(eager.rows, compiled.rows, strict=True):
@@ -291,19 +297,86 @@ def test_a_compiled_step_gives_the_same_losses():
         torch.testing.assert_close(compiled.network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_every_architecture_of_a_process_is_compiled(monkeypatch):
-    """Dynamo takes all of them for one function, of which it compiles eight."""
-    compiled, compile_with = [], torch.compile
+@pytest.fixture
+def compiled(monkeypatch):
+    """Has torch.compile run what it is given as it is written. Tells what was compiled."""
+    graphs, compile_with = [], torch.compile
 
     def backend(graph, inputs):
-        compiled.append(graph)
+        graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda module: compile_with(module, backend=backend))
+    monkeypatch.setattr(torch, "compile", lambda what, **options: compile_with(what, backend=backend, **options))
+    torch.compiler.reset()
+    yield graphs
+    torch.compiler.reset()
+
+
+def test_every_architecture_of_a_process_is_compiled(compiled):
+    """Dynamo takes all of them for one function, of which it compiles eight."""
     for width in range(2, 12):
         graphs = len(compiled)
         tiny.training(tiny.network(width=width), step="compile", iterations=1, milestones=()).run()
         assert len(compiled) > graphs, f"width {width} was not compiled"
+
+
+def by_blocks(net=None, **changes):
+    return tiny.training(net, step="compile-blocks", **changes)
+
+
+def test_each_kind_of_block_is_compiled_once_whatever_the_depth(compiled):
+    def network(family, depth, **options):
+        return rp.build(f"cifar/{family}-{depth}", width=4, in_channels=1, **options)
+
+    counts = []
+    for net in (network("resnet", 14), network("resnet", 20), network("plain", 14), network("plain", 26)):
+        by_blocks(net, iterations=2, milestones=()).run()
+        counts.append(len(compiled))
+    # Of one width: at one size, between two, at the next, and so on.
+    assert counts == [5, 5, 10, 10]
+    for width in range(5, 8):  # more kinds than torch compiles by itself
+        by_blocks(network("resnet", 14, shortcut="B") if width == 5 else tiny.network(width=width), iterations=1).run()
+        assert len(compiled) > counts[-1], f"width {width} was not compiled"
+        counts.append(len(compiled))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("changes", [{}, {"bn_batch": 8}, {"recompute": True}, {"precision": "bf16"}], ids=str)
+def test_compiled_blocks_train_as_they_are_written(changes):
+    """What compiling by blocks does around the compiler changes nothing."""
+    eager, blocks = tiny.training(step="eager", **changes), by_blocks(**changes)
+    eager.run()
+    blocks.run()
+    assert_alike(eager, blocks)
+
+
+@pytest.mark.usefixtures("compiled", "stand_in")
+def test_compiled_blocks_are_captured():
+    eager, blocks = tiny.training(step="eager"), by_blocks()
+    eager.capturing = False
+    eager.run()
+    blocks.run()
+    assert isinstance(blocks.captured, CapturedStep)
+    assert_alike(eager, blocks)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_blocks_are_compiled_for_the_step_alone():
+    training = by_blocks(iterations=1)
+    block = training.network.stage1[0]
+    assert "forward" not in vars(block)
+    with contextlib.suppress(tiny.Boom), training.blocks.in_use():
+        assert "forward" in vars(block)
+        raise tiny.Boom
+    assert "forward" not in vars(block)
+
+
+def test_a_network_without_blocks_is_compiled_as_a_whole_only():
+    with pytest.raises(rp.UsageError) as error:
+        by_blocks(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
+    assert str(error.value) == (
+        "step (='compile-blocks') needs a network of blocks, and Sequential has none; accepted: auto, eager, graph, compile"
+    )
 
 
 @pytest.mark.gpu
