@@ -165,8 +165,10 @@ def test_a_small_version_runs_without_a_gpu(tmp_path, capsys):
         "a checkpoint, s",
         "start of a study, s",
         "a training step, ms",
+        "waiting for first steps, s",
     } <= parts
-    assert set(record["not_measured"]) == {"equality: compile", "memory of probes"}
+    compiled = {f"{part}: {step}" for part in ("equality", "compiling") for step in ("compile", "compile-blocks")}
+    assert set(record["not_measured"]) == {*compiled, "memory of probes"}
     assert "| what | setting | measured | beside it |" in said and "- memory of probes: " in said
     assert set(record["seconds"]) == set(PARTS)
     (row,) = record["concurrency"]["rows"]
