@@ -187,11 +187,19 @@ class Study:
             try:
                 options = self.parse(arguments)
                 self.run(options, arguments)
+                sys.stdout.flush()
             except UsageError as error:
                 return _say(f"{error}", 2)
             except KeyboardInterrupt:
                 return _say(
                     "interrupted; finished runs and checkpoints are kept, the same command goes on from there", 1
+                )
+            except BrokenPipeError:
+                say_no_more()
+                return _say(
+                    "nobody reads the output any more; finished runs and checkpoints are kept, the same command goes on "
+                    "from there",
+                    1,
                 )
             except RuntimeError as error:
                 # A failed run says itself what was kept. Anything else is a bug, and a bug's traceback is wanted.
@@ -447,6 +455,11 @@ def offered(options: type[Options]) -> list[str]:
     return [name for name, hint in hints.items() if tyro.conf.Suppress not in get_args(hint)]
 
 
+def say_no_more() -> None:
+    """Lets what is still to be printed go nowhere: whoever read it (`head`, say) has left."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _preset(arguments: Sequence[str]) -> str:
     """The preset is needed before the rest, since it holds the defaults that `--help` shows."""
     preset = "quick"
@@ -463,7 +476,7 @@ def _parse_with_tyro(study: Study, defaults: Options, arguments: Sequence[str]) 
     try:
         # Its errors are boxes of several lines; what is in them is said in one.
         with contextlib.redirect_stderr(said):
-            return tyro.cli(
+            options = tyro.cli(
                 type(defaults),
                 prog=called_as(study.name),
                 description=study.description,
@@ -474,6 +487,12 @@ def _parse_with_tyro(study: Study, defaults: Options, arguments: Sequence[str]) 
         if not stop.code:
             raise
         raise UsageError(_one_line(said.getvalue(), defaults)) from None
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        if argument.startswith("--") and following.startswith("--"):
+            name = argument[2:].replace("-", "_")
+            if getattr(defaults, name, None) == getattr(options, name, None) == ():  # else it would count as not given
+                raise UsageError(f"{argument} needs a value after it, or several")
+    return options
 
 
 def _one_line(box: str, defaults: Options) -> str:

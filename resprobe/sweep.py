@@ -235,7 +235,7 @@ def run_all(
         kept = len(jobs) - len(failures)
         raise SweepFailed(
             f"{len(failures)} of {len(jobs)} runs failed: "
-            + "; ".join(failures)
+            + "; ".join(text if count == 1 else f"{text} ({count} runs)" for text, count in Counter(failures).items())
             + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; "
             "the same command goes on from there"
         )

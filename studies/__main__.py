@@ -18,7 +18,7 @@ from pathlib import Path
 import resprobe
 import studies
 from resprobe.errors import UsageError, not_accepted
-from resprobe.study import called_as, notes_on_one_line
+from resprobe.study import called_as, notes_on_one_line, say_no_more
 from studies.scorecard import Parser, find_studies, gather, in_words
 
 
@@ -30,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and not arguments[0].startswith("-"):
             return _run(*arguments)
-        return _list(arguments)
+        listed = _list(arguments)
+        sys.stdout.flush()
+        return listed
+    except BrokenPipeError:  # of a list, `head` has read what it wanted
+        say_no_more()
+        return 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

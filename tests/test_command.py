@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,8 @@ def test_a_study_is_run_with_its_options(capsys):
             "option (='--reslts') is unknown; accepted: --help, --results, --version; nearest: --results",
         ),
         (["--results"], "argument --results: expected one argument"),
+        (["layer_responses", "--weights"], "--weights needs a value after it, or several"),
+        (["layer_responses", "--weights", "--seeds", "0"], "--weights needs a value after it, or several"),
         (["scorecard", "--run", "fast"], "--run (='fast') is unknown; accepted: quick, paper"),
     ],
 )
@@ -47,6 +50,32 @@ def test_a_mistake_is_one_line(arguments, said, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        ([], 0, ""),
+        (
+            ["degradation", "--depths", "8", "--seeds", "0", "--iterations", "2"],
+            1,
+            "error: nobody reads the output any more; finished runs and checkpoints are kept, the same command goes on from "
+            "there\n",
+        ),
+    ],
+    ids=["list", "study"],
+)
+def test_readers_may_leave(arguments, code, error):
+    """As `head` does."""
+    command = [sys.executable, "-m", "studies", *arguments]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    process.stdout.close()
+    said = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == code
+    assert said.endswith(error) and "Traceback" not in said and "Exception ignored" not in said
 
 
 @pytest.mark.parametrize("name", ["degradation", "scorecard"])

@@ -175,6 +175,14 @@ class TestImageSet:
         with pytest.raises(rp.UsageError, match=r"not torch.uint8 of shape \(2, 4, 4\)$"):
             rp.ImageSet(torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2))
 
+    def test_refuses_channels_last(self):
+        with pytest.raises(rp.UsageError) as error:
+            rp.ImageSet(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
+        assert str(error.value) == (
+            "images of shape (2, 8, 8, 3) have their channels last; expected [N, C, H, W]: images.permute(0, 3, 1, 2)"
+        )
+        assert len(rp.ImageSet(torch.zeros(2, 1, 8, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))) == 2
+
     def test_refuses_labels_of_another_number(self):
         with pytest.raises(rp.UsageError) as error:
             rp.ImageSet(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3))

@@ -156,6 +156,15 @@ def test_a_failed_run_leaves_no_network_in_memory(bad, tmp_path, monkeypatch):
     assert left == [0] * len(left) and len(left) > 1
 
 
+def test_what_fails_alike_is_said_once(tmp_path, monkeypatch):
+    def train_job(*given):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(sweep, "train_job", train_job)
+    with pytest.raises(SweepFailed, match=r"^2 of 2 runs failed: out of memory \(2 runs\); 0 finished runs"):
+        run_all(jobs(8, 14), rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=1)
+
+
 def test_runs_are_told_apart_by_what_they_differ_in():
     recipe = rp.default_recipe(rp.load_data("digits"), 8)
     configs = [configure("cifar/resnet-8", "digits", recipe, shortcut=shortcut) for shortcut in "AB"]

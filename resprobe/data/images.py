@@ -75,6 +75,12 @@ class ImageSet:
             raise UsageError(
                 f"images must be uint8 [N, C, H, W], not {self.images.dtype} of shape {tuple(self.images.shape)}"
             )
+        height, width, channels = self.images.shape[1:]
+        if channels in (1, 3, 4) and height == width and height > 4:
+            raise UsageError(
+                f"images of shape {tuple(self.images.shape)} have their channels last; expected [N, C, H, W]: "
+                "images.permute(0, 3, 1, 2)"
+            )
         if self.labels.shape != (len(self.images),):
             raise UsageError(f"labels must have shape ({len(self.images)},), not {tuple(self.labels.shape)}")
         if self.labels.dtype != torch.int64:
