@@ -73,7 +73,9 @@ def test_the_page_has_its_language_its_landmarks_and_its_headings_in_order(page)
     assert all(level == 2 for level, _ in headings[1:])
     sections = ["Beside the paper", "How sure", "Departures from the paper", "How it was made"]
     assert [text for _, text in headings[-4:]] == sections
-    assert [text for _, _, text in page.all("title")] == ["Deeper is <worse> – resprobe"]
+    assert [text for _, _, text in page.all("title")] == [
+        "Deeper is <worse>: C1 holds, C2 fails, C3 inconclusive, C4 not tested – resprobe"
+    ]
 
 
 def test_every_image_says_what_it_shows(page):
