@@ -544,10 +544,10 @@ def test_an_interrupt_keeps_a_checkpoint_and_the_next_call_goes_on(tmp_path, who
 def test_an_interrupt_before_the_first_log_point_begins_again(tmp_path, whole, monkeypatch):
     real = Training.step
 
-    def interrupted(self, images, labels):
+    def interrupted(self, *drawn):
         if self.iteration == 1:
             raise KeyboardInterrupt
-        return real(self, images, labels)
+        return real(self, *drawn)
 
     monkeypatch.setattr(Training, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
