@@ -83,6 +83,8 @@ def in_turn(sweep: Sweep) -> list[dict[str, Any]]:
 
 def measure(sweep: Sweep, deadline: Deadline | None = None) -> dict[str, Any]:
     """The same in a process of its own, with empty caches. What did not come to an end is `missing`, with the reason."""
+    if deadline is not None and deadline.left <= 0:
+        return {"step": sweep.step, "rows": [], "missing": "no time left"}
     with tempfile.TemporaryDirectory(prefix="resprobe-", ignore_cleanup_errors=True) as cache:
         caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
         command = [sys.executable, "-m", "benchmarks.compiling", "--sweep", json.dumps(dataclasses.asdict(sweep))]
@@ -92,7 +94,7 @@ def measure(sweep: Sweep, deadline: Deadline | None = None) -> dict[str, Any]:
                 env=dict(os.environ) | caches,
                 capture_output=True,
                 text=True,
-                timeout=None if deadline is None else max(1.0, deadline.left),
+                timeout=None if deadline is None else deadline.left,
             )
         except subprocess.TimeoutExpired:
             return {"step": sweep.step, "rows": [], "missing": "no time left"}

@@ -34,7 +34,8 @@ def test_a_process_of_its_own_begins_with_empty_caches(monkeypatch):
 
 
 def test_what_does_not_come_to_an_end_is_named():
-    assert measure(TINY, Deadline(-1))["missing"] == "no time left"
+    assert measure(TINY, Deadline(0))["missing"] == "no time left"
+    assert measure(TINY, Deadline(0.2))["missing"] == "no time left", "no process starts in so short a time"
     failed = measure(Sweep(("cifar/plain-9",), "eager", "cpu", "fp32"))
     assert failed["rows"] == [] and "depth (=9)" in failed["missing"]
 
