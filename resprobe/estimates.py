@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn import functional as F
 
-from resprobe.data import Data, FolderSet, Normalization, training_batches
+from resprobe.data import Data, FolderSet, Normalization, batches_of
 from resprobe.data.folder import loader_processes
 from resprobe.devices import autocast, cpu_threads, synchronize
 from resprobe.networks import NetworkSpec, build
@@ -136,8 +136,8 @@ def _reading(data: Data, recipe: Recipe) -> float:
     """Seconds a loader needs for one image, with all its processes."""
     few = dataclasses.replace(recipe, batch_size=_SMALL_BATCH, iterations=2)
     nothing = Normalization.channels((0.0,) * 3, (1.0,) * 3)
-    batches = training_batches(data.train, few, 0, nothing, torch.device("cpu"), 0)
-    next(batches)
+    read = batches_of(data.train, few, 0, nothing, torch.device("cpu")).drawn(0)
+    next(read)
     started = time.perf_counter()
-    next(batches)
+    next(read)
     return (time.perf_counter() - started) / _SMALL_BATCH / max(1, loader_processes(recipe.batch_size))

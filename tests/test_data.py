@@ -9,6 +9,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import resprobe as rp
-from resprobe.data import TensorBatches, datasets, training_batches
+from resprobe.data import TensorBatches, datasets
 from resprobe.recipes import cifar_paper, imagenet_paper
 from resprobe.training import Training
 
@@ -375,8 +376,8 @@ class TestTensorBatches:
     def test_run_goes_on_where_it_stopped(self):
         recipe = dataclasses.replace(cifar_paper(iterations=9), batch_size=4)
         images = random_images(6)
-        whole = list(training_batches(images, recipe, 5, NO_CHANGE, CPU, 0))
-        rest = list(training_batches(images, recipe, 5, NO_CHANGE, CPU, 6))
+        whole = list(tiny.batches(images, recipe, 5, NO_CHANGE, CPU, 0))
+        rest = list(tiny.batches(images, recipe, 5, NO_CHANGE, CPU, 6))
         assert (len(whole), len(rest)) == (9, 3)
         for (pixels, labels), (later_pixels, later_labels) in zip(whole[6:], rest, strict=True):
             assert torch.equal(pixels, later_pixels)
@@ -384,7 +385,7 @@ class TestTensorBatches:
 
     def test_images_in_memory_have_no_scale_to_crop_at(self):
         with pytest.raises(rp.UsageError) as error:
-            next(training_batches(random_images(3), imagenet_paper(), 0, NO_CHANGE, CPU, 0))
+            next(tiny.batches(random_images(3), imagenet_paper(), 0, NO_CHANGE, CPU, 0))
         assert str(error.value) == (
             "augmentation (='scale-crop') needs image files, as from folder:PATH; images in memory accept pad-crop, none"
         )
@@ -557,7 +558,7 @@ class TestFolder:
 
     def test_streamed_images_cannot_be_padded(self, large):
         with pytest.raises(rp.UsageError) as error:
-            next(training_batches(rp.load_data(f"folder:{large}").train, cifar_paper(), 0, NO_CHANGE, CPU, 0))
+            next(tiny.batches(rp.load_data(f"folder:{large}").train, cifar_paper(), 0, NO_CHANGE, CPU, 0))
         assert str(error.value) == (
             "augmentation (='pad-crop') needs images of one size in memory; these files are too large or differ in "
             "size; accepted: scale-crop, none"
@@ -591,9 +592,7 @@ class TestScaleCrop:
 
     def stream(self, root: Path, start: int = 0, seed: int = 0, **changes) -> list[tuple[Tensor, Tensor]]:
         recipe, images = dataclasses.replace(self.RECIPE, **changes), rp.load_data(f"folder:{root}").train
-        return list(
-            training_batches(images, recipe, seed, rp.Normalization.channels((0.5,) * 3, (2.0,) * 3), CPU, start)
-        )
+        return list(tiny.batches(images, recipe, seed, rp.Normalization.channels((0.5,) * 3, (2.0,) * 3), CPU, start))
 
     def test_shapes(self, large):
         batches = self.stream(large)

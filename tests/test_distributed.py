@@ -164,9 +164,7 @@ def test_parts_of_a_batch_are_the_batch():
     fit = rp.Normalization.fit(data.train.images, "per-pixel-mean")
 
     def batch(part):
-        from resprobe.data import training_batches
-
-        return next(training_batches(data.train, recipe, 0, fit, torch.device("cpu"), 3, part))
+        return next(tiny.batches(data.train, recipe, 0, fit, torch.device("cpu"), 3, part))
 
     whole = batch(slice(None))
     parts = [batch(Team(rank, 4).part(recipe)) for rank in range(4)]

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 import resprobe as rp
 from resprobe.checkpoints import load_checkpoint, save_checkpoint
-from resprobe.data import Data, FolderSet, Normalization, training_batches
+from resprobe.data import Data, FolderSet, Normalization
 from resprobe.errors import TrainingDiverged, UsageError
 from resprobe.evaluation import Evaluation, precise_batch_norm
 from resprobe.recipes import learning_rate, plateaus
@@ -242,7 +243,7 @@ def test_two_trainings_are_alike_and_another_seed_is_another_training():
 
 
 def batches(train: Training):
-    return training_batches(train.data.train, train.recipe, train.seed, train.normalization, CPU, 0)
+    return tiny.batches(train.data.train, train.recipe, train.seed, train.normalization, CPU, 0)
 
 
 def naive_training(net: nn.Module, made, rates: list[float], form: str, decay, nesterov=False, part: int | None = None):
@@ -862,9 +863,9 @@ CUDA = torch.device("cuda")
 def test_batches_on_cuda_are_those_of_the_cpu():
     data, chosen = digits(), recipe(augmentation="pad-crop", pad=2)
     normalization = Normalization.fit(data.train.images, "per-pixel-mean")
-    ours = training_batches(data.train, chosen, 0, normalization, CUDA, 0)
+    ours = tiny.batches(data.train, chosen, 0, normalization, CUDA, 0)
     for (one, one_labels), (other, other_labels) in zip(
-        ours, training_batches(data.train, chosen, 0, normalization, CPU, 0), strict=True
+        ours, tiny.batches(data.train, chosen, 0, normalization, CPU, 0), strict=True
     ):
         assert one.device.type == "cuda"
         torch.testing.assert_close(one.cpu(), other, rtol=0, atol=1e-6)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resprobe.data import Data, load_data
+from resprobe.data import Data, batches_of, load_data
 from resprobe.devices import cpu_threads
 from resprobe.networks import NetworkSpec, build
 from resprobe.recipes import Recipe
@@ -52,6 +52,12 @@ def digits(train: int = 160, test: int = 60) -> Data:
 
 def recipe(**changes: Any) -> Recipe:
     return replace(RECIPE, **changes)
+
+
+def batches(images, recipe: Recipe, seed: int, normalization, device=CPU, start: int = 0, part=slice(None)):
+    """The images and labels of a run's batches from iteration `start` on."""
+    found = batches_of(images, recipe, seed, normalization, device, part)
+    return (found.make(*drawn) for drawn in found.drawn(start))
 
 
 def training(net: nn.Module | None = None, data: Data | None = None, *, device=CPU, **changes: Any) -> Training:

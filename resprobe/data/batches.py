@@ -137,18 +137,3 @@ def batches_of(
             "augmentation (='scale-crop') needs image files, as from folder:PATH; images in memory accept pad-crop, none"
         )
     return TensorBatches(images.to(device), recipe, seed, normalization, part)
-
-
-def training_batches(
-    images: ImageSet | FolderSet,
-    recipe: Recipe,
-    seed: int,
-    normalization: Normalization,
-    device: torch.device,
-    start: int,
-    part: slice = slice(None),
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches `start`, `start + 1`, … of a run, made: images and labels."""
-    batches = batches_of(images, recipe, seed, normalization, device, part)
-    for drawn in batches.drawn(start):
-        yield batches.make(*drawn)
