@@ -110,7 +110,7 @@ def keep_freed_memory() -> None:
     """Has glibc keep the memory that tensors free, and give it to those of the next step.
 
     Left to itself it returns large pieces to the system, and gets them anew page by page, zeroed, in every step: with them
-    kept, ResNet-20 trains 7 to 21 % faster on two cores (docs/measurements/). The process then stays as large as it was
+    kept, ResNet-20 trains 7 % faster on two cores (docs/measurements/). The process then stays as large as it was
     at its largest. Other C libraries are left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

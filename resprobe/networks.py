@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resprobe.blocks import BLOCKS, Block
 from resprobe.errors import UsageError, check_whole, not_accepted, short
@@ -111,15 +110,6 @@ class Network(nn.Sequential):
     def depth(self) -> int | None:
         """Weighted layers on the longest path, as the paper counts them (shortcut projections are not counted)."""
         return self.spec.depth
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores [N, num_classes] of normalized images [N, in_channels, H, W]. Raises `UsageError` for anything else."""
-        channels = self.spec.get("in_channels")
-        if channels is not None and not torch.jit.is_tracing():  # which would take the sizes for a part of the network
-            if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
-                given = f"{str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
-                raise UsageError(f"{self.spec.name} takes normalized float images [N, {channels}, H, W], not {given}")
-        return super().forward(images)
 
     def blocks(self) -> list[tuple[str, Block]]:
         """The building blocks in forward order, each with its name."""

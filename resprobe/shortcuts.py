@@ -41,7 +41,9 @@ class ZeroPadding(nn.Module):
         self.after = added - self.before
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.stride(1) == 1:  # channels last in memory: so is the gradient of a pool, while that of a slice never is
+        # Where channels are last in memory: so they are in the gradient of a pool, and in that of a slice they never are.
+        # On Apple's GPUs that gradient is wrong (pytorch#175190).
+        if x.stride(1) == 1 and x.device.type != "mps":
             kept = F.avg_pool2d(x, kernel_size=1, stride=self.stride)
         else:
             kept = x[:, :, :: self.stride, :: self.stride]

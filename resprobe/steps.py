@@ -5,7 +5,7 @@ as a CUDA graph, the whole step (augmentation, forward, backward, update) is one
 the same, so the numbers are.
 
 Compiling (torch.compile) fuses operations; its numbers differ in their last digits. A network compiled as a whole takes
-half a minute or more before its first step, and every depth anew; compiled block by block, each kind of block is compiled
+a quarter of a minute or more before its first step, and every depth anew; compiled block by block, each kind of block is compiled
 once in a process, whatever the depth. On a CPU neither pays: measured in docs/measurements/.
 """
 
@@ -25,6 +25,7 @@ from resprobe.blocks import Block
 from resprobe.distributed import team
 from resprobe.errors import UsageError, not_accepted
 from resprobe.randomness import host_random_state, keeping_random_state
+from resprobe.recompute import calling
 
 STEPS = ("auto", "eager", "graph", "compile", "compile-blocks")
 _KINDS_OF_BLOCKS = 256
@@ -65,10 +66,9 @@ class CompiledBlocks:
     def __init__(self, network: nn.Module):
         blocks = [module for module in network.modules() if isinstance(module, Block)]
         if not blocks:
-            others = ", ".join(step for step in STEPS if step != "compile-blocks")
             raise UsageError(
                 f"step (='compile-blocks') needs a network of blocks, and {type(network).__name__} has none; "
-                f"accepted: {others}"
+                "accepted: auto, eager, compile"
             )
         # Else sizes that differ between kinds would become variables, and what is compiled slower for it.
         self.forwards = [(block, torch.compile(block.forward, dynamic=False)) for block in blocks]
@@ -78,16 +78,14 @@ class CompiledBlocks:
         """For the length of a `with` block, the network's blocks run compiled."""
         from torch._dynamo import config  # seconds to import, and there already where something is compiled
 
-        for block, forward in self.forwards:
-            block.forward = forward  # type: ignore[method-assign]
-        try:
-            with config.patch(recompile_limit=_KINDS_OF_BLOCKS), warnings.catch_warnings():
-                # Dynamo's own look at what enters a block.
-                warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-                yield
-        finally:
-            for block, _ in self.forwards:
-                del block.forward  # the class's own again
+        with (
+            calling(self.forwards),
+            config.patch(recompile_limit=_KINDS_OF_BLOCKS),
+            warnings.catch_warnings(),
+        ):
+            # Dynamo's own look at what enters a block.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+            yield
 
 
 class CapturedStep:

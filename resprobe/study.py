@@ -516,7 +516,8 @@ def _one_line(box: str, defaults: Options) -> str:
 
 def _say(text: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which all find the same, one says so
-        print(f"error: {text}", file=sys.stderr)
+        with contextlib.suppress(BrokenPipeError):  # of a reader of both streams who has left
+            print(f"error: {text}", file=sys.stderr)
     return code
 
 

@@ -30,12 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if arguments and not arguments[0].startswith("-"):
             return _run(*arguments)
-        listed = _list(arguments)
-        sys.stdout.flush()
+        try:
+            listed = _list(arguments)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `head` has read what it wanted
+            say_no_more()
+            return 0
         return listed
-    except BrokenPipeError:  # of a list, `head` has read what it wanted
-        say_no_more()
-        return 0
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

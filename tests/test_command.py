@@ -76,6 +76,12 @@ def test_readers_may_leave(arguments, code, error):
     process.stderr.close()
     assert process.wait() == code
     assert said.endswith(error) and "Traceback" not in said and "Exception ignored" not in said
+    # Who has left may have read both streams.
+    reading, writing = os.pipe()
+    os.close(reading)
+    both = subprocess.run(command, stdout=writing, stderr=writing, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    os.close(writing)
+    assert both.returncode == code
 
 
 @pytest.mark.parametrize("name", ["degradation", "scorecard"])

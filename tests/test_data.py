@@ -180,7 +180,7 @@ class TestImageSet:
         with pytest.raises(rp.UsageError) as error:
             rp.ImageSet(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
         assert str(error.value) == (
-            "images of shape (2, 8, 8, 3) have their channels last; expected [N, C, H, W]: images.permute(0, 3, 1, 2)"
+            "images of shape (2, 8, 8, 3) seem to have their channels last; expected [N, C, H, W]: images.permute(0, 3, 1, 2)"
         )
         assert len(rp.ImageSet(torch.zeros(2, 1, 8, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))) == 2
 

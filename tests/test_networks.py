@@ -541,20 +541,6 @@ def test_unknown_family_gets_the_nearest_one(name, nearest):
     )
 
 
-@pytest.mark.parametrize(
-    ("images", "given"),
-    [
-        (torch.zeros(2, 1, 8, 8), "float32 of shape (2, 1, 8, 8)"),
-        (torch.zeros(3, 8, 8), "float32 of shape (3, 8, 8)"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "uint8 of shape (2, 3, 8, 8)"),
-    ],
-)
-def test_images_that_do_not_fit_are_named(images, given):
-    with pytest.raises(rp.UsageError) as error:
-        rp.build("cifar/resnet-8")(images)
-    assert str(error.value) == f"cifar/resnet-8 takes normalized float images [N, 3, H, W], not {given}"
-
-
 def test_unknown_shortcut_lists_those_of_plugins_too():
     with pytest.raises(rp.UsageError) as error:
         rp.build("cifar/resnet-20", shortcut="D")

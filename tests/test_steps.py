@@ -369,13 +369,19 @@ def test_blocks_are_compiled_for_the_step_alone():
         assert "forward" in vars(block)
         raise tiny.Boom
     assert "forward" not in vars(block)
+    own = block.forward
+    block.forward = lambda x: own(x)  # a user's
+    users = block.forward
+    with training.blocks.in_use():
+        assert block.forward is not users
+    assert block.forward is users
 
 
 def test_a_network_without_blocks_is_compiled_as_a_whole_only():
     with pytest.raises(rp.UsageError) as error:
         by_blocks(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     assert str(error.value) == (
-        "step (='compile-blocks') needs a network of blocks, and Sequential has none; accepted: auto, eager, graph, compile"
+        "step (='compile-blocks') needs a network of blocks, and Sequential has none; accepted: auto, eager, compile"
     )
 
 

@@ -78,7 +78,7 @@ class ImageSet:
         height, width, channels = self.images.shape[1:]
         if channels in (1, 3, 4) and height == width and height > 4:
             raise UsageError(
-                f"images of shape {tuple(self.images.shape)} have their channels last; expected [N, C, H, W]: "
+                f"images of shape {tuple(self.images.shape)} seem to have their channels last; expected [N, C, H, W]: "
                 "images.permute(0, 3, 1, 2)"
             )
         if self.labels.shape != (len(self.images),):
