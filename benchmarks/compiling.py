@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -28,7 +27,7 @@ import torch
 import resprobe as rp
 from benchmarks import data as _random  # noqa: F401 (registers the data set)
 from benchmarks.loops import check_network
-from benchmarks.measuring import Deadline, answering, markdown, write_json
+from benchmarks.measuring import Deadline, answering, markdown, with_caches_in, write_json
 from resprobe.devices import flush_denormals, resolve_device, resolve_precision, synchronize
 from resprobe.environment import environment
 from resprobe.errors import not_accepted
@@ -86,12 +85,11 @@ def measure(sweep: Sweep, deadline: Deadline | None = None) -> dict[str, Any]:
     if deadline is not None and deadline.left <= 0:
         return {"step": sweep.step, "rows": [], "missing": "no time left"}
     with tempfile.TemporaryDirectory(prefix="resprobe-", ignore_cleanup_errors=True) as cache:
-        caches = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": str(Path(cache, "triton"))}
         command = [sys.executable, "-m", "benchmarks.compiling", "--sweep", json.dumps(dataclasses.asdict(sweep))]
         try:
             done = subprocess.run(
                 command,
-                env=dict(os.environ) | caches,
+                env=with_caches_in(cache),
                 capture_output=True,
                 text=True,
                 timeout=None if deadline is None else deadline.left,

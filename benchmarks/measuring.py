@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -128,6 +129,11 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table. A bar inside a cell would end it, and is escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def with_caches_in(folder: str) -> dict[str, str]:
+    """This process's environment for another one, which keeps what it compiles in `folder`, and finds only that."""
+    return dict(os.environ) | {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": str(Path(folder, "triton"))}
 
 
 def answering(work: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import statistics
 import subprocess
@@ -23,10 +22,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from benchmarks.measuring import Deadline
+from benchmarks.measuring import Deadline, with_caches_in
 
 PATIENCE = 900.0
 """Seconds to wait for a word where there is no deadline; compiling the deepest network takes minutes."""
@@ -74,11 +72,7 @@ class Runner:
         command = [sys.executable, "-m", "benchmarks.turns", json.dumps(asdict(case))]
         # What an earlier process compiled would make the start less cold.
         self.cache = tempfile.TemporaryDirectory(prefix="resprobe-", ignore_cleanup_errors=True)
-        environment = dict(os.environ) | {
-            "TORCHINDUCTOR_CACHE_DIR": self.cache.name,
-            "TRITON_CACHE_DIR": str(Path(self.cache.name, "triton")),
-            **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
-        }
+        environment = with_caches_in(self.cache.name) | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
