@@ -281,6 +281,8 @@ def concurrency(card: Card, deadline: Deadline) -> None:
             f"whole sweep: {row['whole']:,.0f} (× {row['whole'] / first['whole']:.2f})",
         )
     card.missing |= {f"concurrency, {what}": why for what, why in found["not_measured"].items()}
+    if found["notes"]:
+        card.missing["concurrency, computing at the same time"] = "; ".join(found["notes"])
 
 
 # -- what comes with it --------------------------------------------------------------------------------------------

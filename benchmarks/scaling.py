@@ -8,7 +8,7 @@
 - batch: the same for one network over sizes of the mini-batch, as images a second.
 - concurrency: K equal runs at a time through `resprobe.sweep`. "while training" sums their speeds, each on its own clock
   from its first log point to the last but one, "whole sweep" is all images over all time, with the start of processes,
-  the survey, the tests and what is written.
+  the survey, the tests and what is written. Why processes take turns on a card, where they do, is said below.
 - checkpoint: seconds to write one, its size, and the share of a training's time at the interval at which
   `resprobe.runs` writes one.
 - start: `python -m studies.degradation --help`, and the same study up to its first iteration.
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,7 @@ def of_concurrency(where: Where, plan: Plan, network: str = "cifar/resnet-20") -
     )
     rows: list[dict[str, Any]] = []
     missing: dict[str, str] = {}
+    notes: list[str] = []
     configs = [
         runs.configure(network, where.data, recipe, seed=seed, precision=where.precision)
         for seed in range(max(plan.concurrency))
@@ -213,13 +215,16 @@ def of_concurrency(where: Where, plan: Plan, network: str = "cifar/resnet-20") -
         if where.deadline is not None and where.deadline.left <= last["seconds"] * together / last["together"]:
             missing[f"{together} at a time"] = "no time left"
             continue
-        with tempfile.TemporaryDirectory(prefix="resprobe-") as folder:
+        with tempfile.TemporaryDirectory(prefix="resprobe-") as folder, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             store, jobs = rp.RunStore(folder), [Job(config, step=where.step) for config in configs[:together]]
             started = time.perf_counter()
             done = run_all(jobs, store, device=where.device, concurrency=together, plugins=["benchmarks.data"])
             took = time.perf_counter() - started
+        notes += [str(each.message) for each in said]
         rows.append(together_speed([run.history for run in done], took, recipe.batch_size))
-    return {"network": network, "iterations": plan.iterations, "rows": rows, "not_measured": missing}
+    notes = list(dict.fromkeys(notes))
+    return {"network": network, "iterations": plan.iterations, "rows": rows, "notes": notes, "not_measured": missing}
 
 
 def together_speed(histories: Sequence[pandas.DataFrame], took: float, batch: int) -> dict[str, Any]:
@@ -245,7 +250,8 @@ def say_concurrency(found: dict[str, Any]) -> str:
         for row in found["rows"]
     ]
     title = f"{found['network']}, {found['iterations']:,} iterations each"
-    return title + "\n\n" + markdown(("at a time", "images/s while training", "images/s, whole sweep", "seconds"), rows)
+    table = markdown(("at a time", "images/s while training", "images/s, whole sweep", "seconds"), rows)
+    return "\n\n".join((title, table, *found["notes"]))
 
 
 # -- a checkpoint --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ from resprobe.errors import UsageError
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
 from resprobe.runs import Run, RunConfig, RunStore, train
+from resprobe.sharing import sharing
 from resprobe.training import Progress
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ def parse_concurrency(text: str) -> int | None:
 class Survey:
     """What is there of a sweep's runs, and what is not: how it will be trained, and about how long that takes.
 
-    `missing` is in the order of training, `seconds` in that of `missing`. `reason` says why `seconds` are not known.
+    `missing` is in the order of training, `seconds` in that of `missing`, each as if it had its device for itself.
+    `reason` says why they are not known. `one_card`: all workers train on one.
     """
 
     total: int
@@ -90,6 +92,7 @@ class Survey:
     device: str
     seconds: tuple[float, ...]
     reason: str = ""
+    one_card: bool = False
 
     @property
     def found(self) -> int:
@@ -97,9 +100,12 @@ class Survey:
 
     @property
     def duration(self) -> float | None:
-        """Seconds until the last run is finished, each worker taking the next run when it is free."""
+        """Seconds until the last run is finished, each worker taking the next run when it is free. On one card, where
+        what is gained together depends on the runs, as if they took turns."""
         if len(self.seconds) < len(self.missing):
             return None
+        if self.one_card:
+            return sum(self.seconds)
         busy = [0.0] * max(1, self.workers)
         for seconds in self.seconds:
             busy[busy.index(min(busy))] += seconds
@@ -113,7 +119,8 @@ class Survey:
             names = Counter(job.config.network.name for job in self.missing)
             listed = ", ".join(name if count == 1 else f"{name} ×{count}" for name, count in names.items())
             how = f"on {self.device}, {self.workers} at a time" if self.workers > 1 else f"on {self.device}"
-            length = f"not known: {self.reason}" if self.duration is None else f"about {in_words(self.duration)}"
+            about = "at most about" if self.one_card and self.workers > 1 else "about"
+            length = f"not known: {self.reason}" if self.duration is None else f"{about} {in_words(self.duration)}"
             lines += [f"to train: {listed}", f"time: {length} {how}"]
         return "\n".join(lines)
 
@@ -179,7 +186,8 @@ def survey(
         torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
     name = device_name(device) if cluster is None else cluster.name
-    ahead = Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason)
+    one_card = cluster is None and device.type != "cpu"
+    ahead = Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason, one_card)
     automatic = cluster is None and concurrency is None and workers > 1
     if automatic and ahead.duration is not None and sum(seconds) - ahead.duration < _STARTING:
         return replace(ahead, workers=1)
@@ -303,42 +311,55 @@ def _train_in_processes(
     # Spawned, not forked: torch's threads and CUDA do not survive a fork.
     context = multiprocessing.get_context("spawn")
     news = context.SimpleQueue()
-    listener = threading.Thread(target=_listen, args=(news, board), daemon=True)
-    listener.start()
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(news, threads, tuple(plugins))
-    )
-    try:
-        # Pickled here: the pool's own way shares each tensor of a built network by an open file, of which there are few.
-        pending: dict[Future, Job] = {
-            pool.submit(_train_in_worker, pickle.dumps(job), str(store.root), str(device)): job for job in jobs
-        }
-        while pending:
-            done, _ = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                job = pending.pop(future)
-                try:
-                    board.finished(job, future.result())
-                except UsageError:
-                    raise
-                except BrokenProcessPool:
-                    raise SweepFailed(
-                        "a training process was killed (out of memory, perhaps); finished runs and checkpoints are kept "
-                        f"in {store.root}; the same command goes on from there, --concurrency 1 needs the least memory"
-                    ) from None
-                except Exception as error:
-                    failures.append(str(error))
-                    board.failed(job, error)
-    except BaseException:
-        workers_left = list((pool._processes or {}).values())  # there is no public way to stop what is running
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in workers_left:
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True)
-        news.put(None)
-        listener.join(timeout=5)
+    with sharing(device) as variables:
+        listener = threading.Thread(target=_listen, args=(news, board), daemon=True)
+        listener.start()
+        pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(news, threads, tuple(plugins), variables)
+        )
+        try:
+            _collect(pool, jobs, store, device, board, failures)
+        except BaseException:
+            workers_left = list((pool._processes or {}).values())  # there is no public way to stop what is running
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in workers_left:
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True)
+            news.put(None)
+            listener.join(timeout=5)
+
+
+def _collect(
+    pool: ProcessPoolExecutor,
+    jobs: Sequence[Job],
+    store: RunStore,
+    device: torch.device,
+    board: Board,
+    failures: list[str],
+) -> None:
+    """Has the pool train the jobs, and tells how each ends."""
+    # Pickled here: the pool's own way shares each tensor of a built network by an open file, of which there are few.
+    pending: dict[Future, Job] = {
+        pool.submit(_train_in_worker, pickle.dumps(job), str(store.root), str(device)): job for job in jobs
+    }
+    while pending:
+        done, _ = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            job = pending.pop(future)
+            try:
+                board.finished(job, future.result())
+            except UsageError:
+                raise
+            except BrokenProcessPool:
+                raise SweepFailed(
+                    "a training process was killed (out of memory, perhaps); finished runs and checkpoints are kept "
+                    f"in {store.root}; the same command goes on from there, --concurrency 1 needs the least memory"
+                ) from None
+            except Exception as error:
+                failures.append(str(error))
+                board.failed(job, error)
 
 
 def _listen(news: Any, board: Board) -> None:
@@ -346,7 +367,8 @@ def _listen(news: Any, board: Board) -> None:
         board.tell(*item)
 
 
-def _start_worker(news: Any, threads: int, plugins: Sequence[str]) -> None:
+def _start_worker(news: Any, threads: int, plugins: Sequence[str], variables: Mapping[str, str]) -> None:
+    os.environ.update(variables)
     threading.Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C reaches the whole process group; only the parent acts on it, and tells its workers once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

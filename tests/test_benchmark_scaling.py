@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import warnings
 
 import pandas
 import pytest
@@ -79,8 +80,10 @@ def test_speeds_side_by_side_are_added_up():
     row = scaling.together_speed([slow, fast], took=10.0, batch=8)
     assert row == {"together": 2, "training": 20 * 8 / 2 + 20 * 8 / 1, "whole": 80 * 8 / 10, "seconds": 10.0}
     alone = scaling.together_speed([slow], took=16.0, batch=8)
-    said = scaling.say_concurrency({"network": "n", "iterations": 40, "rows": [alone, row], "not_measured": {}})
+    found = {"network": "n", "iterations": 40, "rows": [alone, row], "notes": ["they take turns"], "not_measured": {}}
+    said = scaling.say_concurrency(found)
     assert "| 2 | 240 (× 3.00) | 64 (× 3.20) | 10.0 |" in said
+    assert said.endswith("they take turns")
 
 
 def test_runs_that_have_no_time_left_are_named():
@@ -92,13 +95,19 @@ def test_runs_that_have_no_time_left_are_named():
 
 def test_runs_that_would_take_longer_than_is_left_are_not_begun(monkeypatch):
     """At worst K runs at a time take K times as long as one."""
-    monkeypatch.setattr(scaling, "run_all", lambda jobs, *_, **__: [argparse.Namespace(history=None) for _ in jobs])
+
+    def run_all(jobs, *_, **__):
+        warnings.warn("they take turns")
+        return [argparse.Namespace(history=None) for _ in jobs]
+
+    monkeypatch.setattr(scaling, "run_all", run_all)
     monkeypatch.setattr(
         scaling, "together_speed", lambda histories, *_: {"together": len(histories), "seconds": 3.0 * len(histories)}
     )
     soon = dataclasses.replace(WHERE, deadline=Deadline(10))
     found = scaling.of_concurrency(soon, dataclasses.replace(scaling.QUICK, concurrency=(1, 2, 4)))
     assert [row["together"] for row in found["rows"]] == [1, 2]
+    assert found["notes"] == ["they take turns"], "once, however often it was said"
     assert found["not_measured"] == {"4 at a time": "no time left"}
 
 

@@ -137,6 +137,13 @@ def test_several_at_a_time_end_when_the_last_does():
     assert "time: about 35 s on cpu, 2 at a time" in str(ahead)
 
 
+def test_several_at_a_time_on_one_card_take_turns_at_worst():
+    ahead = Survey(3, (job(26), job(20), job(8)), 0, 2, 1, "a card", (30.0, 20.0, 15.0), one_card=True)
+    assert ahead.duration == 65.0
+    assert "time: at most about 65 s on a card, 2 at a time" in str(ahead)
+    assert "time: about 65 s on a card" in str(dataclasses.replace(ahead, workers=1))
+
+
 def test_what_cannot_be_timed_says_why(tmp_path, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("out of memory:\n 3 GiB")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,42 @@ def test_a_failed_run_does_not_take_the_others_down(bad, plugin, tmp_path, capsy
     assert all(store.find(job.config) is not None for job in asked[1:])
     said = capsys.readouterr().out
     assert "first in stage1.0.branch.1" in said
+
+
+NOTES = """
+import os, pathlib
+pathlib.Path({folder!r}, str(os.getpid())).write_text(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "none"))
+"""
+
+
+def test_processes_are_told_of_the_service_by_which_they_share_a_card(tmp_path, monkeypatch, clean_registries):
+    asked_for, notes = [], tmp_path / "notes"
+    notes.mkdir()
+
+    @contextmanager
+    def sharing(device):
+        asked_for.append(device)
+        yield {"CUDA_MPS_PIPE_DIRECTORY": "/somewhere"}
+
+    monkeypatch.setattr(sweep, "sharing", sharing)
+    plugin = tmp_path / "notes.py"
+    plugin.write_text(NOTES.format(folder=str(notes)))
+    run_all(jobs(8, 14), rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=2, plugins=[str(plugin)])
+    assert asked_for == [CPU]
+    told = {file.read_text() for file in notes.iterdir()}
+    assert told == {"/somewhere"}
+    assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ, "this process is told nothing"
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:processes take turns")
+def test_on_a_gpu_runs_side_by_side_are_those_one_by_one(tmp_path):
+    alone, together = (
+        run_all(jobs(8, 14), rp.RunStore(tmp_path / str(count)), device=torch.device("cuda"), concurrency=count)
+        for count in (1, 2)
+    )
+    for one, other in zip(alone, together, strict=True):
+        assert one.metrics["train_loss"] == pytest.approx(other.metrics["train_loss"], rel=1e-3)
 
 
 def test_a_failed_run_leaves_no_network_in_memory(bad, tmp_path, monkeypatch):
