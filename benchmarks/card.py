@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from resprobe.commands import Parser, answer
 from resprobe.devices import flush_denormals, resolve_device
 
 flush_denormals()
@@ -41,7 +42,7 @@ import torch  # noqa: E402
 import resprobe as rp  # noqa: E402
 from benchmarks import compiling, scaling, training  # noqa: E402
 from benchmarks import data as _random  # noqa: E402, F401 (registers the data set)
-from benchmarks.measuring import Deadline, Spread, answering, markdown, ratios, write_json  # noqa: E402
+from benchmarks.measuring import Deadline, Spread, markdown, ratios, write_json  # noqa: E402
 from resprobe.environment import environment  # noqa: E402
 from resprobe.errors import UsageError  # noqa: E402
 
@@ -458,13 +459,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.card", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.card", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5, help="after these nothing new is begun")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="a few iterations of everything, to see that it works")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/card.json"))
-    return answering(run, parser.parse_args(arguments))
+    return answer(lambda: run(parser.parse(arguments)))
 
 
 if __name__ == "__main__":

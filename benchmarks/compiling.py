@@ -27,7 +27,8 @@ import torch
 import resprobe as rp
 from benchmarks import data as _random  # noqa: F401 (registers the data set)
 from benchmarks.loops import check_network
-from benchmarks.measuring import Deadline, answering, markdown, with_caches_in, write_json
+from benchmarks.measuring import Deadline, markdown, with_caches_in, write_json
+from resprobe.commands import Parser, answer
 from resprobe.devices import flush_denormals, resolve_device, resolve_precision, synchronize
 from resprobe.environment import environment
 from resprobe.errors import not_accepted
@@ -149,7 +150,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiling", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.compiling", description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", default=FIGURE_6)
     parser.add_argument("--steps", nargs="+", help="default: what auto takes, compile, compile-blocks")
     parser.add_argument("--batch", type=int, default=128)
@@ -158,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/compiling.json"))
     parser.add_argument("--sweep", help=argparse.SUPPRESS)
-    return answering(run, parser.parse_args(arguments))
+    return answer(lambda: run(parser.parse(arguments)))
 
 
 if __name__ == "__main__":

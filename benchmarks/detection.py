@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import resprobe as rp
-from benchmarks.measuring import Spread, answering, ratios, seconds, write_json
+from benchmarks.measuring import Spread, ratios, seconds, write_json
 from benchmarks.training import precisions
 from plugins.detection import faster_rcnn
+from resprobe.commands import Parser, answer
 from resprobe.devices import resolve_device, synchronize
 from resprobe.environment import environment
 
@@ -117,7 +118,7 @@ def _now(device: torch.device) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.detection", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.detection", description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", default="imagenet/resnet-50")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--images", type=int, default=1)
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/detection.json"))
-    return answering(run, parser.parse_args(arguments))
+    return answer(lambda: run(parser.parse(arguments)))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ import numpy as np
 import torch
 
 from resprobe.devices import synchronize
-from resprobe.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -134,16 +131,6 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def with_caches_in(folder: str) -> dict[str, str]:
     """This process's environment for another one, which keeps what it compiles in `folder`, and finds only that."""
     return dict(os.environ) | {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": str(Path(folder, "triton"))}
-
-
-def answering(work: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """A benchmark's exit code: 2 for arguments that cannot be used, said in one line, else 0."""
-    try:
-        work(options)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def write_json(path: Path, record: Mapping[str, Any], *, say: bool = True) -> None:

@@ -37,6 +37,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from resprobe.commands import Parser, answer
 from resprobe.devices import autocast, flush_denormals, resolve_device, resolve_precision, synchronize
 
 flush_denormals()  # for every variant alike, before torch starts its threads
@@ -48,7 +49,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import resprobe as rp  # noqa: E402
-from benchmarks.measuring import Memory, Spread, answering, ratios, seconds, write_json  # noqa: E402
+from benchmarks.measuring import Memory, Spread, ratios, seconds, write_json  # noqa: E402
 from plugins import flops  # noqa: E402
 from plugins.gradient_norms import GradientNorms  # noqa: E402
 from plugins.layer_responses import LayerResponses  # noqa: E402
@@ -238,7 +239,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.probes", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.probes", description=__doc__.split("\n")[0])
     parser.add_argument("--depth", type=int, default=110)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
@@ -248,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/probes.json"))
     parser.add_argument("--peak-of", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--probed", action="store_true", help=argparse.SUPPRESS)
-    return answering(run, parser.parse_args(arguments))
+    return answer(lambda: run(parser.parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -37,10 +37,11 @@ import torch
 import resprobe as rp
 from benchmarks import data as _random  # noqa: F401 (registers the data set)
 from benchmarks.loops import Case, check_network
-from benchmarks.measuring import Deadline, Line, Spread, answering, markdown, seconds, write_json
+from benchmarks.measuring import Deadline, Line, Spread, markdown, seconds, write_json
 from benchmarks.turns import Race, race
 from resprobe import runs
 from resprobe.checkpoints import save_checkpoint
+from resprobe.commands import Parser, answer
 from resprobe.devices import flush_denormals, resolve_device, resolve_precision
 from resprobe.environment import environment
 from resprobe.errors import UsageError
@@ -407,7 +408,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.scaling", description=__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--quick", action="store_true", help="three depths, two batches, few rounds: about two minutes")
     parser.add_argument("--depths", type=int, nargs="+", help="6n + 2")
@@ -423,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", default="auto")
     parser.add_argument("--data", default="random:4096", help="random or random:COUNT")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/scaling.json"))
-    return answering(run, parser.parse_args(arguments))
+    return answer(lambda: run(parser.parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 
 from benchmarks.loops import Case, absent, check_network
-from benchmarks.measuring import Deadline, Spread, answering, markdown, ratios, write_json
+from benchmarks.measuring import Deadline, Spread, markdown, ratios, write_json
 from benchmarks.turns import Race, race
+from resprobe.commands import Parser, answer
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.environment import environment
 from resprobe.errors import not_accepted
@@ -177,7 +178,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
     parser.add_argument("--networks", nargs="+", default=["cifar/resnet-20", "cifar/resnet-56"])
     parser.add_argument("--loops", nargs="+", metavar="LOOP", help="by their names in the table; all by default")
     parser.add_argument("--rounds", type=int, default=7)
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="random", help="random or random:COUNT")
     parser.add_argument("--out", type=Path, default=Path("results/benchmarks/training.json"))
-    return answering(run, parser.parse_args(arguments))
+    return answer(lambda: run(parser.parse(arguments)))
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ writes its history with each checkpoint, twice a minute.
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas
 
+from resprobe.commands import Parser, answer
 from resprobe.errors import UsageError
 
 _EVENTS = "events.out.tfevents.*"
@@ -56,17 +55,16 @@ def export(runs: Path, logdir: Path) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exports, and says what; exit code 2 for what cannot be used."""
-    parser = argparse.ArgumentParser(prog="python -m plugins.tensorboard", description=__doc__.split("\n")[0])
+    parser = Parser(prog="python -m plugins.tensorboard", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--logdir", type=Path, default=Path("results/tensorboard"))
-    options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
+        options = parser.parse(arguments)
         written = export(options.runs, options.logdir)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(written)} runs written; tensorboard --logdir {options.logdir}")
-    return 0
+        print(f"{len(written)} runs written; tensorboard --logdir {options.logdir}")
+
+    return answer(work)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ class TrainingDiverged(RuntimeError):
     """The loss stopped being finite. Names the iteration, the learning rate and the first layer concerned."""
 
 
+class SweepFailed(RuntimeError):
+    """Some runs of a sweep failed; the others went on. The text names each failure and what is kept."""
+
+
 def nearest(value: object, accepted: Iterable[object]) -> str | None:
     """The accepted name that `value` most likely meant, or None where nothing comes close."""
     names = {str(name).lower(): str(name) for name in accepted}

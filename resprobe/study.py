@@ -11,12 +11,10 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import re
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 import tyro
 
 from resprobe.claims import Claim, Verdict
+from resprobe.commands import answer, called_as
 from resprobe.errors import UsageError, not_accepted
 
 if TYPE_CHECKING:
@@ -181,32 +180,11 @@ class Study:
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""
         arguments = list(sys.argv[1:] if arguments is None else arguments)
-        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
-            sys.stdout.reconfigure(errors="replace")
-        with notes_on_one_line():
-            try:
-                options = self.parse(arguments)
-                self.run(options, arguments)
-                sys.stdout.flush()
-            except UsageError as error:
-                return _say(f"{error}", 2)
-            except KeyboardInterrupt:
-                return _say(
-                    "interrupted; finished runs and checkpoints are kept, the same command goes on from there", 1
-                )
-            except BrokenPipeError:
-                say_no_more()
-                return _say(
-                    "nobody reads the output any more; finished runs and checkpoints are kept, the same command goes on "
-                    "from there",
-                    1,
-                )
-            except RuntimeError as error:
-                # A failed run says itself what was kept. Anything else is a bug, and a bug's traceback is wanted.
-                if type(error).__name__ not in ("SweepFailed", "TrainingDiverged"):
-                    raise
-                return _say(str(error), 1)
-        return 0
+
+        def work() -> None:
+            self.run(self.parse(arguments), arguments)
+
+        return answer(work, kept="finished runs and checkpoints are kept, the same command goes on from there")
 
     def parse(self, arguments: Sequence[str]) -> Options:
         """Options from a command line. Raises `UsageError` in one line."""
@@ -442,22 +420,10 @@ def _check_networks(specs: set[NetworkSpec]) -> None:
 # -- the command line ------------------------------------------------------------------------------------------------
 
 
-def called_as(study: str = "") -> str:
-    """How a study, or the list of them, is called: by the console command where that was used, else by `python -m`."""
-    if Path(sys.argv[0]).stem == "resprobe":
-        return f"resprobe {study}".rstrip()
-    return f"python -m studies.{study}".rstrip(".")
-
-
 def offered(options: type[Options]) -> list[str]:
     """Names of the options that a command line takes: those that the study does not put away."""
     hints = get_type_hints(options, include_extras=True)
     return [name for name, hint in hints.items() if tyro.conf.Suppress not in get_args(hint)]
-
-
-def say_no_more() -> None:
-    """Lets what is still to be printed go nowhere: whoever read it (`head`, say) has left."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _preset(arguments: Sequence[str]) -> str:
@@ -512,24 +478,3 @@ def _one_line(box: str, defaults: Options) -> str:
         wanted = accepted.group(1).strip() if accepted else "another value"
         return f"{option} (={value.strip('[]')}) cannot be read; accepted: {kind.get(wanted, wanted)}"
     return text
-
-
-def _say(text: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which all find the same, one says so
-        with contextlib.suppress(BrokenPipeError):  # of a reader of both streams who has left
-            print(f"error: {text}", file=sys.stderr)
-    return code
-
-
-@contextlib.contextmanager
-def notes_on_one_line() -> Iterator[None]:
-    """Shows warnings as notes: where in our code they arise is nothing to a user."""
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"note: {message}", file=sys.stderr, flush=True)
-
-    before, warnings.showwarning = warnings.showwarning, show
-    try:
-        yield
-    finally:
-        warnings.showwarning = before

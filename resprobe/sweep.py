@@ -28,7 +28,7 @@ from resprobe.data import load_data
 from resprobe.devices import cpu_threads, prepare_cpu
 from resprobe.distributed import team
 from resprobe.environment import device_name
-from resprobe.errors import UsageError
+from resprobe.errors import SweepFailed, UsageError
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
 from resprobe.runs import Run, RunConfig, RunStore, train
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
 
 _STARTING = 6.0
 """Seconds until processes that train have begun, by which a study of a few steps took longer on two cores."""
-
-
-class SweepFailed(RuntimeError):
-    """Some runs of a sweep failed; the others went on. The text names each failure and what is kept."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import resprobe
 import studies
-from resprobe.errors import UsageError, not_accepted
-from resprobe.study import called_as, notes_on_one_line, say_no_more
-from studies.scorecard import Parser, find_studies, gather, in_words
+from resprobe.commands import Parser, answer, called_as
+from resprobe.errors import not_accepted
+from studies.scorecard import find_studies, gather, in_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,19 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if "" not in sys.path:
         sys.path.append("")  # `--plugin my_blocks` finds a module of this folder, as under `python -m`
-    try:
-        if arguments and not arguments[0].startswith("-"):
-            return _run(*arguments)
-        try:
-            listed = _list(arguments)
-            sys.stdout.flush()
-        except BrokenPipeError:  # `head` has read what it wanted
-            say_no_more()
-            return 0
-        return listed
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return answer(lambda: _run(*arguments) if arguments and not arguments[0].startswith("-") else _list(arguments))
 
 
 def _names() -> list[str]:
@@ -66,8 +54,7 @@ def _list(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"resprobe {resprobe.__version__}")
     results = parser.parse(arguments).results
     found, broken = find_studies()
-    with notes_on_one_line():
-        rows = gather(found, results)
+    rows = gather(found, results)
     width = max(60, shutil.get_terminal_size((140, 24)).columns)
     for study in found:
         print(called_as(study.name))

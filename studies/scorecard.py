@@ -36,8 +36,9 @@ from typing import Any
 
 import studies
 from resprobe.claims import VERDICTS, Claim
+from resprobe.commands import EXPECTED, Parser, answer, called_as, notes_on_one_line
 from resprobe.errors import UsageError, not_accepted
-from resprobe.study import Study, called_as, notes_on_one_line, offered
+from resprobe.study import Study, offered
 
 UNTESTED = {
     Claim(
@@ -374,8 +375,10 @@ def _answer(sender: Connection, function: Callable, arguments: Sequence[Any]) ->
         sender.send((function(*arguments), None))
     except KeyboardInterrupt:  # what was begun is kept by now; the first process says so
         sys.exit(1)
+    except BrokenPipeError:
+        sender.send((None, "nobody reads the output any more"))
     except Exception as error:
-        if not _expected(error):
+        if not isinstance(error, EXPECTED):
             traceback.print_exc()  # a bug, and a bug's traceback is wanted
         sender.send((None, _one_line(error)))
 
@@ -396,12 +399,7 @@ def _duration(seconds: float) -> str:
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if _expected(error) else f"{type(error).__name__}: {text}"
-
-
-def _expected(error: BaseException) -> bool:
-    """Does the error's text say all that a user needs?"""
-    return isinstance(error, UsageError) or type(error).__name__ in ("SweepFailed", "TrainingDiverged")
+    return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
@@ -409,20 +407,15 @@ def _expected(error: BaseException) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes the page, after running the studies if that is asked for. Exit codes as of a study."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    with notes_on_one_line():
-        try:
-            return _main(_parse(arguments))
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(
-                "error: interrupted; finished studies, runs and checkpoints are kept, the same command goes on from there",
-                file=sys.stderr,
-            )
-            return 1
+
+    def work() -> int:
+        options = _parse(arguments)
+        if options.run is None:  # nothing is lost that a moment does not bring back
+            return _main(options)
+        kept = "finished studies, runs and checkpoints are kept, the same command goes on from there"
+        return answer(lambda: _main(options), kept=kept)
+
+    return answer(work)
 
 
 def _main(options: argparse.Namespace) -> int:
@@ -495,23 +488,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError(f"--results (={str(options.results)!r}) is not a folder")
     options.out = options.out or options.results / "scorecard"
     return options
-
-
-class Parser(argparse.ArgumentParser):
-    """One whose errors are one line."""
-
-    def __init__(self, **settings: Any):
-        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        options, unknown = self.parse_known_args(arguments)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            raise not_accepted("option", unknown[0], known)
-        return options
-
-    def error(self, message: str) -> None:
-        raise UsageError(message)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What benchmarks share: spreads, ratios of a round, straight lines, memory, tables, exit codes."""
 
-import argparse
 import json
 import math
 import mmap
@@ -13,13 +12,11 @@ from benchmarks.measuring import (
     Line,
     Memory,
     Spread,
-    answering,
     markdown,
     ratios,
     seconds,
     write_json,
 )
-from resprobe.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -68,15 +65,6 @@ def test_seconds_are_of_the_work():
 
 def test_a_table_keeps_its_columns():
     assert markdown(("a", "b"), [(1, "|x|")]) == "| a | b |\n| --- | --- |\n| 1 | \\|x\\| |"
-
-
-def test_arguments_that_cannot_be_used_are_one_line(capsys):
-    def work(options):
-        raise UsageError("depth (=21) must be 6n+2")
-
-    assert answering(work, argparse.Namespace()) == 2
-    assert capsys.readouterr().err == "error: depth (=21) must be 6n+2\n"
-    assert answering(lambda options: None, argparse.Namespace()) == 0
 
 
 def test_a_record_holds_dataclasses(tmp_path, capsys):

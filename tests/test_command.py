@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import resprobe as rp
+from resprobe.commands import answer
+from resprobe.errors import SweepFailed
 from studies.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -62,8 +66,15 @@ def test_a_mistake_is_one_line(arguments, said, capsys):
             "error: nobody reads the output any more; finished runs and checkpoints are kept, the same command goes on from "
             "there\n",
         ),
+        (["scorecard"], 0, ""),
+        (
+            ["scorecard", "--run", "quick", "--studies", "complexity"],
+            1,
+            "error: nobody reads the output any more; finished studies, runs and checkpoints are kept, the same command goes "
+            "on from there\n",
+        ),
     ],
-    ids=["list", "study"],
+    ids=["list", "study", "scorecard", "scorecard that runs"],
 )
 def test_readers_may_leave(arguments, code, error):
     """As `head` does."""
@@ -82,6 +93,38 @@ def test_readers_may_leave(arguments, code, error):
     both = subprocess.run(command, stdout=writing, stderr=writing, env=os.environ | {"PYTHONPATH": str(ROOT)})
     os.close(writing)
     assert both.returncode == code
+
+
+@pytest.mark.filterwarnings("default:it is slow")
+def test_an_answer_is_an_exit_code_and_one_line(capsys):
+    def fails(error):
+        def work():
+            raise error
+
+        return work
+
+    assert answer(lambda: None) == 0
+    assert answer(lambda: 3) == 3
+    assert capsys.readouterr().err == ""
+    for error, code in [
+        (rp.UsageError("depth (=21)"), 2),
+        (rp.TrainingDiverged("it broke"), 1),
+        (SweepFailed("two"), 1),
+    ]:
+        assert answer(fails(error), kept="all is kept") == code
+        assert capsys.readouterr().err == f"error: {error}\n"
+    assert answer(fails(KeyboardInterrupt()), kept="all is kept") == 1
+    assert capsys.readouterr().err == "error: interrupted; all is kept\n"
+    assert answer(lambda: warnings.warn("it is slow")) == 0
+    assert capsys.readouterr().err == "note: it is slow\n"
+    with pytest.raises(RuntimeError, match="a bug"):  # whose traceback is wanted
+        answer(fails(RuntimeError("a bug")))
+
+
+@pytest.mark.parametrize("module", ["benchmarks.card", "benchmarks.training", "plugins.tensorboard"])
+def test_mistakes_elsewhere_are_one_line_too(module, capsys):
+    assert importlib.import_module(module).main(["--wrong"]) == 2
+    assert capsys.readouterr().err.startswith("error: option (='--wrong') is unknown; accepted: --help, --")
 
 
 @pytest.mark.parametrize("name", ["degradation", "scorecard"])

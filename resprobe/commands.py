@@ -1,0 +1,88 @@
+"""What all command lines have in common: exit codes, a mistake in one line, notes. Imports nothing that takes time."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from resprobe.errors import SweepFailed, TrainingDiverged, UsageError, not_accepted
+
+EXPECTED = (UsageError, SweepFailed, TrainingDiverged)
+"""Errors whose text says all that a user needs. Any other is a bug, and a bug's traceback is wanted."""
+
+
+def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
+    """Does `work` and gives the command's exit code: 0 done, or what `work` returns, 2 unusable arguments, 1 otherwise.
+
+    `kept`: what is there of a work that is interrupted, or whose output nobody reads any more. Without it, a reader who
+    leaves (`head`, say) has what he wanted.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
+        sys.stdout.reconfigure(errors="replace")
+    kept = kept and f"; {kept}"
+    with notes_on_one_line():
+        try:
+            code = work() or 0
+            sys.stdout.flush()
+        except EXPECTED as error:
+            return _say(str(error), 2 if isinstance(error, UsageError) else 1)
+        except KeyboardInterrupt:
+            return _say(f"interrupted{kept}", 1)
+        except BrokenPipeError:
+            # What is still to be printed, at the end of the process too, goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _say(f"nobody reads the output any more{kept}", 1) if kept else 0
+    return code
+
+
+def _say(text: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which all find the same, one says so
+        with contextlib.suppress(BrokenPipeError):  # of a reader of both streams who has left
+            print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+@contextlib.contextmanager
+def notes_on_one_line() -> Iterator[None]:
+    """Shows warnings as notes: where in our code they arise is nothing to a user."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
+def called_as(study: str = "") -> str:
+    """How a study, or the list of them, is called: by the console command where that was used, else by `python -m`."""
+    if Path(sys.argv[0]).stem == "resprobe":
+        return f"resprobe {study}".rstrip()
+    return f"python -m studies.{study}".rstrip(".")
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose errors are `UsageError`s, and whose options have no short forms."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """`arguments`, by default those of the process."""
+        options, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            raise not_accepted("option", unknown[0], known)
+        return options
+
+    def error(self, message: str) -> None:
+        raise UsageError(message)
