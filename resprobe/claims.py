@@ -87,16 +87,23 @@ class Comparison:
         return "fails" if self.lower > 0 or self.upper < 0 else "inconclusive"
 
     def __str__(self) -> str:
-        difference = f"difference {self.difference:+.2f} {self.unit}"
+        digits = self._decimals
+        difference = f"difference {self.difference:+.{digits}f} {self.unit}"
         if self.seeds < 2:
             return f"{difference}, n = {self.seeds}: one seed has no spread to judge by"
         against = " and ".join("a constant" if count is None else f"{count}" for count in self.n)
         if self.lower == self.upper:
             return f"{difference}, the same at every seed, n = {against} seeds"
         return (
-            f"{difference}, 95 % limits {self.lower:+.2f} and {self.upper:+.2f}, "
+            f"{difference}, 95 % limits {self.lower:+.{digits}f} and {self.upper:+.{digits}f}, "
             f"one-sided Welch test p = {self.p:.2g}, n = {against} seeds"
         )
+
+    @property
+    def _decimals(self) -> int:
+        """Two for errors, as the paper prints them; elsewhere so many that the largest figure has three digits."""
+        largest = max(abs(each) for each in (self.difference, self.lower, self.upper) if math.isfinite(each))
+        return 2 if self.unit == "points" or largest == 0 else max(0, 2 - math.floor(math.log10(largest)))
 
 
 def compare(

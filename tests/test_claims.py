@@ -91,6 +91,19 @@ def test_against_a_constant_it_is_the_test_of_one_sample():
     assert rp.compare([0.3, 0.4, 0.35], 0.1).verdict == "holds"
 
 
+@pytest.mark.parametrize(
+    ("scale", "unit", "said"),
+    [
+        (1, "points", "difference +0.05 points, 95 % limits +0.04 and +0.06,"),
+        (1, "in mean std", "difference +0.0467 in mean std, 95 % limits +0.0369 and +0.0564,"),
+        (10_000, "iterations", "difference +467 iterations, 95 % limits +369 and +564,"),
+    ],
+)
+def test_figures_have_the_digits_that_their_size_asks_for(scale, unit, said):
+    found = rp.compare([0.14 * scale, 0.15 * scale, 0.15 * scale], [0.1 * scale] * 3, unit=unit)
+    assert str(found).startswith(said)
+
+
 def test_similar_means_that_a_larger_difference_is_excluded_both_ways():
     assert rp.compare([6.0, 6.1, 6.2], [6.0, 6.1, 6.2]).similar == "holds"
     assert rp.compare([9.0, 9.1, 9.2], [6.0, 6.1, 6.2]).similar == "fails"
@@ -101,7 +114,7 @@ def test_similar_means_that_a_larger_difference_is_excluded_both_ways():
 
 def test_seeds_that_all_agree_are_said_to():
     assert str(rp.compare([30, 30, 30], [20, 20, 20], unit="iterations")) == (
-        "difference +10.00 iterations, the same at every seed, n = 3 and 3 seeds"
+        "difference +10.0 iterations, the same at every seed, n = 3 and 3 seeds"
     )
 
 

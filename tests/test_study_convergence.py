@@ -41,7 +41,7 @@ def test_a_residual_network_that_gets_there_sooner_confirms_the_claim():
         "iterations to a training error of 50 %: 40 ± 0 (plain) and 20 ± 0 (residual); "
         "30 %: 60 ± 0 (plain) and 30 ± 0 (residual); 20 %: 80 ± 0 (plain) and 40 ± 0 (residual)"
     )
-    assert "30 %, plain against residual: difference +30.00 iterations" in found.evidence
+    assert "30 %, plain against residual: difference +30.0 iterations" in found.evidence
     assert "log points are 10 iterations apart" in found.evidence
     assert "final test error 17.00 ± 0.00 % (plain), 5.00 ± 0.00 % (residual)" in found.evidence
 

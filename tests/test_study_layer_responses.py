@@ -46,7 +46,7 @@ def test_curves_as_in_the_paper_confirm_the_claim():
     assert found.verdict == "holds"
     assert "ResNet-110 0.400 ± 0.010" in found.measured
     assert "ResNet-56 is smaller in 100% of the layers" in found.evidence
-    assert "plain-20 above ResNet-20: difference +0.30 in mean std" in found.evidence
+    assert "plain-20 above ResNet-20: difference +0.300 in mean std" in found.evidence
 
 
 def test_responses_as_large_as_the_plain_ones_refute_it():
