@@ -199,8 +199,15 @@ def _ten_crop(images: ImageSet | FolderSet, batch_size: int) -> Views:
 
 
 def _padded_crops(images: Tensor) -> list[Tensor]:
-    """Ten crops of normalized small images, padded by 4 pixels (§4.2)."""
-    return ten_crops(F.pad(images, (4, 4, 4, 4)), images.shape[-1])
+    """Ten crops of normalized small images, padded on each side."""
+    side = images.shape[-1]
+    return ten_crops(F.pad(images, (ten_crop_padding(side),) * 4), side)
+
+
+def ten_crop_padding(side: int) -> int:
+    """Pixels by which small images are padded for ten crops: 4 (§4.2), or as much less as they are smaller than CIFAR's, so
+    that a corner crop shows three quarters of the image and more."""
+    return max(1, min(4, side // 8))
 
 
 def _whole(images: Tensor) -> list[Tensor]:

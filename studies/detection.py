@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -539,15 +539,15 @@ def _draw_pictures(results: rp.Results, count: int = 4) -> rp.Drawing:
         for axis, boxes in zip(axes[:, column], (truth, sure), strict=True):
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set(xticks=[], yticks=[])
+            taken: list[tuple[float, float, float, float]] = []
             for each in boxes:
                 x0, y0, x1, y1 = each["box"]
                 kind = data.classes[each["label"] - 1]
                 text = kind + (f" {each['score']:.2f}" if "score" in each else "")
                 axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, lw=2, ec=palette[kind]))
-                # Inside the picture, also of boxes at its upper border.
-                height = image.shape[-2]
-                box = {"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 1}
-                axis.text(x0, max(y0, 0.06 * height), text, fontsize=8, va="bottom", bbox=box)
+                taken.append(_label_place(each["box"], text, image.shape[-2:], taken))
+                box = {"facecolor": "white", "alpha": 0.8, "lw": 1, "ec": palette[kind], "pad": 1}
+                axis.text(taken[-1][0], taken[-1][3], text, fontsize=_LABEL_POINTS, va="bottom", bbox=box)
     axes[0, 0].set_ylabel("truth")
     axes[1, 0].set_ylabel(f"found, on {_short(name)}")
     return rp.Drawing(
@@ -555,6 +555,32 @@ def _draw_pictures(results: rp.Results, count: int = 4) -> rp.Drawing:
         "The first test images: truth (above) and detections with a score of 0.5 or more (below).",
         "Pictures with boxes: the truth above, what was found below.",
     )
+
+
+_PICTURE_POINTS, _LABEL_POINTS = 200, 8
+"""Sizes of a picture and of a label's letters as printed."""
+
+
+def _label_place(
+    box: Sequence[float], text: str, size: Sequence[int], taken: Sequence[tuple[float, float, float, float]]
+) -> tuple[float, float, float, float]:
+    """The rectangle (x0, y0, x1, y1, in pixels) of a box's label: above or below the box and inside the picture, as near
+    as it covers none of those that are there."""
+    height, width = size
+    point = width / _PICTURE_POINTS
+    long, high = (0.62 * len(text) + 0.6) * _LABEL_POINTS * point, 1.5 * _LABEL_POINTS * point
+    x0, y0, x1, y1 = box
+    around = [(x, y) for row in range(5) for x in (x0, x1 - long) for y in (y0 - (row + 1) * high, y1 + row * high)]
+    inside = [(min(max(x, 0.0), max(0.0, width - long)), min(max(y, 0.0), height - high)) for x, y in around]
+    places = [(x, y, x + long, y + high) for x, y in inside]
+
+    def free(place: tuple[float, float, float, float]) -> bool:
+        return not any(
+            place[0] < other[2] and other[0] < place[2] and place[1] < other[3] and other[1] < place[3]
+            for other in taken
+        )
+
+    return next((place for place in places if free(place)), places[0])
 
 
 def _short(name: str) -> str:

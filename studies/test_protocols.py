@@ -188,13 +188,16 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def _what_corners_show(data: str) -> str:
     """How much of an image 10-crop's corners show, on which it depends whether they help."""
+    from resprobe.evaluation import ten_crop_padding
+
     images, theirs = rp.load_data(data).test, "(224 of 256 pixels a side)"
     if isinstance(images, rp.FolderSet):
         return f"a corner crop shows {_share(224, 256)} of the square that it is cut from {theirs}"
     size = images.images.shape[-1]
+    padding = ten_crop_padding(size)
     return (
-        f"a corner crop of these {size}×{size} images, padded by 4, shows {_share(size - 4, size)} of the image; in §3.4 "
-        f"{theirs} {_share(224, 256)}"
+        f"a corner crop of these {size}×{size} images, padded by {padding}, shows {_share(size - padding, size)} of the "
+        f"image; in §3.4 {theirs} {_share(224, 256)}"
     )
 
 

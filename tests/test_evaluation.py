@@ -15,7 +15,15 @@ from torch.nn import functional as F
 import resprobe as rp
 from resprobe.data import FolderSet, ImageSet, Normalization
 from resprobe.errors import UsageError
-from resprobe.evaluation import SCALES, evaluate, evaluation_mode, precise_batch_norm, tally, ten_crops
+from resprobe.evaluation import (
+    SCALES,
+    evaluate,
+    evaluation_mode,
+    precise_batch_norm,
+    tally,
+    ten_crop_padding,
+    ten_crops,
+)
 
 PLAIN = Normalization.channels((0.0,), (1.0,))
 COLOUR = Normalization.channels((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
@@ -254,7 +262,7 @@ class ByCorner(nn.Module):
 
 def test_ten_crop_averages_softmax_and_not_logits():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    image[0, 0, 0, 0] = 255  # padded by four, it is the first pixel of the centre crop alone
+    image[0, 0, 0, 0] = 255  # padded, it is the first pixel of the centre crop alone
     result = on(ByCorner(), ImageSet(image, torch.tensor([1])), "ten-crop", normalization=PLAIN)
     other = 1 / (1 + math.exp(-2))
     assert (40 * 1 + 0 * 9) / 10 > 2 * 9 / 10, "by logits the answer would be class 0, an error"
@@ -269,16 +277,21 @@ def test_ten_crop_of_small_images_equals_a_naive_twin(net):
     net.eval()
     rows = []
     for image in data.test.images:
-        padded = torch.zeros(1, 16, 16)  # after the mean is subtracted, as in training
-        padded[:, 4:12, 4:12] = image.float() / 255 - normalization.mean
+        padded = torch.zeros(1, 10, 10)  # after the mean is subtracted, as in training
+        padded[:, 1:9, 1:9] = image.float() / 255 - normalization.mean
         total = torch.zeros(10, dtype=torch.float64)
-        for top, left in [(0, 0), (0, 8), (8, 0), (8, 8), (4, 4)]:
+        for top, left in [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)]:
             crop = padded[:, top : top + 8, left : left + 8]
             for view in (crop, crop.flip(2)):
                 with torch.no_grad():
                     total += net(view[None])[0].double().softmax(0)
         rows.append((total / 10).log())
     check(result, torch.stack(rows), data.test.labels)
+
+
+@pytest.mark.parametrize(("side", "pixels"), [(4, 1), (8, 1), (28, 3), (32, 4), (64, 4)])
+def test_small_images_are_padded_as_cifars_or_in_proportion(side, pixels):
+    assert ten_crop_padding(side) == pixels
 
 
 def test_ten_crop_of_files_crops_at_256_of_224(tmp_path):

@@ -334,6 +334,16 @@ def test_weights_need_no_data_to_pretrain_on(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: weights (='a.pth') are not there")
 
 
+def test_labels_of_boxes_lie_beside_each_other_inside_the_picture():
+    taken = []
+    for text in ("triangle 0.90", "star 0.57", "star 0.52", "disc 0.51"):  # around one thing at the upper border
+        taken.append(detection._label_place([40, 2, 90, 60], text, (128, 128), taken))
+    for index, (x0, y0, x1, y1) in enumerate(taken):
+        assert 0 <= x0 < x1 <= 128 and 0 <= y0 < y1 <= 128
+        for a0, b0, a1, b1 in taken[:index]:
+            assert x1 <= a0 or a1 <= x0 or y1 <= b0 or b1 <= y0
+
+
 def test_the_options_are_said_in_help():
     assert isinstance(QUICK, Options)
     assert study.parse(["--bn", "both", "--scales", "48", "64"]).scales == (48, 64)

@@ -61,7 +61,7 @@ def test_without_image_files_half_of_the_claim_is_not_tested():
     found = verdict(half)
     assert found.verdict == "inconclusive"
     assert "multi-scale was not tested: it needs image files" in found.evidence
-    assert "a corner crop of these 8×8 images, padded by 4, shows 25 % of the image" in found.evidence
+    assert "a corner crop of these 8×8 images, padded by 1, shows 77 % of the image" in found.evidence
     assert verdict(half | {"ten-crop": 60.0}).verdict == "fails"
 
 
@@ -135,8 +135,8 @@ def test_small_images_are_tested_as_by_a_naive_twin(tmp_path, monkeypatch):
     run = next((tmp_path / "runs").glob("cifar-resnet-8*"))
     network = rp.load_weights(rp.build("cifar/resnet-8", width=4, in_channels=1), run).eval()
     test = rp.load_data("digits").test
-    padded = torch.nn.functional.pad(network.normalization(test.images), (4, 4, 4, 4))
-    corners = [padded[..., top : top + 8, left : left + 8] for top, left in ((0, 0), (0, 8), (8, 0), (8, 8), (4, 4))]
+    padded = torch.nn.functional.pad(network.normalization(test.images), (1, 1, 1, 1))
+    corners = [padded[..., top : top + 8, left : left + 8] for top, left in ((0, 0), (0, 2), (2, 0), (2, 2), (1, 1))]
     with torch.no_grad():
         logits = torch.stack([network(view) for crop in corners for view in (crop, crop.flip(-1))])
     softmax, raw = (
