@@ -25,9 +25,10 @@ from resprobe.devices import autocast, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
+from resprobe.layers import subsampling
 from resprobe.probes import Probe, attach
 from resprobe.recipes import Recipe, learning_rate, plateaus
-from resprobe.recompute import recomputing
+from resprobe.recompute import calling, recomputing
 from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
 
 # What normalizations are fitted on where images come from files; small sets are used whole.
@@ -80,6 +81,7 @@ class Training:
         self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
         # Convolutions on CPU and CUDA are fastest with channels last; the values are the same.
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.instead = list(subsampling(network)) if device.type == "cpu" else []
         self.test = self.data.test.to(device)
         self.team = team()
         self.part = self.team.part(recipe)
@@ -230,7 +232,7 @@ class Training:
         left = len(labels)
         for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
             left -= len(part)
-            with gathering(self.parallel, last=left == 0):
+            with gathering(self.parallel, last=left == 0), calling(self.instead):
                 with autocast(self.device, self.precision):
                     logits = forward(part)
                 logits = logits.float()
