@@ -140,7 +140,7 @@ class RayCluster:
                             raise failure from None
                         else:
                             failures.append(str(failure))
-                            board.failed(job, failure)
+                            board.failed(job, str(failure))
             except BaseException:
                 for left in reversed(pending):  # first what waits for its turn, else it would be begun
                     ray.cancel(left)

@@ -85,6 +85,17 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def usable(device: torch.device) -> bool:
+    """Does this process still compute on the device? After a fault in a kernel (an index beyond its tensor, say), CUDA
+    refuses a process everything."""
+    try:
+        torch.ones(1, device=device).item()
+        synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """Has torch compute with `count` threads on a CPU within a `with` block.

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import copy
 import itertools
-import multiprocessing
 import os
 import pickle
-import signal
 import sys
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from resprobe.data import load_data
-from resprobe.devices import cpu_threads, prepare_cpu
+from resprobe.devices import cpu_threads, prepare_cpu, usable
 from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import SweepFailed, UsageError
@@ -34,6 +34,7 @@ from resprobe.extensions import load_plugin
 from resprobe.runs import Run, RunConfig, RunStore, train
 from resprobe.sharing import sharing
 from resprobe.training import Progress
+from resprobe.workers import Lost, Perform, side_by_side
 
 if TYPE_CHECKING:
     from resprobe.cluster import RayCluster
@@ -178,7 +179,7 @@ def survey(
         seconds = tuple(_seconds(ordered, done, device, threads))
     except Exception as error:  # whatever is wrong with a network, its training says it better
         reason = " ".join(str(error).split()) or type(error).__name__
-    if device.type == "cuda":
+    if device.type == "cuda" and usable(device):
         torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
     name = device_name(device) if cluster is None else cluster.name
@@ -231,10 +232,11 @@ def run_all(
         ordered, workers = ahead.missing, ahead.workers
         if cluster is not None and ordered:
             cluster.train(ordered, store, concurrency, plugins, board, failures)
-        elif workers <= 1:
-            _train_here(ordered, store, device, ahead.threads, board, failures)
         else:
-            _train_in_processes(ordered, store, device, workers, ahead.threads, plugins, board, failures)
+            here = workers <= 1 and usable(device)  # the survey may have left it unable
+            left = _train_here(ordered, store, device, ahead.threads, board, failures) if here else ordered
+            if left and together.size == 1:
+                _train_in_processes(left, store, device, workers, ahead.threads, plugins, board, failures)
     if failures:
         kept = len(jobs) - len(failures)
         raise SweepFailed(
@@ -275,10 +277,11 @@ def _train_here(
     threads: int,
     board: Board,
     failures: list[str],
-) -> None:
+) -> Sequence[Job]:
+    """Trains jobs one after the other. Gives those that are left where one leaves the device unable to go on."""
     # Not more threads than a process of several would have: short runs come out the same here and there.
     with cpu_threads(min(threads, torch.get_num_threads())):
-        for job in jobs:
+        for done, job in enumerate(jobs):
             try:
                 metrics = train_job(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
                 board.finished(job, metrics)
@@ -286,12 +289,13 @@ def _train_here(
                 raise
             except Exception as error:
                 failures.append(str(error))
-                board.failed(job, error)
+                board.failed(job, str(error))
+                if not usable(device):
+                    return jobs[done + 1 :]
+    return []
 
 
 # -- several processes ---------------------------------------------------------------------------------------------
-
-_worker: dict[str, Any] = {}
 
 
 def _train_in_processes(
@@ -304,104 +308,52 @@ def _train_in_processes(
     board: Board,
     failures: list[str],
 ) -> None:
-    # Spawned, not forked: torch's threads and CUDA do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    news = context.SimpleQueue()
     with sharing(device) as variables:
-        listener = threading.Thread(target=_listen, args=(news, board), daemon=True)
-        listener.start()
-        pool = ProcessPoolExecutor(
-            workers, mp_context=context, initializer=_start_worker, initargs=(news, threads, tuple(plugins), variables)
-        )
-        try:
-            _collect(pool, jobs, store, device, board, failures)
-        except BaseException:
-            workers_left = list((pool._processes or {}).values())  # there is no public way to stop what is running
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in workers_left:
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True)
-            news.put(None)
-            listener.join(timeout=5)
+        start = partial(_start, variables, threads, tuple(plugins), store.root, device)
+        # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
+        packed = [pickle.dumps(job) for job in jobs]
+        with closing(side_by_side(packed, workers, start)) as heard:
+            for index, word, what in heard:
+                job = jobs[index]
+                name = f"{job.config.network.name}, seed {job.config.seed}"
+                if word == "news":
+                    board.tell(job.config.key, what)
+                elif word == "done":
+                    board.finished(job, what)
+                elif word == "mistake":
+                    raise UsageError(what)
+                elif word == "again":
+                    warnings.warn(
+                        f"{name}: {what}; it goes on from its last checkpoint, alone, when the others are done"
+                    )
+                else:
+                    text = f"{name}: {what}, twice" if word == "lost" else what
+                    failures.append(text)
+                    board.failed(job, text)
 
 
-def _collect(
-    pool: ProcessPoolExecutor,
-    jobs: Sequence[Job],
-    store: RunStore,
-    device: torch.device,
-    board: Board,
-    failures: list[str],
-) -> None:
-    """Has the pool train the jobs, and tells how each ends."""
-    # Pickled here: the pool's own way shares each tensor of a built network by an open file, of which there are few.
-    pending: dict[Future, Job] = {
-        pool.submit(_train_in_worker, pickle.dumps(job), str(store.root), str(device)): job for job in jobs
-    }
-    while pending:
-        done, _ = wait(pending, return_when=FIRST_COMPLETED)
-        for future in done:
-            job = pending.pop(future)
-            try:
-                board.finished(job, future.result())
-            except UsageError:
-                raise
-            except BrokenProcessPool:
-                raise SweepFailed(
-                    "a training process was killed (out of memory, perhaps); finished runs and checkpoints are kept "
-                    f"in {store.root}; the same command goes on from there, --concurrency 1 needs the least memory"
-                ) from None
-            except Exception as error:
-                failures.append(str(error))
-                board.failed(job, error)
-
-
-def _listen(news: Any, board: Board) -> None:
-    while (item := news.get()) is not None:
-        board.tell(*item)
-
-
-def _start_worker(news: Any, threads: int, plugins: Sequence[str], variables: Mapping[str, str]) -> None:
+def _start(
+    variables: Mapping[str, str], threads: int, plugins: Sequence[str], root: Path, device: torch.device
+) -> Perform:
+    """Readies a process, and gives what trains a job there."""
     os.environ.update(variables)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    # Ctrl-C reaches the whole process group; only the parent acts on it, and tells its workers once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _stop)
     prepare_cpu()
     torch.set_num_threads(threads)
     for plugin in plugins:
         load_plugin(plugin)
-    _worker["news"] = news
+    store = RunStore(root)
 
+    def perform(packed: bytes, tell: Callable[[Progress], None]) -> dict[str, float]:
+        try:
+            return train_job(pickle.loads(packed), store, device, tell)
+        except UsageError:
+            raise
+        except Exception as error:
+            if not usable(device):
+                raise Lost(str(error)) from error
+            raise
 
-def end_with_parent() -> None:
-    """A worker whose parent was killed must not train on for nobody; its run's checkpoint is there."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _stop(*_: object) -> None:
-    """A worker that trains is interrupted, and keeps a checkpoint; one that waits for work just ends."""
-    if _worker.get("training"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once more, it must not leave its checkpoint half-done
-        raise KeyboardInterrupt
-    os._exit(0)
-
-
-def _train_in_worker(packed: bytes, root: str, device: str) -> dict[str, float]:
-    _worker["training"] = True
-    try:
-        job: Job = pickle.loads(packed)
-        store = RunStore(root)
-        return train_job(job, store, torch.device(device), lambda news: _worker["news"].put((job.config.key, news)))
-    except KeyboardInterrupt:
-        os._exit(0)  # the pool has already handed it the next run, which would be trained for nobody
-    finally:
-        _worker["training"] = False
+    return perform
 
 
 def _cores() -> int:
@@ -473,9 +425,9 @@ class Board:
             f"{metrics['seconds']:,.0f} s",
         )
 
-    def failed(self, job: Job, error: Exception) -> None:
+    def failed(self, job: Job, why: str) -> None:
         """Says that a run failed; the others go on."""
-        self._end(job, f"failed: {error}")
+        self._end(job, f"failed: {why}")
 
     def _end(self, job: Job, outcome: str) -> None:
         with self.lock:

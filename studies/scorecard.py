@@ -368,7 +368,7 @@ def _in_a_process(function: Callable, *arguments: Any) -> Any:
 
 
 def _answer(sender: Connection, function: Callable, arguments: Sequence[Any]) -> None:
-    from resprobe.sweep import end_with_parent
+    from resprobe.workers import end_with_parent
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:

@@ -137,6 +137,53 @@ def test_a_failed_run_does_not_take_the_others_down(bad, plugin, tmp_path, capsy
     assert "first in stage1.0.branch.1" in said
 
 
+DIES = """
+import multiprocessing, os, signal
+import resprobe as rp
+
+@rp.register_block("dies")
+class Dies(rp.BLOCKS["basic"]):
+    def forward(self, x):
+        if multiprocessing.parent_process():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(x)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_killed_process_does_not_take_the_other_runs_down(tmp_path, clean_registries):
+    plugin = tmp_path / "dies.py"
+    plugin.write_text(DIES)
+    rp.load_plugin(str(plugin))
+    recipe = rp.default_recipe(rp.load_data("digits"), 8)
+    asked = [Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="dies")), *jobs(8)]
+    store = rp.RunStore(tmp_path / "runs")
+    with (
+        pytest.warns(UserWarning, match="^cifar/resnet-8, seed 0: its process was killed .*; it goes on from its last"),
+        pytest.raises(SweepFailed, match=r"1 of 2 runs failed: .*: its process was killed .*, twice; 1 finished"),
+    ):
+        run_all(asked, store, device=CPU, concurrency=2, plugins=[str(plugin)])
+    assert store.find(asked[1].config) is not None
+
+
+def test_a_run_that_breaks_the_device_does_not_take_the_others_down(bad, plugin, tmp_path, monkeypatch):
+    """All runs on a card share a process, which CUDA refuses everything after a fault."""
+    train_here = sweep.train_job
+
+    def train_job(job, *given):
+        try:
+            return train_here(job, *given)
+        finally:
+            monkeypatch.setattr(sweep, "usable", lambda device: False)
+
+    monkeypatch.setattr(sweep, "train_job", train_job)
+    asked = [bad, *jobs(8, seeds=(0, 1))]
+    store = rp.RunStore(tmp_path / "runs")
+    with pytest.raises(SweepFailed, match="^1 of 3 runs failed: cifar/resnet-8, seed 0: the loss is not finite"):
+        run_all(asked, store, device=CPU, concurrency=1, plugins=[plugin])
+    assert all(store.find(job.config) is not None for job in asked[1:])
+
+
 NOTES = """
 import os, pathlib
 pathlib.Path({folder!r}, str(os.getpid())).write_text(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "none"))
@@ -171,6 +218,52 @@ def test_on_a_gpu_runs_side_by_side_are_those_one_by_one(tmp_path):
     )
     for one, other in zip(alone, together, strict=True):
         assert one.metrics["train_loss"] == pytest.approx(other.metrics["train_loss"], rel=1e-3)
+
+
+FAULTY = """
+import torch
+import resprobe as rp
+
+@rp.register_block("faulty")
+class Faulty(rp.BLOCKS["basic"]):
+    def forward(self, x):
+        beyond = torch.full((1,), 10**6, device=x.device)
+        return super().forward(x) + torch.zeros(3, device=x.device)[beyond]
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_on_a_gpu_a_fault_in_a_kernel_does_not_take_the_other_runs_down(concurrency, tmp_path):
+    # In a process of its own, which the fault leaves without the card.
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    script = tmp_path / "sweep.py"
+    script.write_text(FAULT_SWEEP)
+    command = [sys.executable, script, str(concurrency), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "found [False, True, True]", done.stderr
+
+
+FAULT_SWEEP = """
+import sys, torch
+import resprobe as rp
+from resprobe.errors import SweepFailed
+from resprobe.runs import configure
+from resprobe.sweep import Job, run_all
+
+if __name__ == "__main__":
+    concurrency, folder = int(sys.argv[1]), sys.argv[2]
+    rp.load_plugin(folder + "/faulty.py")
+    recipe = rp.default_recipe(rp.load_data("digits"), 8)
+    bad = Job(configure("cifar/resnet-20", "digits", recipe, width=4, block="faulty"))
+    jobs = [bad] + [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4)) for seed in (0, 1)]
+    store = rp.RunStore(folder + "/runs")
+    try:
+        run_all(jobs, store, device=torch.device("cuda"), concurrency=concurrency, plugins=[folder + "/faulty.py"])
+    except SweepFailed:
+        print("found", [store.find(job.config) is not None for job in jobs])
+"""
 
 
 def test_a_failed_run_leaves_no_network_in_memory(bad, tmp_path, monkeypatch):

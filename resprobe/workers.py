@@ -1,0 +1,164 @@
+"""Processes that do tasks side by side. A task that takes its process with it takes no other task with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal
+
+from resprobe.commands import notes_on_one_line
+from resprobe.errors import UsageError
+
+Perform = Callable[[Any, Callable[[Any], None]], Any]
+"""A task, and whom to tell how it goes → what comes of it."""
+Word = Literal["news", "done", "failed", "mistake", "lost", "again"]
+"""Of a task: how it goes; what came of it; the text of its error; the text of a `UsageError`; why its process is no more;
+the same, where the task is done again."""
+
+
+def side_by_side(tasks: Sequence[Any], count: int, start: Callable[[], Perform]) -> Iterator[tuple[int, Word, Any]]:
+    """Does tasks in order, `count` at a time, and yields what is heard of them: index, word, and what belongs to it.
+
+    `start` is called in each process once; what it returns does the tasks. A task whose process is lost is done again,
+    alone, when the others are done: they may have taken what it needed. Closing the iterator, or an error where it waits,
+    interrupts what is under way, and waits until that has ended.
+    """
+    waiting, again = deque(range(len(tasks))), deque[int]()
+    idle: list[_Worker] = []
+    running: dict[Connection, tuple[_Worker, int]] = {}
+    lost: set[int] = set()
+    try:
+        while waiting or again or running:
+            while (waiting and len(running) < count) or (again and not waiting and not running):
+                if not waiting:  # alone: those without a task hold memory, and a card that may have to recover
+                    while idle:
+                        idle.pop().end()
+                index = (waiting or again).popleft()
+                worker = idle.pop() if idle else _Worker(start)
+                running[worker.connection] = worker, index
+                worker.begin(tasks[index])
+            for connection in wait(list(running)):
+                worker, index = running[connection]  # type: ignore[index]
+                word, what = worker.hear()
+                if word == "lost":
+                    worker.end()
+                    word = "lost" if index in lost else "again"
+                    lost.add(index)
+                if word == "again":
+                    again.append(index)
+                if word != "news":
+                    del running[connection]  # type: ignore[arg-type]
+                if word in ("done", "failed", "mistake"):
+                    idle.append(worker)
+                yield index, word, what
+    except BaseException:
+        for worker, _ in running.values():
+            worker.interrupt()
+        raise
+    finally:
+        for worker in (*idle, *(worker for worker, _ in running.values())):
+            worker.end()
+
+
+class Lost(RuntimeError):
+    """Raised by a task that leaves its process unable to do others. The text says why."""
+
+
+class _Worker:
+    """A process in which `start` is called, and what that returns for each task. It ends with this process."""
+
+    def __init__(self, start: Callable[[], Perform]):
+        # Spawned, not forked: torch's threads and CUDA do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, start))
+        self._process.start()
+        self._interrupted = False
+        theirs.close()
+
+    def begin(self, task: Any) -> None:
+        """Hands the process a task. It must have none."""
+        with suppress(OSError):  # it is gone already, as will be heard
+            self.connection.send(task)
+
+    def hear(self) -> tuple[Word, Any]:
+        """What the process says next of its task, or what has become of it."""
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            return "lost", f"its process {_in_words(self._process.exitcode)}"
+
+    def interrupt(self) -> None:
+        """Has the process leave its task, as after Ctrl-C, and end."""
+        self._process.terminate()
+        self._interrupted = True
+
+    def end(self) -> None:
+        """Waits until the process has ended, which one without a task does now."""
+        if not self._interrupted:  # what is still said must not fail for want of a listener
+            self.connection.close()
+        self._process.join()
+        self.connection.close()
+
+
+def _in_words(code: int | None) -> str:
+    if code == -signal.SIGKILL:
+        return "was killed (out of memory, perhaps)"
+    return f"ended with {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+
+
+# -- in the process --------------------------------------------------------------------------------------------------
+
+
+def _serve(connection: Connection, start: Callable[[], Perform]) -> None:
+    busy = False
+
+    def stop(*_: object) -> None:
+        """A task is interrupted, and keeps what it has; without one there is nothing to keep."""
+        if busy:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once more, it must not leave that half-done
+            raise KeyboardInterrupt
+        os._exit(0)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    # Ctrl-C reaches the whole process group; only the parent acts on it, and tells its workers once.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop)
+    with notes_on_one_line():
+        perform: Perform | None = None
+        while True:
+            try:
+                task = connection.recv()
+            except EOFError:  # there are no more
+                return
+            busy = True
+            try:
+                perform = perform or start()
+                said: tuple[Word, Any] = ("done", perform(task, lambda news: connection.send(("news", news))))
+            except KeyboardInterrupt:
+                os._exit(0)
+            except UsageError as error:
+                said = ("mistake", str(error))
+            except Lost as error:
+                said = ("lost", str(error))
+            except Exception as error:
+                said = ("failed", str(error) or type(error).__name__)
+            busy = False
+            connection.send(said)
+            if said[0] == "lost":
+                return
+
+
+def end_with_parent() -> None:
+    """A process whose parent was killed must not work on for nobody. Never returns but in a process without a parent."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
