@@ -120,6 +120,7 @@ COUNTED: dict[Any, Callable[[Sequence[Any], Any], int]] = {
     aten.addmv: _of_product(1),
     aten.addbmm: lambda arguments, output: arguments[1].numel() * arguments[2].shape[-1],
     aten.baddbmm: _of_product(1),
+    aten._int_mm: _of_product(0),
     aten._scaled_dot_product_flash_attention: _of_attention,
     aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
     aten._scaled_dot_product_efficient_attention: _of_attention,
@@ -127,6 +128,9 @@ COUNTED: dict[Any, Callable[[Sequence[Any], Any], int]] = {
     aten._scaled_dot_product_fused_attention_overrideable: _of_attention,
 }
 """Multiply-adds of an operator from its arguments and its output."""
+COUNTED |= {
+    getattr(aten, f"{name}_"): COUNTED[getattr(aten, name)] for name in ("addmm", "addmv", "addbmm", "baddbmm")
+}  # in place
 
 NO_ARITHMETIC = {
     *("arange", "bernoulli_", "empty", "empty_like", "empty_strided", "fill_", "full", "full_like", "native_dropout"),

@@ -383,7 +383,7 @@ def _on_the_way_back() -> bool:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ import pandas
 
 from resprobe.commands import Parser, answer
 from resprobe.errors import UsageError
+from resprobe.runs import UNFINISHED
 
 _EVENTS = "events.out.tfevents.*"
 _NO_CURVES = ("iteration", "seconds")
@@ -31,7 +32,8 @@ def export(runs: Path, logdir: Path) -> list[str]:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UsageError("tensorboard is not installed; pip install 'resprobe[tensorboard]'") from None
-    histories = sorted(runs.glob("*/history.csv"))
+    unfinished = [file for file in runs.glob(f"*/{UNFINISHED}") if not (file.parent / "history.csv").exists()]
+    histories = sorted((*runs.glob("*/history.csv"), *unfinished))
     if not histories:
         raise UsageError(f"runs (={str(runs)!r}) has no runs with a history")
     written = []

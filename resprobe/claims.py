@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import UsageError, not_accepted, short
 
 Word = Literal["holds", "fails", "inconclusive", "not tested"]
 VERDICTS = ("holds", "fails", "inconclusive", "not tested")
@@ -115,10 +115,11 @@ def compare(
     """
     from scipy import stats
 
-    if any(isinstance(side, Sequence) and not len(side) for side in (higher, lower)):
-        raise UsageError("compare needs one value a seed on either side, and one side has none")
-    n = tuple(len(side) if isinstance(side, Sequence) else None for side in (higher, lower))
-    higher, lower = ([float(side)] * 2 if not isinstance(side, Sequence) else side for side in (higher, lower))
+    higher, lower = _values(higher), _values(lower)
+    n = tuple(len(side) if isinstance(side, list) else None for side in (higher, lower))
+    if n == (None, None) or 0 in n:
+        raise UsageError("compare needs one value a seed on either side, or on one side a constant")
+    higher, lower = (side if isinstance(side, list) else [side] * 2 for side in (higher, lower))
     difference = _mean(higher) - _mean(lower)
     if min(count for count in n if count is not None) < 2:
         return Comparison(difference, -math.inf, math.inf, math.nan, n, margin, unit)
@@ -132,6 +133,17 @@ def compare(
     reach = float(stats.t.ppf(1 - LEVEL, freedom)) * error
     p = float(stats.t.sf(difference / error, freedom))
     return Comparison(difference, difference - reach, difference + reach, p, n, margin, unit)
+
+
+def _values(side: Sequence[float] | float) -> list[float] | float:
+    """A list of numbers, of an array or a column too, or one number."""
+    try:
+        values = [float(value) for value in side] if isinstance(side, Iterable) else float(side)
+    except (TypeError, ValueError):
+        values = math.nan
+    if not all(map(math.isfinite, values if isinstance(values, list) else [values])):
+        raise UsageError(f"compare needs finite numbers, one a seed, not {short(side)}")
+    return values
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:

@@ -51,7 +51,7 @@ def evaluate(
     protocol: str = "single-view",
     *,
     normalization: Normalization | None = None,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     device: str | torch.device = "auto",
     precision: str = "fp32",
 ) -> Evaluation:
@@ -76,7 +76,8 @@ def evaluate(
         raise UsageError(
             f"normalization (={normalization!r}) must be a Normalization, such as Normalization.fit(images)"
         )
-    check_whole("batch_size", batch_size, 1)
+    if batch_size is not None:
+        check_whole("batch_size", batch_size, 1)
     images: ImageSet | FolderSet
     if isinstance(data, ImageSet | FolderSet):
         images, fitted = data, None
@@ -87,10 +88,13 @@ def evaluate(
             if spec is not None:
                 check_fit(spec, loaded)
     device = resolve_device(device)
+    if batch_size is None:
+        # A card waits for its kernels to be launched, for 2,000 small images hardly longer than for 250.
+        batch_size = 2000 if device.type == "cuda" and isinstance(images, ImageSet) else 250
     members: list[tuple[nn.Module, Normalization]] = []
     for member in networks:
         chosen = normalization or getattr(member, "normalization", None)
-        if chosen is None:
+        if not isinstance(chosen, Normalization):
             if fitted is None:
                 raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
             chosen = Normalization.fit(fitted.sample(2000), "per-pixel-mean")

@@ -48,7 +48,12 @@ def load_plugin(where: str) -> ModuleType:
     if looks_like_file and path.suffix != ".py":
         raise UsageError(f"plugin (={where!r}) must be a Python file (my_block.py) or a module (package.module)")
     try:
-        return _load_file(path.resolve()) if looks_like_file else importlib.import_module(where)
+        module = _load_file(path.resolve()) if looks_like_file else importlib.import_module(where)
+        if module.__file__ is None:
+            raise UsageError(
+                f"plugin (={where!r}) is a folder without code: name a file in it, or give it an __init__.py"
+            )
+        return module
     except UsageError:
         raise
     except Exception as error:

@@ -4,19 +4,21 @@ one bit of the numbers of the run they watch."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from resprobe.blocks import Block
+from resprobe.digests import in_words
 from resprobe.errors import UsageError, check_whole, short
 from resprobe.registry import Registry
 
@@ -32,7 +34,11 @@ def every(iterations: int, *, offset: int = 0) -> Schedule:
     for name, value, least in (("iterations", iterations, 1), ("offset", offset, 0)):
         if not (isinstance(value, Integral) and value >= least):
             raise UsageError(f"every: {name} (={value!r}) must be a whole number ≥ {least}")
-    return lambda iteration: iteration >= offset and (iteration - offset) % iterations == 0
+    return functools.partial(_is_one_of_every, iterations, offset)
+
+
+def _is_one_of_every(iterations: int, offset: int, iteration: int) -> bool:
+    return iteration >= offset and (iteration - offset) % iterations == 0
 
 
 def logarithmic(per_decade: int = 10) -> Schedule:
@@ -40,7 +46,11 @@ def logarithmic(per_decade: int = 10) -> Schedule:
     several fall together."""
     check_whole("logarithmic: per_decade", per_decade, 1)
     points = {0} | {round(10 ** (step / per_decade)) for step in range(9 * per_decade)}
-    return points.__contains__
+    return functools.partial(_is_among, frozenset(points))
+
+
+def _is_among(points: frozenset[int], iteration: int) -> bool:
+    return iteration in points
 
 
 def at(iterations: Iterable[int]) -> Schedule:
@@ -48,7 +58,7 @@ def at(iterations: Iterable[int]) -> Schedule:
     points = list(iterations) if isinstance(iterations, Iterable) else [None]
     if not all(isinstance(point, Integral) and point >= 0 for point in points):
         raise UsageError(f"at: iterations (={iterations!r}) must be a list of whole numbers ≥ 0")
-    return frozenset(points).__contains__
+    return functools.partial(_is_among, frozenset(points))
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -141,8 +151,20 @@ class Probe:
     name: ClassVar[str] = ""
     schedule: Schedule = staticmethod(every(1))  # type: ignore[assignment]
 
+    _made_with = ""
+
+    def __new__(cls, *given: Any, **named: Any) -> Self:
+        made = super().__new__(cls)
+        made._made_with = str(in_words((given, named)))
+        return made
+
     def __init__(self) -> None:
         self._handles: list[RemovableHandle | _Uncompiled] = []
+
+    def identity(self) -> str:
+        """What decides the table: the class with its source, what it was made with, and its schedule, as a digest."""
+        told = (in_words(type(self)), self._made_with, in_words(self.schedule))
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def hook(self, network: nn.Module) -> Iterable[RemovableHandle]:
         """Registers hooks on `network` and returns their handles; raises `UsageError` for what it cannot measure."""

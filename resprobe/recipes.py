@@ -127,6 +127,10 @@ class Recipe:
                 raise UsageError(f"{name} (={values!r}) must be whole numbers ≥ 0, such as {_EXAMPLES[name]}")
             if list(values) != sorted(values):
                 raise UsageError(f"{name} (={values}) must rise")
+        if len(self.scale) != 2:
+            raise UsageError(f"scale (={self.scale}) must be two numbers, such as {_EXAMPLES['scale']}")
+        if self.augmentation == "scale-crop" and self.crop > self.scale[0]:
+            raise UsageError(f"crop (={self.crop}) must not be larger than the smallest scale (={self.scale[0]})")
 
     def with_iterations(self, iterations: int) -> Recipe:
         """The same recipe with its whole schedule scaled to `iterations`."""

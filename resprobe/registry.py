@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+from resprobe.digests import origin, source_digest
 from resprobe.errors import UsageError, not_accepted
 
 T = TypeVar("T")
+
+
+class _Entry(NamedTuple, Generic[T]):
+    """A registered thing, and the digest of its source."""
+
+    thing: T
+    source: str | None
 
 
 class Registry(Generic[T]):
@@ -23,7 +29,7 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str):
         self.kind = kind
-        self._things: dict[str, T] = {}
+        self._things: dict[str, _Entry[T]] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator that files a class or function under `name`. Raises `UsageError` if the name is taken."""
@@ -32,11 +38,12 @@ class Registry(Generic[T]):
 
         def file_under_name(thing: T) -> T:
             taken_by = self._things.get(name)
-            if taken_by is not None and not _same_definition(taken_by, thing):
+            if taken_by is not None and not _same_definition(taken_by.thing, thing):
                 raise UsageError(
-                    f"{self.kind} (={name!r}) is already registered by {_origin(taken_by)}; choose another name"
+                    f"{self.kind} (={name!r}) is already registered by {origin(taken_by.thing)}; choose another name"
                 )
-            self._things[name] = thing
+            # Now, while the file is what was loaded: it may be edited later, and this process not know of it.
+            self._things[name] = _Entry(thing, source_digest(thing))
             return thing
 
         return file_under_name
@@ -50,7 +57,7 @@ class Registry(Generic[T]):
         if name not in self._things:
             yours = "one of yours comes with --plugin FILE, or rp.load_plugin(FILE)"
             raise not_accepted(self.kind, name, self.names(), otherwise=yours)
-        return self._things[name]
+        return self._things[name].thing
 
     def __contains__(self, name: object) -> bool:
         return self.known(name) or name in self.names()
@@ -83,38 +90,20 @@ class Registry(Generic[T]):
                 self._things[name] = before
 
     def fingerprint(self, name: str) -> str | None:
-        """SHA-256 of the source file that a stranger's thing comes from; None for resprobe's own.
+        """SHA-256 of the source file that a stranger's thing comes from, as it was loaded; None for resprobe's own.
 
         A run is found again by what it is, and what a stranger's block is, is its source: edit the block and its
         runs are trained anew.
         """
-        return source_digest(self[name])
-
-
-def source_digest(thing: Any) -> str | None:
-    """SHA-256 of the source file that a class or function comes from; None for resprobe's own."""
-    thing = inspect.unwrap(thing)
-    if (getattr(thing, "__module__", None) or "").split(".")[0] == "resprobe":
-        return None
-    try:
-        return hashlib.sha256(Path(inspect.getsourcefile(thing) or "").read_bytes()).hexdigest()
-    except (OSError, TypeError):  # typed into a notebook or an interpreter: there is no file
-        try:
-            return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
-        except (OSError, TypeError):
-            return f"unknown source of {_origin(thing)}"
+        self[name]  # looked for in plugins, or refused
+        return self._things[name].source
 
 
 def _same_definition(one: object, other: object) -> bool:
     """True when a module was merely imported a second time (`python -m`, reload): the same place, the same name."""
     return one is other or (
-        _origin(one) == _origin(other) and _source_file(one) is not None and _source_file(one) == _source_file(other)
+        origin(one) == origin(other) and _source_file(one) is not None and _source_file(one) == _source_file(other)
     )
-
-
-def _origin(thing: object) -> str:
-    module, name = getattr(thing, "__module__", "?"), getattr(thing, "__qualname__", repr(thing))
-    return f"{module}.{name}"
 
 
 def _source_file(thing: object) -> str | None:

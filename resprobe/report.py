@@ -78,6 +78,8 @@ def write_report(
     # Where nothing was trained, what was measured is the result.
     tables = {"results": results.table if len(results.table) else results.measurements}
     tables["measurements"] = results.measurements
+    for left in ("results.csv", "measurements.csv"):  # another study's, whose report this one replaces
+        (out / left).unlink(missing_ok=True)
     for name, content in tables.items():
         if content is not None and len(content):
             write_atomically(out / f"{name}.csv", content.to_csv(index=False).encode())
@@ -128,10 +130,12 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
         time = f"{in_words(trained)} of training, summed over all runs; {time}"
     commit = rest.pop("commit", "") + (", with local changes" if rest.pop("local_changes", False) else "")
     processes = rest.pop("processes", 1)
+    threads = rest.pop("threads")
+    threads = " or ".join(map(str, threads)) if isinstance(threads, list) else str(threads)
     made = {
         "date": rest.pop("date"),
         "time": time,
-        "device": f"{rest.pop('device')}; {rest.pop('precision')}, {rest.pop('threads')} threads",
+        "device": f"{rest.pop('device')}; {rest.pop('precision')}, {threads} thread{'s' if threads != '1' else ''}",
         "processes": f"{processes}" if processes > 1 else "",
         "platform": rest.pop("platform"),
         "commit": commit,
@@ -166,6 +170,12 @@ def _departures(study: Study, results: Results, recipes: Sequence[Recipe], envir
 
 
 def _how_sure(results: Results) -> str:
+    if not results.runs and getattr(results.options, "weights", ()):
+        return (
+            "weights trained elsewhere, as many a network as were given; of which iteration they are is not known here. "
+            f"Where there are several of a network, one-sided Welch tests with p < {LEVEL} decide; of one there is no spread "
+            "to judge by."
+        )
     seeds = len(results.options.seeds)
     runs = f"{seeds} seed{'s' if seeds != 1 else ''} a network"
     if seeds < 2:

@@ -31,13 +31,15 @@ from resprobe.checkpoints import (
 )
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, load_data
 from resprobe.devices import resolve_device, resolve_precision
+from resprobe.digests import network_digest
 from resprobe.distributed import team
 from resprobe.environment import environment
 from resprobe.errors import TrainingDiverged, UsageError, check_whole, short
-from resprobe.networks import NETWORKS, Network, NetworkSpec, Option, build, check_fit, resolve
+from resprobe.initialization import INITIALIZATIONS
+from resprobe.networks import NETWORKS, NetworkSpec, Option, build, check_fit, resolve
+from resprobe.normalization import NORMALIZATIONS
 from resprobe.probes import Probe, make_probe
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
-from resprobe.registry import source_digest
 from resprobe.shortcuts import SHORTCUTS
 from resprobe.training import Progress, Training
 
@@ -46,6 +48,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the meaning of a stored run changes, so that runs of another meaning are not found."""
+_METRICS = {"train_error", "train_loss", "test_error", "test_loss", "iterations", "seconds"}
+UNFINISHED = "history.unfinished.csv"
+"""The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
 _CHECKPOINT_SECONDS = 30.0
 
 
@@ -86,6 +91,8 @@ class RunConfig:
             (NETWORKS, self.network.family),
             (BLOCKS, self.network.get("block")),
             (SHORTCUTS, self.network.get("shortcut")),
+            (NORMALIZATIONS, self.network.get("norm")),
+            (INITIALIZATIONS, self.network.get("init")),
             (DATASETS, self.data.partition(":")[0]),
         ]
         known = [(registry, str(name)) for registry, name in used if name is not None and name in registry]
@@ -126,6 +133,14 @@ class Run:
     _network: nn.Module | None = None
 
     @property
+    def environment(self) -> dict[str, Any]:
+        """What it was trained with: device, threads, versions. Empty for a run that is not kept."""
+        try:
+            return json.loads((self.path / "environment.json").read_text()) if self.path else {}
+        except (OSError, ValueError):
+            return {}
+
+    @property
     def network(self) -> nn.Module:
         if self._network is None:
             assert self.path is not None
@@ -152,16 +167,23 @@ class RunStore:
         """Where a run is, or would be."""
         return self.root / config.folder_name
 
-    def find(self, config: RunConfig, probes: Sequence[str] = ()) -> Run | None:
+    def find(self, config: RunConfig, probes: Sequence[str | Probe] = ()) -> Run | None:
         """The finished run, if it is there with the tables of these probes."""
         path = self.folder(config)
+        asked = {probe.name: probe.identity() for probe in map(make_probe, probes)}
         try:
             metrics = json.loads((path / "result.json").read_text())["metrics"]
             history = _read_table(path / "history.csv")
-            tables = {name: _read_table(path / "probes" / f"{name}.csv") for name in probes}
+            tables = {name: _read_table(path / "probes" / f"{name}.csv") for name in asked}
+            if any(_made_by(path, name) not in (None, identity) for name, identity in asked.items()):
+                return None  # the table is that of a probe with other settings, or another source
+            if missing := sorted(_METRICS - set(metrics)):
+                raise KeyError(", ".join(missing))
+            if int(history["iteration"].max()) != metrics["iterations"]:
+                raise ValueError("its history ends early")
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the result in {path} is damaged ({error}); the run is made again")
             return None
         return Run(config, metrics, history, tables, path)
@@ -172,7 +194,7 @@ class RunStore:
         if not (path / "checkpoint.pt").is_file():
             return 0
         try:
-            return int(_read_table(path / "history.csv")["iteration"].max())
+            return int(_read_table(path / UNFINISHED)["iteration"].max())
         except (OSError, ValueError, KeyError):
             return 0
 
@@ -216,7 +238,7 @@ def configure(
     start = None
     if isinstance(network, nn.Module):
         spec = getattr(network, "spec", None) or NetworkSpec(f"module/{type(network).__qualname__}", None)
-        start = _digest(network)
+        start = network_digest(network)
     else:
         spec = resolve(network, **options)
         if isinstance(network, str):
@@ -286,11 +308,11 @@ def train(
 
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
     together = team()
-    found = together.told(lambda: store.find(config, names))
+    found = together.told(lambda: store.find(config, made))
     if found is None:
         with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
             # It may have been finished while another command held the lock.
-            found = together.told(lambda: store.find(config, names)) or _train_in_store(
+            found = together.told(lambda: store.find(config, made)) or _train_in_store(
                 store, config, network, loaded, chosen_device, made, recompute, step, progress
             )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
@@ -320,7 +342,9 @@ def _train_in_store(
     training = _prepare(config, network, data, device, probes, recompute, step)
     kept = together.told(lambda: load_checkpoint(checkpoint))
     if kept is not None:
-        if all(probe.name in kept["probes"] for probe in probes):
+        asked = {probe.name: probe.identity() for probe in probes}
+        known = kept.get("identities", {name: asked.get(name) for name in kept["probes"]})
+        if asked.items() <= known.items():
             training.load_state(kept)
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
@@ -342,7 +366,7 @@ def _train_in_store(
             nonlocal saved_at
             if together.first and time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
                 save_checkpoint(checkpoint, training.state())
-                _write_history(path, training)
+                _write_history(path / UNFINISHED, training)
                 saved_at = time.monotonic()
             watch(news)
 
@@ -353,7 +377,7 @@ def _train_in_store(
         except BaseException as error:  # an interrupt above all: what is done must not be lost
             if together.first:
                 save_checkpoint(checkpoint, training.last_good)
-                _write_history(path, training)
+                _write_history(path / UNFINISHED, training)
             if isinstance(error, TrainingDiverged):
                 raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
             raise
@@ -361,13 +385,15 @@ def _train_in_store(
 
     def keep() -> None:
         _write_network(training, running, path)
-        _write_history(path, training)
+        _write_history(path / "history.csv", training)
         write_environment()  # again: a step that could not be captured ran in another way than it was to
-        for name, table in run.tables.items():
-            _write_table(path / "probes" / f"{name}.csv", table)
+        for probe in training.probes:
+            _write_table(path / "probes" / f"{probe.name}.csv", run.tables[probe.name])
+            _write_json(path / "probes" / f"{probe.name}.json", {"identity": probe.identity()})
         # Last, since its presence says that all the rest is there.
         _write_json(path / "result.json", {"metrics": run.metrics})
         remove_checkpoints(checkpoint)
+        (path / UNFINISHED).unlink(missing_ok=True)
 
     together.told(keep)
     return run
@@ -398,8 +424,7 @@ def _finish(training: Training, config: RunConfig, path: Path | None) -> tuple[R
     import pandas
 
     metrics, running = training.finish()
-    if isinstance(training.network, Network):
-        training.network.normalization = training.normalization.to(torch.device("cpu"))
+    _normalized_by(training.network, training.normalization.to(torch.device("cpu")))
     training.network.eval()  # as it is when it is read from its folder
     if config.start is None:
         training.network.cpu()
@@ -411,10 +436,18 @@ def _write_json(path: Path, content: object) -> None:
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _write_history(path: Path, training: Training) -> None:
+def _write_history(file: Path, training: Training) -> None:
     import pandas
 
-    _write_table(path / "history.csv", pandas.DataFrame(training.rows))
+    _write_table(file, pandas.DataFrame(training.rows))
+
+
+def _made_by(path: Path, name: str) -> str | None:
+    """The identity of the probe that a table is from; None where that was not written down."""
+    try:
+        return json.loads((path / "probes" / f"{name}.json").read_text())["identity"]
+    except FileNotFoundError:
+        return None
 
 
 def _write_table(path: Path, table: pandas.DataFrame) -> None:
@@ -468,22 +501,14 @@ def _read_weights(network: nn.Module, path: Path) -> nn.Module:
         ) from error
     prefix = "network."
     network.load_state_dict({name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)})
-    if isinstance(network, Network):
-        network.normalization = Normalization(tensors["normalization.mean"], tensors["normalization.std"])
+    _normalized_by(network, Normalization(tensors["normalization.mean"], tensors["normalization.std"]))
     return network.eval()
 
 
-def _digest(network: nn.Module) -> str:
-    """What a network that was handed over is: its weights, which of them learn, and the source of a stranger's modules."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(bytes(parameter.requires_grad for parameter in network.parameters()))
-    kinds = {type(module) for module in network.modules() if not type(module).__module__.startswith("torch.")}
-    for kind in sorted(kinds, key=lambda kind: (kind.__module__, kind.__qualname__)):
-        digest.update((source_digest(kind) or "").encode())
-    return digest.hexdigest()[:16]
+def _normalized_by(network: nn.Module, normalization: Normalization) -> None:
+    """Tells `evaluate` how the network was trained, unless that name is something else in a stranger's network."""
+    if isinstance(getattr(network, "normalization", None), Normalization | None):
+        network.normalization = normalization  # type: ignore[assignment]
 
 
 @contextlib.contextmanager

@@ -43,7 +43,14 @@ def sharing(device: torch.device) -> Iterator[Mapping[str, str]]:
     Set before a process first uses the card. None are needed on a CPU, nor where a service runs already. Where there is
     none to be had a warning says why, and processes take turns.
     """
-    if device.type != "cuda" or _PIPES in os.environ or Path(_USUAL_PIPES, "control").exists():
+    if device.type != "cuda":
+        yield {}
+        return
+    if (
+        _PIPES in os.environ or Path(_USUAL_PIPES, "control").exists()
+    ):  # which may be what is left of one that was killed
+        if reason := _no_use(device, {}):
+            _warn(reason)
         yield {}
         return
     if shutil.which(_CONTROL) is None:

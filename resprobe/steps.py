@@ -92,10 +92,13 @@ class CapturedStep:
     """`update` as one CUDA graph, called like it. The tensors it gives are overwritten by the next call.
 
     Capturing trains nothing: weights, statistics, velocities and random numbers are as before. Everything `update` works
-    on must keep its place in memory: values are copied into tensors, never tensors put in their stead.
+    on must keep its place in memory: values are copied into tensors, never tensors put in their stead. Raises
+    `RuntimeError` for what cannot be captured.
     """
 
     def __init__(self, update: Update, drawn: Sequence[Tensor], network: nn.Module, optimizer: torch.optim.Optimizer):
+        if any(_hooks(module) for module in network.modules()):
+            raise RuntimeError("hooks are attached to it, which a graph would not call")
         self.drawn = [tensor.clone() for tensor in drawn]
 
         def work() -> tuple[Tensor, Tensor]:
@@ -111,6 +114,12 @@ class CapturedStep:
             place.copy_(tensor)
         self._replay()
         return self._given
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Whether anybody is to be called along with the module."""
+    backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or backward)
 
 
 @contextmanager
@@ -189,8 +198,7 @@ def _repeatable(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Puts back, in place, what training steps change. Velocities that were not there yet are zero afterwards, from
-    which the first step goes on as from none."""
+    """Puts back, in place, what training steps change."""
     tensors = [*network.parameters(), *network.buffers()]
     places = [
         (kind, name, kind[name])
@@ -198,8 +206,8 @@ def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         for kind in (module._parameters, module._buffers)
         for name in kind
     ]
-    velocities = {p: state["momentum_buffer"] for p, state in optimizer.state.items() if _has_velocity(state)}
-    kept = [(tensor, tensor.detach().clone()) for tensor in (*tensors, *velocities.values())]
+    velocities = [state["momentum_buffer"] for state in optimizer.state.values() if "momentum_buffer" in state]
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*tensors, *velocities)]
     try:
         with keeping_random_state(network):
             yield
@@ -209,10 +217,3 @@ def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[No
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
-            for parameter, state in optimizer.state.items():
-                if _has_velocity(state) and parameter not in velocities:
-                    state["momentum_buffer"].zero_()
-
-
-def _has_velocity(state: dict) -> bool:
-    return state.get("momentum_buffer") is not None

@@ -245,11 +245,24 @@ class Study:
         preset = self.presets[options.preset]
         for option in dataclasses.fields(options):
             ours, its = getattr(options, option.name), getattr(preset, option.name)
-            if option.name == "data":  # where a copy lies is no matter
+            if option.name == "data":  # where a copy lies is no matter; but what is in a folder is
+                if ours.partition(":")[0] == "folder" and not _is_imagenet(ours):
+                    return "custom"
                 ours, its = ours.partition(":")[0], its.partition(":")[0]
             if option.name not in _NOT_THE_SETTING and ours != its:
                 return "custom"
         return options.preset
+
+
+def _is_imagenet(data: str) -> bool:
+    """Whether a folder holds as many images and classes as ImageNet 2012's training and validation sets."""
+    from resprobe.data import load_data
+
+    try:
+        there = load_data(data)
+    except UsageError:
+        return False
+    return (len(there.train), len(there.test), there.num_classes) == (1_281_167, 50_000, 1000)
 
 
 def _gather(
@@ -340,6 +353,8 @@ def _gather_on(
     made_with, first = environment(here) | {"precision": precision}, team().first
     if cluster is not None:
         made_with["device"] = cluster.name
+    if runs:  # which were trained with their own, perhaps in processes of their own
+        made_with["threads"] = sorted({run.environment.get("threads", made_with["threads"]) for run in runs})
     leave()
     if not first:  # what is left to do is to measure and to write
         return None

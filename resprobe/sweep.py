@@ -163,13 +163,20 @@ def survey(
     `concurrency` None takes one run at a time on a GPU, and on a CPU one a core, unless that saves less time than starting
     the processes takes. `cluster` trains in place of this machine.
     """
-    missing = {job.config.key: job for job in jobs if store.find(job.config, job.probes) is None}
+    asked: dict[str, Job] = {}
+    for job in jobs:  # a run that is asked for several times is trained once, with all probes that watch it
+        before = asked.get(job.config.key, job)
+        asked[job.config.key] = replace(job, probes=tuple(dict.fromkeys((*before.probes, *job.probes))))
+    missing = {key: job for key, job in asked.items() if store.find(job.config, job.probes) is None}
     # The longest first, so that no worker is left alone with one at the end.
     ordered = tuple(sorted(missing.values(), key=lambda job: -job.work))
     if cluster is None:
         cores = _cores()
-        workers = min(concurrency or (cores if device.type == "cpu" else 1), len(ordered))
-        threads = max(1, cores // max(1, workers))
+        wanted = concurrency or (cores if device.type == "cpu" else 1)
+        workers = min(wanted, len(ordered))
+        # By all runs, not by those that are missing: the last digits of a run's figures depend on its threads, and must not
+        # on what was there before.
+        threads = max(1, cores // min(wanted, len(asked)))
     else:
         workers, threads, _ = cluster.share(len(ordered), concurrency)
     done = [store.iterations_done(job.config) for job in ordered]
@@ -184,7 +191,7 @@ def survey(
     begun = sum(count > 0 for count in done)
     name = device_name(device) if cluster is None else cluster.name
     one_card = cluster is None and device.type != "cpu"
-    ahead = Survey(len(jobs), ordered, begun, workers, threads, name, seconds, reason, one_card)
+    ahead = Survey(len(asked), ordered, begun, workers, threads, name, seconds, reason, one_card)
     automatic = cluster is None and concurrency is None and workers > 1
     if automatic and ahead.duration is not None and sum(seconds) - ahead.duration < _STARTING:
         return replace(ahead, workers=1)
@@ -311,7 +318,7 @@ def _train_in_processes(
     with sharing(device) as variables:
         start = partial(_start, variables, threads, tuple(plugins), store.root, device)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
-        packed = [pickle.dumps(job) for job in jobs]
+        packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
         with closing(side_by_side(packed, workers, start)) as heard:
             for index, word, what in heard:
                 job = jobs[index]
@@ -343,9 +350,15 @@ def _start(
         load_plugin(plugin)
     store = RunStore(root)
 
-    def perform(packed: bytes, tell: Callable[[Progress], None]) -> dict[str, float]:
+    def perform(task: tuple[str, bytes], tell: Callable[[Progress], None]) -> dict[str, float]:
+        key, packed = task
+        job: Job = pickle.loads(packed)
+        if job.config.key != key:
+            raise UsageError(
+                f"{job.config.folder_name}: a plugin's file was edited since this was begun; begin it again"
+            )
         try:
-            return train_job(pickle.loads(packed), store, device, tell)
+            return train_job(job, store, device, tell)
         except UsageError:
             raise
         except Exception as error:

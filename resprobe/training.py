@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +29,7 @@ from resprobe.errors import TrainingDiverged
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import subsampling
 from resprobe.probes import Probe, attach
+from resprobe.randomness import host_random_state
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import calling, recomputing
 from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
@@ -80,9 +83,13 @@ class Training:
         sample = self.data.train.sample(_FIT_IMAGES)
         self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
         # Convolutions on CPU and CUDA are fastest with channels last; the values are the same.
-        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(device)
+        for tensor in (*network.parameters(), *network.buffers()):
+            if tensor.ndim == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         self.instead = list(subsampling(network)) if device.type == "cpu" else []
         self.test = self.data.test.to(device)
+        self.validation = None if self.data.validation is None else self.data.validation.to(device)
         self.team = team()
         self.part = self.team.part(recipe)
         self.parallel = self.team.parallel(self.network, device)
@@ -118,6 +125,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self._optimizer_state(),
             "probes": {probe.name: probe.state() for probe in self.probes},
+            "identities": {probe.name: probe.identity() for probe in self.probes},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -161,7 +169,10 @@ class Training:
         recipe, started, before = self.recipe, time.perf_counter(), self.seconds
         log_points, test_points = _log_points(recipe), _test_points(recipe)
         loss_sum, wrong_sum, since = self._zeros(), self._zeros(), self.iteration
-        self.network.train()
+        if (
+            not self.network.training
+        ):  # else a part that is in evaluation mode, as frozen batch normalization, stays there
+            self.network.train()
         with _random_numbers(self):
             for drawn in self.batches.drawn(self.iteration):
                 loss, wrong = self.step(*drawn)
@@ -187,9 +198,13 @@ class Training:
                     "test_loss": math.nan,
                     "test_error": math.nan,
                 }
+                if self.validation is not None:
+                    row["validation_error"] = math.nan
                 if self.iteration in test_points:
                     tested = self.test_now()
                     row |= {"test_loss": tested.loss, "test_error": tested.error}
+                    if self.validation is not None:
+                        row["validation_error"] = self.test_now(self.validation).error
                 self.seconds = before + time.perf_counter() - started
                 self.rows.append(row | {"seconds": self.seconds})
                 self.random = _random_state(self.device)
@@ -266,13 +281,15 @@ class Training:
     def _batches_of(self, part: slice) -> TensorBatches | FolderBatches:
         return batches_of(self.data.train, self.recipe, self.seed, self.normalization, self.device, part)
 
-    def _first_random_state(self) -> dict[str, Tensor]:
+    def _first_random_state(self) -> dict[str, Any]:
         return _seeded_random_state(self.seed + (self.team.rank << 32), self.device)
 
     def _plateaus(self) -> int:
         if self.recipe.plateau is None:
             return 0
-        return plateaus(self.recipe, [row["test_error"] for row in self.rows if not math.isnan(row["test_error"])])
+        # With a part held out (§4.2), what is tested on decides nothing.
+        watched = "test_error" if self.validation is None else "validation_error"
+        return plateaus(self.recipe, [row[watched] for row in self.rows if not math.isnan(row[watched])])
 
     def _set_learning_rate(self, rate: float) -> None:
         if rate == self.rate:
@@ -379,9 +396,9 @@ class Training:
             "seconds": self.seconds,
             "images_per_second": self.iteration * self.recipe.batch_size / max(1e-9, self.seconds),
         }
-        if self.data.validation is not None:
-            metrics["validation_error"] = self.test_now(self.data.validation.to(self.device)).error
-            metrics["validation_images"] = len(self.data.validation)
+        if self.validation is not None:
+            metrics["validation_error"] = self.test_now(self.validation).error
+            metrics["validation_images"] = len(self.validation)
         return metrics, running
 
     def _last_epoch(self, column: str) -> float:
@@ -402,8 +419,10 @@ def _log_points(recipe: Recipe) -> set[int]:
 
 
 def _test_points(recipe: Recipe) -> set[int]:
-    count = min(recipe.evaluations, recipe.iterations)
-    return {round(recipe.iterations * point / count) for point in range(1, count + 1)}
+    """At ends of windows, so that none is shorter than the others but the last."""
+    windows = recipe.iterations // recipe.window
+    count = min(recipe.evaluations, max(1, windows))
+    return {recipe.window * round(windows * point / count) for point in range(1, count)} | {recipe.iterations}
 
 
 def _optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torch.optim.SGD:
@@ -414,7 +433,7 @@ def _optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torc
         weights = [parameter for parameter in parameters if parameter.ndim > 1]
         others = [parameter for parameter in parameters if parameter.ndim <= 1]
         groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         groups,
         lr=recipe.learning_rate,
         momentum=recipe.momentum,
@@ -422,6 +441,11 @@ def _optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torc
         nesterov=recipe.nesterov,
         fused=device.type in ("cuda", "cpu"),  # one kernel instead of one a tensor; the networks have hundreds
     )
+    if recipe.momentum:
+        # From zero as from none; but a fused step refuses those of which some have none, as where parts are skipped at random.
+        for parameter in parameters:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _copy(value: Any) -> Any:
@@ -459,25 +483,35 @@ def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, p
 # -- random numbers: those a network itself draws (dropout, a stranger's block); batches draw their own ------------
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
+def _random_state(device: torch.device) -> dict[str, Any]:
+    of_torch, of_python, of_numpy = host_random_state()
+    states = {"cpu": of_torch, "python": of_python, "numpy": _plain(of_numpy)}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
-def _set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+def _set_random_state(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Tensor]:
-    # What `torch.manual_seed` would leave behind, without touching the caller's generators on any device.
-    states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Any]:
+    # What `torch.manual_seed` and its like would leave behind, without touching the caller's generators on any device.
+    states = {"cpu": torch.Generator().manual_seed(seed).get_state(), "python": random.Random(seed).getstate()}
+    states["numpy"] = _plain(numpy.random.RandomState(numpy.random.MT19937(seed)).get_state())
     if device.type == "cuda":
         states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
     return states
+
+
+def _plain(of_numpy: tuple) -> tuple:
+    """numpy's state as plain data, which a checkpoint may hold."""
+    kind, keys, *rest = of_numpy
+    return kind, [int(key) for key in keys], *rest
 
 
 @contextmanager

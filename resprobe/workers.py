@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
@@ -78,7 +78,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, start))
-        self._process.start()
+        with _deaf_to_interrupts():
+            self._process.start()
         self._interrupted = False
         theirs.close()
 
@@ -114,6 +115,20 @@ def _in_words(code: int | None) -> str:
     return f"ended with {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes that are started here never hear of Ctrl-C, which reaches all of a terminal's: this one acts on it, after
+    the block, and tells them once."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 # -- in the process --------------------------------------------------------------------------------------------------
 
 
@@ -128,8 +143,7 @@ def _serve(connection: Connection, start: Callable[[], Perform]) -> None:
         os._exit(0)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-    # Ctrl-C reaches the whole process group; only the parent acts on it, and tells its workers once.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where that is not inherited
     signal.signal(signal.SIGTERM, stop)
     with notes_on_one_line():
         perform: Perform | None = None

@@ -101,8 +101,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         word, why = "fails", f"It is below the mean − 2 std of ResNet-{shallow}. "
     elif word == "holds" and harder.lower > harder.margin:  # the paper's two have "similar training error"
         word, why = "fails", "The training error is higher too, so this is not overfitting. "
-        if unfinished:
-            word, why = "inconclusive", f"The training error is higher too; but {too_short}. "
+    if word == "fails" and unfinished:
+        word, why = "inconclusive", f"{why}But {too_short}. "
     return [
         *verdicts,
         rp.Verdict(

@@ -33,6 +33,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import tyro
@@ -194,11 +195,9 @@ def _networks(results: rp.Results, data: rp.Data) -> Iterator[tuple[dict, rp.Net
         yield {"kind": row.kind, "shortcut": row.shortcut, "depth": row.depth, "seed": row.seed}, run.network
     for seed, path in enumerate(results.options.weights):  # files are told apart as seeds are
         network = _published(path, data)
-        kind = "VGG" if network.spec.family.endswith("vgg") else "residual"
-        yield (
-            {"kind": kind, "shortcut": network.spec.get("shortcut", "none"), "depth": network.depth, "seed": seed},
-            network,
-        )
+        shortcut = network.spec.get("shortcut", "none")
+        kind = "VGG" if network.spec.family.endswith("vgg") else "plain" if shortcut == "none" else "residual"
+        yield {"kind": kind, "shortcut": shortcut, "depth": network.depth, "seed": seed}, network
 
 
 def _published(path: str, data: rp.Data) -> rp.Network:
@@ -229,7 +228,7 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
     options = results.options
     shallow, deep = min(options.depths), max(options.depths)
     if options.weights or shallow == deep:
-        reason = "published weights of plain networks are not known" if options.weights else "two depths are needed"
+        reason = "of weights the training error is not known" if options.weights else "two depths are needed"
         return rp.Verdict(PLAIN_DEGRADE, "not tested", "no plain and residual networks of two depths", reason)
     protocol, measured, parts, evidence = _protocol(results), [], [], []
     for kind, higher, lower in (("plain", deep, shallow), ("residual", shallow, deep)):
@@ -264,7 +263,7 @@ def _judge_gain(results: rp.Results) -> rp.Verdict:
         parts.append("inconclusive")
         evidence.append(f"not there: {', '.join(missing)} layers")
     if results.options.weights:
-        falling = all(errors[deep] < errors[shallow] for shallow, deep in itertools.pairwise(depths))
+        falling = all(fmean(errors[deep]) < fmean(errors[shallow]) for shallow, deep in itertools.pairwise(depths))
         evidence.append(
             f"the order is {'the paper’s' if falling else 'not the paper’s'}; the order only is to be compared, since "
             "published weights come from another recipe"

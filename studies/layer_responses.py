@@ -35,6 +35,7 @@ import copy
 import itertools
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,10 +129,12 @@ def _networks(results: rp.Results, data: rp.Data):
     """Labels and trained networks: those of the runs, or those that `--weights` names."""
     for row, run in zip(results.table.itertuples(), results.runs, strict=True):
         yield {"kind": row.kind, "depth": row.depth, "seed": row.seed}, run.network
+    of_a_kind: Counter[tuple[str, int]] = Counter()  # files of one network are told apart as seeds are
     for path in results.options.weights:
         network = _published(path, data)
         kind = "plain" if network.spec.family.endswith("plain") else "residual"
-        yield {"kind": kind, "depth": network.depth, "seed": 0}, network
+        yield {"kind": kind, "depth": network.depth, "seed": of_a_kind[kind, network.depth]}, network
+        of_a_kind[kind, network.depth] += 1
 
 
 def _published(path: str, data: rp.Data) -> rp.Network:

@@ -64,7 +64,7 @@ def test_a_152_layer_network_above_vgg_refutes_the_table(results):
 
 @pytest.mark.usefixtures("clean_registries")
 def test_free_projections_would_refute_the_doubling(results, monkeypatch):
-    monkeypatch.setitem(rp.SHORTCUTS._things, "C", rp.SHORTCUTS["A"])
+    monkeypatch.setitem(rp.SHORTCUTS._things, "C", rp.SHORTCUTS._things["A"])
     assert verdicts(results)["C12"] == "fails"
 
 

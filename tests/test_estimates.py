@@ -116,7 +116,7 @@ def test_a_survey_tells_found_begun_and_missing(tmp_path):
     folder = store.folder(asked[1].config)
     folder.mkdir()
     (folder / "checkpoint.pt").touch()
-    (folder / "history.csv").write_text("iteration,train_error\n2,50.0\n4,40.0\n")
+    (folder / "history.unfinished.csv").write_text("iteration,train_error\n2,50.0\n4,40.0\n")
     assert store.iterations_done(asked[1].config) == 4
     found = survey(asked, store, device=CPU, concurrency=1)
     assert [each.config.network.depth for each in found.missing] == [20, 14]

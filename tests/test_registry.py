@@ -139,6 +139,8 @@ def test_fingerprint_of_a_strangers_thing_is_its_files_digest(fruits, strange, t
     before = fruits.fingerprint("cherry")
     assert before == hashlib.sha256(file.read_bytes()).hexdigest()
     file.write_text(file.read_text() + "\n# edited\n")
+    assert fruits.fingerprint("cherry") == before, "what is loaded is what it was"
+    fruits.register("cherry")(importlib.reload(strange).cherry)
     assert fruits.fingerprint("cherry") == hashlib.sha256(file.read_bytes()).hexdigest() != before
 
 

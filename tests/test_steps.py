@@ -243,7 +243,8 @@ def test_a_warm_up_leaves_nothing_behind():
     net = tiny.network().train()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     first, *others = net.parameters()
-    optimizer.state[first]["momentum_buffer"] = torch.full_like(first, 3.0)
+    for parameter in net.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, 3.0 if parameter is first else 0.0)
     places = {name: value.data_ptr() for name, value in net.state_dict().items()}
     before = {name: value.clone() for name, value in net.state_dict().items()}
     with steps._undone(net, optimizer):

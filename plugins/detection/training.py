@@ -42,8 +42,8 @@ from plugins.detection.spec import DetectorSpec
 from resprobe.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, write_atomically
 from resprobe.data.images import generator
 from resprobe.devices import resolve_device, synchronize
+from resprobe.digests import network_digest
 from resprobe.environment import environment
-from resprobe.registry import source_digest
 from resprobe.runs import check_seed
 
 FORMAT = 1
@@ -145,7 +145,8 @@ def begin(
         model = faster_rcnn(network, len(data.classes) + 1, **options).cpu()
     spec = getattr(network, "spec", None)
     name = spec.name if spec is not None else type(network).__name__
-    return DetectorConfig(name, model.spec, data.name, data.identity, recipe, seed, _start(model, spec)), model
+    start = network_digest(model, f"{spec} {model.transform.image_mean} {model.transform.image_std}")
+    return DetectorConfig(name, model.spec, data.name, data.identity, recipe, seed, start), model
 
 
 def timed(model: Detector, data: DetectionData, recipe: DetectionRecipe, device: torch.device) -> float:
@@ -181,21 +182,6 @@ def _placed(
 ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     on_device = [{name: value.to(device) for name, value in target.items()} for target in targets]
     return [image.to(device) for image in images], on_device
-
-
-def _start(model: Detector, spec: object) -> str:
-    """Digest of the first weights, which of them train, how images are normalized, and the source of all modules that
-    are neither torch's nor ours."""
-    digest = hashlib.sha256(f"{spec} {model.transform.image_mean} {model.transform.image_std}".encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    digest.update(bytes(parameter.requires_grad for parameter in model.parameters()))
-    for kind in sorted(
-        {type(module) for module in model.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__)
-    ):
-        if kind.__module__.split(".")[0] not in ("torch", "torchvision"):
-            digest.update((source_digest(kind) or kind.__qualname__).encode())
-    return digest.hexdigest()[:16]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from resprobe.data.folder import folder_identity, open_folder
 from resprobe.data.images import Data, ImageSet
 from resprobe.errors import UsageError, short
-from resprobe.registry import Registry, source_digest
+from resprobe.registry import Registry
 
 DATASETS: Registry[Callable[[str | None], Data]] = Registry("data")
 
@@ -47,7 +47,7 @@ def load_data(data: str | Data) -> Data:
     loaded = load(path)
     if not isinstance(loaded, Data):
         raise UsageError(f"data (={name!r}): its function must give a resprobe.Data, not {short(loaded)}")
-    if source_digest(load) is None:  # ours say themselves what they are, wherever they are read from
+    if DATASETS.fingerprint(name) is None:  # ours say themselves what they are, wherever they are read from
         return loaded
     identity = getattr(load, "identity", None)
     if identity is not None:

@@ -152,6 +152,8 @@ class Data:
         if fraction == 0:
             return self
         held = round(len(self.train) * fraction)
+        if not 0 < held < len(self.train):
+            raise UsageError(f"validation_fraction (={fraction}) holds out {held} of {len(self.train)} images")
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(45_000))
         kept, held_out = order[held:].sort().values, order[:held].sort().values
         return replace(self, train=self.train.select(kept), validation=self.train.select(held_out))

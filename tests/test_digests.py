@@ -1,0 +1,233 @@
+"""What a run is found by: another network, another source or another probe is another run."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import resprobe as rp
+from resprobe.digests import in_words, network_digest, settings, source_digest
+from resprobe.runs import configure
+
+ROOT = Path(__file__).parent.parent
+
+
+def made(*changed: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 10)]
+    for index, part in enumerate(changed):
+        parts[index] = part or parts[index]
+    return nn.Sequential(*parts)
+
+
+class Mine(nn.Module):
+    def __init__(self, act=F.relu, power=1, table=(1, 2)):
+        super().__init__()
+        self.act, self.power, self.table = act, power, list(table)
+        self.register_buffer("kept", torch.zeros(2), persistent=False)
+
+
+def strided() -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(1, 4, 3, padding=1)
+
+
+def test_networks_that_compute_otherwise_differ():
+    without = rp.build("cifar/resnet-8", width=4)
+    without.stage1[0].shortcut = None
+    frozen_part, buffered = made(), Mine()
+    frozen_part[2].eval()
+    buffered.kept += 1
+    others = [
+        made(),
+        made(None, nn.Tanh()),
+        made(None, nn.LeakyReLU(0.2)),
+        made(None, None, nn.Dropout(0.1)),
+        made(strided()),
+        made().requires_grad_(False),
+        frozen_part,
+        Mine(),
+        Mine(act=F.elu),
+        Mine(act=functools.partial(F.elu, alpha=2.0)),
+        Mine(power=2),
+        Mine(table=(1, 3)),
+        buffered,
+        without,
+    ]
+    found = [network_digest(network) for network in others]
+    assert len(set(found)) == len(found)
+
+
+def test_copies_and_modes_of_the_whole_are_the_same():
+    for network in (made(), Mine(), rp.build("cifar/resnet-8", width=4)):
+        found = network_digest(network)
+        assert network_digest(copy.deepcopy(network)) == found
+        assert network_digest(network.eval()) == found
+        assert network_digest(network, "more") != found
+
+
+def test_digests_are_the_same_in_every_process():
+    code = "import test_digests as t; print(t.network_digest(t.made()), t.network_digest(t.Mine()))"
+    command = [sys.executable, "-c", code]
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": "7"}
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert said.split() == [network_digest(made()), network_digest(Mine())]
+
+
+def test_what_cannot_be_told_in_words_is_left_out():
+    class Thing:
+        def __init__(self):
+            self.number, self.thing, self._private, self.training = 3, object(), 1, True
+
+    assert settings(Thing()) == {"number": "3"}
+    assert in_words({"a": {1, 2}, "b": [None, torch.ones(2)]}) == in_words({"a": {2, 1}, "b": (None, torch.ones(2))})
+    assert in_words(torch.ones(2)) != in_words(torch.zeros(2))
+
+
+def test_the_files_beside_a_plugin_that_it_imports_are_part_of_it(tmp_path, monkeypatch):
+    for name, text in (("helper_a", "X = 1"), ("helper_b", "from helper_a import X"), ("unused_c", "")):
+        (tmp_path / f"{name}.py").write_text(f"{text}\ndef of_{name}(): pass\n")
+    (tmp_path / "own_d.py").write_text("from helper_b import of_helper_b\ndef mine(): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def found():
+        for name in ("helper_a", "helper_b", "own_d"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        return source_digest(importlib.import_module("own_d").mine)
+
+    (tmp_path / "helper_b.py").write_text("import helper_a\ndef of_helper_b(): pass\n")
+    before = found()
+    (tmp_path / "unused_c.py").write_text("# edited")
+    assert found() == before
+    for name in ("own_d", "helper_b", "helper_a"):
+        file = tmp_path / f"{name}.py"
+        file.write_text(file.read_text() + "# edited\n")
+        assert found() != before, name
+        before = found()
+
+
+RECIPE = rp.recipes.digits_quick(iterations=4)
+
+
+def test_another_network_with_the_same_weights_is_another_run(tmp_path):
+    runs = [
+        rp.train(made(None, act), "digits", RECIPE, runs=tmp_path, device="cpu", progress=False)
+        for act in (nn.ReLU(), nn.Sigmoid(), nn.ReLU())
+    ]
+    assert runs[0].path == runs[2].path != runs[1].path
+
+
+NORM = """
+import torch, resprobe as rp
+@rp.register_normalization("mine")
+def norm(channels):
+    return torch.nn.GroupNorm({groups}, channels)
+@rp.register_initialization("small")
+def small(weight):
+    return weight.normal_(0, {std})
+"""
+
+
+def test_the_sources_of_normalizations_and_initializations_count(tmp_path, clean_registries):
+    keys = []
+    for number, (groups, std) in enumerate(((1, 0.1), (2, 0.1), (2, 0.2))):
+        file = tmp_path / f"norm{number}" / "norm.py"
+        file.parent.mkdir()
+        file.write_text(NORM.format(groups=groups, std=std))
+        for registry in (rp.NORMALIZATIONS, rp.INITIALIZATIONS):
+            registry._things.pop("mine", None)
+            registry._things.pop("small", None)
+        rp.load_plugin(str(file))
+        for options in ({"norm": "mine"}, {"init": "small"}, {}):
+            keys.append(configure("cifar/resnet-8", "digits", RECIPE, **options).key)
+    assert len(set(keys)) == 7
+
+
+class Counting(rp.Probe):
+    """Counts the iterations at which it measures, times a factor."""
+
+    name = "counting"
+
+    def __init__(self, factor=1, schedule=None):
+        super().__init__()
+        self.factor, self.seen = factor, 0
+        if schedule is not None:
+            self.schedule = schedule
+
+    def after_backward(self, network, iteration):
+        self.seen += 1
+
+    def table(self):
+        import pandas
+
+        return pandas.DataFrame({"count": [self.factor * self.seen]})
+
+    def state(self):
+        return self.seen
+
+    def load_state(self, state):
+        self.seen = state
+
+
+def counted(folder, *given, **named) -> int:
+    probe = Counting(*given, **named)
+    run = rp.train("cifar/resnet-8", "digits", RECIPE, runs=folder, probes=[probe], device="cpu", progress=False)
+    return run.tables["counting"]["count"].item()
+
+
+def test_a_probe_with_other_settings_measures_anew(tmp_path):
+    assert counted(tmp_path) == 4
+    assert counted(tmp_path, 2) == 8
+    assert counted(tmp_path, schedule=rp.probes.every(2)) == 2
+    assert counted(tmp_path, schedule=rp.probes.at([0, 1, 3])) == 3
+    assert counted(tmp_path, schedule=rp.probes.at([0])) == 1
+
+
+def test_a_probe_that_is_made_again_finds_its_table(tmp_path, monkeypatch):
+    assert counted(tmp_path, 3, schedule=rp.probes.at([1, 0])) == 6
+    monkeypatch.setattr("resprobe.runs._train_in_store", None)  # not called
+    assert counted(tmp_path, 3, schedule=rp.probes.at([0, 1])) == 6
+    with pytest.raises(TypeError):
+        counted(tmp_path, 4)
+
+
+def test_a_finished_run_keeps_its_history_while_it_is_trained_anew(tmp_path):
+    def train(**settings):
+        recipe = rp.recipes.digits_quick(iterations=8)
+        return rp.train("cifar/resnet-8", "digits", recipe, runs=tmp_path, device="cpu", **settings)
+
+    def stop(news):
+        if news.iteration == 3:
+            raise KeyboardInterrupt
+
+    whole = train(progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(probes=[Counting()], progress=stop)
+    found = train(progress=False)
+    assert found.history["iteration"].tolist() == whole.history["iteration"].tolist()
+    assert found.metrics == whole.metrics
+    (whole.path / "history.csv").write_text((whole.path / "history.csv").read_text().rpartition("\n8,")[0] + "\n")
+    with pytest.warns(UserWarning, match="is damaged .its history ends early.; the run is made again"):
+        assert len(train(progress=False).history) == len(whole.history)
+
+
+def test_what_is_handed_over_is_evaluated_as_it_was_trained(tmp_path):
+    import dataclasses
+
+    recipe = dataclasses.replace(RECIPE, normalization="channel-mean-std")
+    for _ in range(2):  # trained, then found
+        run = rp.train(made(), "digits", recipe, runs=tmp_path, device="cpu", precision="fp32", progress=False)
+        assert rp.evaluate(run.network, "digits", device="cpu").error == pytest.approx(run.metrics["test_error"])
+    mine = made()
+    mine.normalization = nn.Identity()  # a part of the network that is called so
+    rp.train(mine, "digits", recipe, device="cpu", progress=False)
+    assert isinstance(mine.normalization, nn.Identity)
