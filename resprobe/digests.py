@@ -62,7 +62,7 @@ def network_digest(network: nn.Module, *about: str) -> str:
     """
     digest = hashlib.sha256(repr(about).encode())
     for name, module in network.named_modules(remove_duplicate=False):
-        kind = in_words(type(module))
+        kind = as_text(type(module))
         missing = [part for part, held in module._modules.items() if held is None]
         # A network that is in evaluation mode as a whole is trained all the same; a part that is, is frozen.
         frozen = network.training and not module.training
@@ -74,11 +74,11 @@ def network_digest(network: nn.Module, *about: str) -> str:
 
 def settings(thing: object) -> dict[str, str]:
     """The attributes of an object that can be told in words, as text; private ones, and a module's mode, are left out."""
-    found = {name: in_words(value) for name, value in sorted(vars(thing).items()) if not name.startswith("_")}
+    found = {name: as_text(value) for name, value in sorted(vars(thing).items()) if not name.startswith("_")}
     return {name: text for name, text in found.items() if text is not None and name != "training"}
 
 
-def in_words(value: Any) -> str | None:
+def as_text(value: Any) -> str | None:
     """A value as text that is the same in every process; None for what has no such text."""
     from torch import Tensor, dtype
 
@@ -89,11 +89,11 @@ def in_words(value: Any) -> str | None:
     if isinstance(value, Mapping):
         value = [each for pair in value.items() for each in pair]
     if isinstance(value, set | frozenset):
-        return str(sorted(str(in_words(each)) for each in value))
+        return str(sorted(str(as_text(each)) for each in value))
     if isinstance(value, list | tuple):
-        return str([in_words(each) for each in value])
+        return str([as_text(each) for each in value])
     if isinstance(value, partial):
-        return f"{in_words(value.func)} {in_words(value.args)} {in_words(value.keywords)}"
+        return f"{as_text(value.func)} {as_text(value.args)} {as_text(value.keywords)}"
     if inspect.isroutine(value) or inspect.isclass(value):
         known = origin(value).split(".")[0] in ("torch", "torchvision", "resprobe")
         # A stranger's file is what is in it, whatever it is called.

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from resprobe.blocks import Block
-from resprobe.digests import in_words
+from resprobe.digests import as_text
 from resprobe.errors import UsageError, check_whole, short
 from resprobe.registry import Registry
 
@@ -155,7 +155,7 @@ class Probe:
 
     def __new__(cls, *given: Any, **named: Any) -> Self:
         made = super().__new__(cls)
-        made._made_with = str(in_words((given, named)))
+        made._made_with = str(as_text((given, named)))
         return made
 
     def __init__(self) -> None:
@@ -163,7 +163,7 @@ class Probe:
 
     def identity(self) -> str:
         """What decides the table: the class with its source, what it was made with, and its schedule, as a digest."""
-        told = (in_words(type(self)), self._made_with, in_words(self.schedule))
+        told = (as_text(type(self)), self._made_with, as_text(self.schedule))
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def hook(self, network: nn.Module) -> Iterable[RemovableHandle]:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -38,7 +38,7 @@ from resprobe.errors import TrainingDiverged, UsageError, check_whole, short
 from resprobe.initialization import INITIALIZATIONS
 from resprobe.networks import NETWORKS, NetworkSpec, Option, build, check_fit, resolve
 from resprobe.normalization import NORMALIZATIONS
-from resprobe.probes import Probe, make_probe
+from resprobe.probes import PROBES, Probe, make_probe
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.shortcuts import SHORTCUTS
 from resprobe.training import Progress, Training
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the meaning of a stored run changes, so that runs of another meaning are not found."""
-_METRICS = {"train_error", "train_loss", "test_error", "test_loss", "iterations", "seconds"}
 UNFINISHED = "history.unfinished.csv"
 """The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
 _CHECKPOINT_SECONDS = 30.0
@@ -66,6 +65,9 @@ class RunConfig:
     precision: str = "fp32"
     start: str | None = None
     """Digest of the modules and initial weights, for a network that was handed over built; None: initialized from `seed`."""
+
+    metrics: ClassVar = ("train_error", "train_loss", "test_error", "test_loss", "iterations", "seconds")
+    """What a result has at least."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -168,18 +170,22 @@ class RunStore:
         return self.root / config.folder_name
 
     def find(self, config: RunConfig, probes: Sequence[str | Probe] = ()) -> Run | None:
-        """The finished run, if it is there with the tables of these probes."""
+        """The finished run, if it is there with the tables of these probes: of probes, or of what names make. Of a name that
+        is not registered, the table that is there."""
         path = self.folder(config)
-        asked = {probe.name: probe.identity() for probe in map(make_probe, probes)}
+        asked: dict[str, str | None] = {}
+        for probe in probes:
+            made = None if isinstance(probe, str) and probe not in PROBES else make_probe(probe)
+            asked |= {made.name: made.identity()} if made else {probe: None}
         try:
             metrics = json.loads((path / "result.json").read_text())["metrics"]
             history = _read_table(path / "history.csv")
             tables = {name: _read_table(path / "probes" / f"{name}.csv") for name in asked}
-            if any(_made_by(path, name) not in (None, identity) for name, identity in asked.items()):
+            if any(identity and _made_by(path, name) not in (None, identity) for name, identity in asked.items()):
                 return None  # the table is that of a probe with other settings, or another source
-            if missing := sorted(_METRICS - set(metrics)):
-                raise KeyError(", ".join(missing))
-            if int(history["iteration"].max()) != metrics["iterations"]:
+            if missing := [name for name in config.metrics if name not in metrics]:
+                raise ValueError(f"{', '.join(missing)} not there")
+            if int(history["iteration"].max()) != config.recipe.iterations:
                 raise ValueError("its history ends early")
         except FileNotFoundError:
             return None

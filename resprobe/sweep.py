@@ -176,7 +176,7 @@ def survey(
         workers = min(wanted, len(ordered))
         # By all runs, not by those that are missing: the last digits of a run's figures depend on its threads, and must not
         # on what was there before.
-        threads = max(1, cores // min(wanted, len(asked)))
+        threads = max(1, cores // max(1, min(wanted, len(asked))))
     else:
         workers, threads, _ = cluster.share(len(ordered), concurrency)
     done = [store.iterations_done(job.config) for job in ordered]

@@ -574,7 +574,10 @@ def test_the_table_is_saved_with_the_run(tmp_path):
     given = ("cifar/resnet-8", digits(), recipe(iterations=4))
     options = {"runs": tmp_path, "device": CPU, "precision": "fp32", "progress": False}
     table = rp.train(*given, **options, probes=[Attribution(*batch(), schedule=at([2]))]).tables["attribution"]
-    found = rp.train(*given, **options, probes=["attribution"]).tables["attribution"]
+    watched = []
+    again = [Attribution(*batch(), schedule=at([2]))]
+    found = rp.train(*given, **options | {"progress": watched.append}, probes=again).tables["attribution"]
+    assert watched == [], "it is not trained again"
     pandas.testing.assert_frame_equal(found, table, check_exact=True)
 
 

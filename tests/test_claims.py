@@ -104,6 +104,32 @@ def test_figures_have_the_digits_that_their_size_asks_for(scale, unit, said):
     assert str(found).startswith(said)
 
 
+def test_values_come_in_any_order_of_things():
+    import numpy
+    import pandas
+
+    expected = rp.compare([3.0, 4.0, 5.0], [1.0, 2.0, 2.5])
+    assert rp.compare(numpy.array([3.0, 4.0, 5.0]), pandas.Series([1.0, 2.0, 2.5])) == expected
+    assert rp.compare(numpy.float32(2.0), (1.0, 1.5)) == rp.compare(2.0, [1.0, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("higher", "lower", "said"),
+    [
+        ([1, 2, float("nan")], [1, 2, 3], "compare needs finite numbers, one a seed, not [1, 2, nan]"),
+        ([1, 2], float("inf"), "compare needs finite numbers, one a seed, not inf"),
+        (["a"], [1.0], "compare needs finite numbers, one a seed, not ['a']"),
+        (None, [1.0], "compare needs finite numbers, one a seed, not None"),
+        (5.0, 4.0, "compare needs one value a seed on either side, or on one side a constant"),
+        ([], [1.0], "compare needs one value a seed on either side, or on one side a constant"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(higher, lower, said):
+    with pytest.raises(rp.UsageError) as error:
+        rp.compare(higher, lower)
+    assert str(error.value) == said
+
+
 def test_similar_means_that_a_larger_difference_is_excluded_both_ways():
     assert rp.compare([6.0, 6.1, 6.2], [6.0, 6.1, 6.2]).similar == "holds"
     assert rp.compare([9.0, 9.1, 9.2], [6.0, 6.1, 6.2]).similar == "fails"

@@ -217,6 +217,9 @@ class TestHoldOut:
     def test_nothing_held_out(self):
         data = rp.Data("d", "d", random_images(5), random_images(2), ("a",) * 5)
         assert data.hold_out(0) is data
+        for fraction in (0.5 / len(data.train), 1 - 0.4 / len(data.train)):
+            with pytest.raises(rp.UsageError, match=r"^validation_fraction \(=.*\) holds out \d+ of \d+ images$"):
+                data.hold_out(fraction)
 
     def test_images_keep_their_labels(self):
         whole = random_images(20)

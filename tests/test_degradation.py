@@ -209,6 +209,11 @@ def test_a_wider_study_trains_what_is_missing_alone(done):
     assert "12 runs: 8 finished already, 4 to train" in wider.stdout
     command = f"python -m studies.degradation {' '.join(SMALL)}"
     assert f"note: results/degradation holds the report of `{command}`, which this one replaces;" in wider.stderr
+    (folder / "results/degradation/measurements.csv").write_text("of another study")
+    run("--depths", "8", "14", "--seeds", "0", "1", "2", "--iterations", "20", cwd=folder)
+    assert not (folder / "results/degradation/measurements.csv").exists(), "it has none"
+    environment = json.loads((folder / "results/degradation/verdict.json").read_text())["environment"]
+    assert environment["threads"] == [1], "of the runs, not of the process that asked"
 
 
 STRANGER = """

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resprobe as rp
-from resprobe.digests import in_words, network_digest, settings, source_digest
+from resprobe.digests import as_text, network_digest, settings, source_digest
 from resprobe.runs import configure
 
 ROOT = Path(__file__).parent.parent
@@ -89,8 +89,8 @@ def test_what_cannot_be_told_in_words_is_left_out():
             self.number, self.thing, self._private, self.training = 3, object(), 1, True
 
     assert settings(Thing()) == {"number": "3"}
-    assert in_words({"a": {1, 2}, "b": [None, torch.ones(2)]}) == in_words({"a": {2, 1}, "b": (None, torch.ones(2))})
-    assert in_words(torch.ones(2)) != in_words(torch.zeros(2))
+    assert as_text({"a": {1, 2}, "b": [None, torch.ones(2)]}) == as_text({"a": {2, 1}, "b": (None, torch.ones(2))})
+    assert as_text(torch.ones(2)) != as_text(torch.zeros(2))
 
 
 def test_the_files_beside_a_plugin_that_it_imports_are_part_of_it(tmp_path, monkeypatch):

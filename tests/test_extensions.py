@@ -85,6 +85,14 @@ def test_folder_is_no_plugin(tmp_path):
     assert refusal(tmp_path) == f"plugin (={str(tmp_path)!r}) is not there: no file {tmp_path}"
 
 
+def test_a_folder_without_code_is_no_plugin_either(tmp_path, monkeypatch):
+    (tmp_path / "empty_folder_here").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refusal("empty_folder_here") == (
+        "plugin (='empty_folder_here') is a folder without code: name a file in it, or give it an __init__.py"
+    )
+
+
 def test_missing_module():
     assert refusal("no_such_module_here") == (
         "plugin (='no_such_module_here') does not import: ModuleNotFoundError: No module named 'no_such_module_here'"

@@ -244,6 +244,26 @@ def test_what_is_not_counted_is_listed():
     assert set(uncounted.layer) == {""}
 
 
+class InPlace(nn.Module):
+    def forward(self, x):
+        x = x.clone()
+        x.addmm_(x, x)
+        x[None].baddbmm_(x[None], x[None])
+        x[0].addmv_(x, x[1])
+        x.addbmm_(x[None], x[None])
+        whole = torch.zeros(32, 32, dtype=torch.int8)
+        torch._int_mm(whole, whole)
+        return x
+
+
+def test_products_in_place_and_of_whole_numbers_are_counted():
+    net = InPlace()
+    with rp.attach(net, "flops") as probe:
+        net(torch.ones(4, 4))
+    assert probe.table()["macs"].sum() == (3 * 4**3 + 4**2 + 32**3) / 4
+    assert not {"aten::addmm_", "aten::_int_mm"} & set(probe.uncounted().operator)
+
+
 def test_a_strangers_own_work_and_shared_weights():
     table = flops.count(Stranger(), (2, 8, 8)).set_index("layer")
     assert table.loc["twice", ["calls", "parameters", "macs", "activations"]].tolist() == [

@@ -170,6 +170,17 @@ def test_the_columns_of_our_networks():
     assert len(channels) == table.channels.sum()
 
 
+def test_channels_that_change_their_place_do_no_harm():
+    """ConvNeXt normalizes with the channels last."""
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+
+    net, image = ConvNeXt([CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 1)]).eval(), torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), rp.attach(net, LayerResponses()) as probe:
+        answer = net(image)
+        assert torch.equal(answer, net(image))
+    assert len(probe.table()) > 3
+
+
 def test_the_columns_of_torchvision_and_of_a_stranger():
     with rp.attach(net := torchvision.models.resnet18().eval(), LayerResponses()) as probe, torch.no_grad():
         net(images(1, 3, 32))

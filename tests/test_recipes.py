@@ -212,6 +212,11 @@ def test_recipes_are_frozen_and_hashable():
         ({"milestones": 5}, "milestones (=5) must be whole numbers ≥ 0, such as (32000, 48000)"),
         ({"milestones": (1.5,)}, "milestones (=(1.5,)) must be whole numbers ≥ 0, such as (32000, 48000)"),
         ({"scale": (480, 256)}, "scale (=(480, 256)) must rise"),
+        ({"scale": (256,)}, "scale (=(256,)) must be two numbers, such as "),
+        (
+            {"augmentation": "scale-crop", "crop": 64, "scale": (48, 80)},
+            "crop (=64) must not be larger than the smallest scale (=48)",
+        ),
         ({"flip": 1.5}, "flip (=1.5) must be ≥ 0 and ≤ 1"),
         ({"validation_fraction": 0.95}, "validation_fraction (=0.95) must be ≥ 0 and ≤ 0.9"),
         ({"momentum": -0.1}, "momentum (=-0.1) must be ≥ 0 and ≤ 1"),

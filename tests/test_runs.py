@@ -594,7 +594,9 @@ def test_divergence_names_the_run_and_keeps_the_last_good_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b'{"metrics": {"test_er', b"[]", b"3", b'{"other": 1}', b"\xff\xfe\x00"], ids=repr
+    "content",
+    [b"", b"{", b'{"metrics": {"test_er', b"[]", b"3", b'{"other": 1}', b'{"metrics": {}}', b"\xff\xfe\x00"],
+    ids=repr,
 )
 def test_a_damaged_result_is_said_and_made_again(tmp_path, whole, content):
     run = train(tmp_path)

@@ -122,16 +122,28 @@ def test_without_the_service_a_warning_says_why(settings, client, reason, contro
     assert not list(tmp_path.glob("mps-*")), "nothing is left behind"
 
 
-@pytest.mark.parametrize("where", ["cpu", "variable", "usual"])
-def test_nothing_is_started_where_it_is_not_needed(where, control, tmp_path, monkeypatch):
-    log = control()
-    if where == "variable":
-        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/somewhere")
+@pytest.mark.parametrize("where", ["variable", "usual"])
+@pytest.mark.parametrize("servers", ["4711", ""])
+def test_a_service_that_is_there_is_used_and_not_ended(where, servers, control, reached, tmp_path, monkeypatch):
+    log = control(servers=servers)
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/mps-of-others")
     if where == "usual":
         (tmp_path / "none").mkdir()
         (tmp_path / "none" / "control").touch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with sharing(CUDA) as variables:
+            assert variables == {}
+    # What is left of one that was killed is no service.
+    left = "processes take turns on the card, without NVIDIA's multi-process service: nvidia-cuda-mps-control starts no server"
+    assert [str(each.message) for each in said] == ([] if servers else [left])
+    assert log.read_text().splitlines() == [" in mps-, cards 3", "get_server_list"]
+
+
+def test_nothing_is_started_where_it_is_not_needed(control):
+    log = control()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with sharing(torch.device("cpu") if where == "cpu" else CUDA) as variables:
+        with sharing(torch.device("cpu")) as variables:
             assert variables == {}
     assert not log.exists()

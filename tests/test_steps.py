@@ -156,6 +156,15 @@ class Asking(nn.Module):
         return x * float(x.mean() < 1e9)
 
 
+def test_hooks_are_called_at_every_step(stand_in):
+    training, calls = tiny.training(step="graph"), []
+    training.network.fc.register_forward_hook(lambda *_: calls.append(training.iteration))
+    with pytest.warns(UserWarning, match="as it is written: hooks are attached to it, which a graph would not call"):
+        training.run()
+    assert len(set(calls)) == training.recipe.iterations
+    assert not stand_in
+
+
 def test_what_cannot_be_captured_runs_as_it_is_written(monkeypatch):
     def refuse(work, stream):
         raise RuntimeError("operation not permitted when\n stream is capturing")

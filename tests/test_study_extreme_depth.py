@@ -73,6 +73,14 @@ def test_a_training_too_short_for_the_shallower_network_refutes_nothing():
         assert "ResNet-110 is not trained either (4.60 ± 0.10 %): the training is too short" in found[part].evidence
 
 
+def test_nor_does_a_better_test_error_after_such_a_training():
+    for tested in ((7.0, 7.1, 6.9), (4.0, 4.1, 3.9)):  # alike, and far below
+        errors = {110: [(31.0, 7.1), (30.0, 7.0), (32.0, 6.9)], 1202: [(30.0, error) for error in tested]}
+        found = verdicts(errors)["C4b"]
+        assert found.verdict == "inconclusive"
+        assert "But ResNet-110 is not trained either" in found.evidence
+
+
 def test_a_higher_training_error_is_no_overfitting():
     degraded = verdicts(PAPER_LIKE | {1202: [(3.0, 9.9), (3.1, 9.8), (2.9, 10.0)]})["C4b"]
     assert degraded.verdict == "fails"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import resprobe as rp
+from studies import imagenet
 from studies.imagenet import Options, judge, plan, study
 
 ROOT = Path(__file__).parent.parent
@@ -108,6 +109,37 @@ def test_of_published_weights_the_order_is_said_and_no_more():
     assert "one seed has no spread to judge by" in second.evidence
     broken = errors | {("residual", "B", 101): [23.0]}
     assert "the order is not the paper’s" in judge(results(broken, weights=("a.pth",), trained=False))[1].evidence
+
+
+def test_of_several_weights_of_a_depth_the_means_are_ordered():
+    falling = results(
+        {("residual", "B", 34): [53.3, 33.3], ("residual", "B", 50): [35.0, 30.0]}, weights=("a", "b", "c", "d")
+    )
+    (found,) = [verdict for verdict in judge(falling) if verdict.claim.id == "C15"]
+    assert "the order is the paper’s" in found.evidence
+
+
+def test_weights_of_a_plain_network_are_not_called_residual(tmp_path):
+    recipe = replace(rp.recipes.digits_quick(iterations=1), batch_size=8)
+    runs = [
+        rp.train(
+            rp.resolve(f"imagenet/{family}-18", width=4, in_channels=1),
+            "digits-64",
+            recipe,
+            runs=tmp_path,
+            progress=False,
+        )
+        for family in ("plain", "resnet")
+    ]
+    options = replace(study.presets["quick"], weights=tuple(str(run.path) for run in runs))
+    of = rp.Results(options, pandas.DataFrame(), pandas.DataFrame(), [])
+    found = [labels["kind"] for labels, _ in imagenet._networks(of, rp.load_data("digits-64"))]
+    assert found == ["plain", "residual"]
+
+
+def test_another_folder_than_imagenet_is_not_the_papers_setting(generated):
+    for folder in (generated, "not/there"):
+        assert study.setting(study.parse(["--preset", "paper", "--data", f"folder:{folder}"])) == "custom"
 
 
 def test_the_papers_plan():

@@ -210,6 +210,11 @@ def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch):
     )
     gamma, beta = layer.weight.detach().numpy(), layer.bias.detach().numpy()
     assert closed["std"].item() == pytest.approx(float(numpy.sqrt((gamma**2).mean() + beta.var())), rel=1e-5)
+    # Several runs of one network are told apart, as seeds are.
+    assert study.main(["--weights", str(run), str(run), "--device", "cpu", "--out", "twice"]) == 0
+    twice = pandas.read_csv("twice/measurements.csv")
+    assert sorted(twice["seed"].unique()) == [0, 1]
+    assert "weights trained elsewhere" in (tmp_path / "twice" / "report.md").read_text()
     # The same network again, from its folder, without training.
     assert study.main(["--weights", str(run), "--device", "cpu", "--out", "again"]) == 0
     again = pandas.read_csv("again/measurements.csv").query("reading == 'test'")["std"].tolist()

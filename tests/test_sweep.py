@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,36 @@ def test_a_failed_run_leaves_no_network_in_memory(bad, tmp_path, monkeypatch):
     with pytest.raises(SweepFailed, match="1 of 2 runs failed: .* the loss is not"):
         run_all([bad, *jobs(8)], rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=1)
     assert left == [0] * len(left) and len(left) > 1
+
+
+def test_threads_do_not_depend_on_how_many_runs_are_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "_cores", lambda: 4)
+    asked, store = jobs(8, 14, seeds=(0, 1)), rp.RunStore(tmp_path)
+    assert survey(asked, store, device=CPU, concurrency=2).threads == 2
+    run_all(asked[1:], store, device=CPU, concurrency=1)
+    ahead = survey(asked, store, device=CPU, concurrency=2)
+    assert (ahead.workers, ahead.threads) == (1, 2)
+    assert survey(asked[:1], store, device=CPU, concurrency=2).threads == 4
+
+
+def test_a_run_that_is_asked_for_with_and_without_a_probe_is_trained_once(tmp_path, capsys):
+    (job,) = jobs(8)
+    both = [replace(job, probes=("gradient-norms",)), job]
+    first, second = run_all(both, rp.RunStore(tmp_path), device=CPU, concurrency=1)
+    assert first.path == second.path and "gradient-norms" in first.tables
+    assert capsys.readouterr().out.startswith("1 runs: 0 finished already, 1 to train\n")
+
+
+def test_a_plugin_that_is_edited_meanwhile_is_said(tmp_path, clean_registries):
+    """Processes load it anew, and would train something else under its name."""
+    plugin = tmp_path / "edited.py"
+    plugin.write_text(BLOCK.replace("explodes", "edited"))
+    rp.load_plugin(str(plugin))
+    recipe = rp.default_recipe(rp.load_data("digits"), 8)
+    asked = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4, block="edited")) for seed in (0, 1)]
+    plugin.write_text(plugin.read_text() + "# edited\n")
+    with pytest.raises(rp.UsageError, match="a plugin's file was edited since this was begun; begin it again"):
+        run_all(asked, rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=2, plugins=[str(plugin)])
 
 
 def test_what_fails_alike_is_said_once(tmp_path, monkeypatch):

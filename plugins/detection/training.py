@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas
 import torch
@@ -65,6 +65,8 @@ class DetectorConfig:
     recipe: DetectionRecipe
     seed: int
     start: str
+    metrics: ClassVar = ("mAP",)
+    """What a result has at least."""
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the numbers, as JSON. What network, data and recipe are called does not."""
