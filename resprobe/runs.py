@@ -321,6 +321,12 @@ def train(
             found = together.told(lambda: store.find(config, made)) or _train_in_store(
                 store, config, network, loaded, chosen_device, made, recompute, step, progress
             )
+    here = len(loaded.hold_out(config.recipe.validation_fraction).train)
+    if (there := found.metrics.get("train_images", here)) != here:
+        raise UsageError(
+            f"data of identity {loaded.identity!r} with {there} training images, not {here}, are those of {found.path}; give "
+            "yours an identity of its own: dataclasses.replace(data, identity=…)"
+        )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
         if found._network is None:
             assert found.path is not None

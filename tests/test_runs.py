@@ -609,6 +609,18 @@ def test_a_damaged_result_is_said_and_made_again(tmp_path, whole, content):
     assert RunStore(tmp_path).find(run.config).metrics == again.metrics
 
 
+def test_other_data_of_the_same_identity_are_refused(tmp_path):
+    data = digits()
+    common = {"recipe": recipe(iterations=2), "runs": tmp_path, "device": "cpu", "progress": False}
+    rp.train("cifar/resnet-8", data, **common)
+    fewer = replace(data, train=data.train.select(torch.arange(100)))
+    with pytest.raises(
+        UsageError, match=r"with 160 training images, not 100, are those of .*; give yours an identity of its"
+    ):
+        rp.train("cifar/resnet-8", fewer, **common)
+    assert rp.train("cifar/resnet-8", replace(fewer, identity="mine"), **common).metrics["train_images"] == 100
+
+
 def test_a_damaged_history_is_said_and_made_again(tmp_path, whole):
     run = train(tmp_path)
     (run.path / "history.csv").write_bytes(b"")
