@@ -208,7 +208,7 @@ def test_the_tables_columns():
     assert tuple(table.columns) == COLUMNS
     rows = table.set_index("layer")
     assert rows.loc["stage2.0.shortcut.0"].to_dict() == {
-        "type": "Conv2d",
+        "type": "Subsampling1x1",
         "stage": 2,
         "block": "stage2.0",
         "position": 11,

@@ -212,7 +212,7 @@ def test_recipes_are_frozen_and_hashable():
         ({"milestones": 5}, "milestones (=5) must be whole numbers ≥ 0, such as (32000, 48000)"),
         ({"milestones": (1.5,)}, "milestones (=(1.5,)) must be whole numbers ≥ 0, such as (32000, 48000)"),
         ({"scale": (480, 256)}, "scale (=(480, 256)) must rise"),
-        ({"scale": (256,)}, "scale (=(256,)) must be two numbers, such as "),
+        ({"scale": (256,)}, "scale (=(256,)) must be two numbers, such as (256, 480)"),
         (
             {"augmentation": "scale-crop", "crop": 64, "scale": (48, 80)},
             "crop (=64) must not be larger than the smallest scale (=48)",

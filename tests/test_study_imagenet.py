@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 import resprobe as rp
+from resprobe.networks import resolve
+from resprobe.report import _how_sure
 from studies import imagenet
 from studies.imagenet import Options, judge, plan, study
 
@@ -123,7 +125,7 @@ def test_weights_of_a_plain_network_are_not_called_residual(tmp_path):
     recipe = replace(rp.recipes.digits_quick(iterations=1), batch_size=8)
     runs = [
         rp.train(
-            rp.resolve(f"imagenet/{family}-18", width=4, in_channels=1),
+            resolve(f"imagenet/{family}-18", width=4, in_channels=1),
             "digits-64",
             recipe,
             runs=tmp_path,
@@ -135,6 +137,7 @@ def test_weights_of_a_plain_network_are_not_called_residual(tmp_path):
     of = rp.Results(options, pandas.DataFrame(), pandas.DataFrame(), [])
     found = [labels["kind"] for labels, _ in imagenet._networks(of, rp.load_data("digits-64"))]
     assert found == ["plain", "residual"]
+    assert _how_sure(of).startswith("weights trained elsewhere, as many a network as were given")
 
 
 def test_another_folder_than_imagenet_is_not_the_papers_setting(generated):
