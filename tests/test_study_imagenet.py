@@ -125,7 +125,7 @@ def test_weights_of_a_plain_network_are_not_called_residual(tmp_path):
     recipe = replace(rp.recipes.digits_quick(iterations=1), batch_size=8)
     runs = [
         rp.train(
-            resolve(f"imagenet/{family}-18", width=4, in_channels=1),
+            resolve(f"imagenet/{family}-18", width=4, in_channels=1, num_classes=10),
             "digits-64",
             recipe,
             runs=tmp_path,
