@@ -14,6 +14,7 @@ import seaborn
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
@@ -142,26 +143,35 @@ def _error_ticks(axis: Axes) -> None:
 def label_ends(axis: Axes, ends: Sequence[tuple[float, str, Colour]]) -> None:
     """Writes each line's name at its right end. Where lines end close together names are moved apart, and a thin line
     leads from each to its own. `ends`: where the line ends on the y axis, name, colour."""
-    low, high = axis.get_ylim()
-    gap = 0.065 * (high - low)
     ordered = sorted(ends, key=lambda end: end[0])
-    shown = [min(max(y, low), high) for y, _, _ in ordered]
     edge = axis.get_yaxis_transform()  # x as a fraction of the axis, y in data
     beside = edge + ScaledTranslation(14 / 72, 0, axis.get_figure().dpi_scale_trans)
-    for place, y, (_, text, colour) in zip(_apart(shown, gap, low, high), shown, ordered, strict=True):
-        leader = {"arrowstyle": "-", "color": colour, "lw": 0.9, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1}
-        axis.annotate(
-            text,
-            (1, y),
-            xycoords=edge,
-            xytext=(1, place),
-            textcoords=beside,
-            va="center",
-            color=_text(colour),
-            fontsize=10,
-            fontweight="bold",
-            arrowprops=leader if abs(place - y) > 0.1 * gap else None,
-        )
+    written: list[Annotation] = []
+
+    def write(axis: Axes) -> None:
+        while written:
+            written.pop().remove()
+        low, high = axis.get_ylim()
+        gap = 0.065 * (high - low)
+        shown = [min(max(y, low), high) for y, _, _ in ordered]
+        for place, y, (_, text, colour) in zip(_apart(shown, gap, low, high), shown, ordered, strict=True):
+            leader = {"arrowstyle": "-", "color": colour, "lw": 0.9, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1}
+            name = axis.annotate(
+                text,
+                (1, y),
+                xycoords=edge,
+                xytext=(1, place),
+                textcoords=beside,
+                va="center",
+                color=_text(colour),
+                fontsize=10,
+                fontweight="bold",
+                arrowprops=leader if abs(place - y) > 0.1 * gap else None,
+            )
+            written.append(name)
+
+    write(axis)
+    axis.callbacks.connect("ylim_changed", write)  # by another panel of the same scale, perhaps
 
 
 def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -206,3 +206,19 @@ def test_all_of_a_dark_figure_can_be_seen(drawn):
     faint = {colour for colour in written if contrast(colour, DARK_PAGE) < LINE_CONTRAST}
     # The grid, and the white of hatches, are to recede.
     assert faint == {figures._on_dark("#e5e5e5"), figures._on_dark("#ffffff")}
+
+
+def test_names_stay_apart_where_a_later_panel_has_larger_errors():
+    rows = [
+        {"kind": kind, "depth": depth, "seed": 0, "train_error": 0.0, "test_error": 40.0}
+        for kind in ("plain", "residual")
+        for depth in (20, 56)
+    ]
+    _, panels = figures.new_figure(2)
+    for axis, column in zip(panels, ("train_error", "test_error"), strict=True):
+        figures.error_against_depth(axis, pandas.DataFrame(rows), column)
+    low, high = panels[0].get_ylim()
+    assert high > 40
+    for axis in panels:
+        lower, upper = sorted(text.xyann[1] for text in axis.texts)
+        assert upper - lower >= 0.064 * (high - low)
