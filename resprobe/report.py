@@ -78,11 +78,11 @@ def write_report(
     # Where nothing was trained, what was measured is the result.
     tables = {"results": results.table if len(results.table) else results.measurements}
     tables["measurements"] = results.measurements
-    for left in ("results.csv", "measurements.csv"):  # another study's, whose report this one replaces
-        (out / left).unlink(missing_ok=True)
     for name, content in tables.items():
         if content is not None and len(content):
             write_atomically(out / f"{name}.csv", content.to_csv(index=False).encode())
+        else:  # another study's may be there, whose report this one replaces
+            (out / f"{name}.csv").unlink(missing_ok=True)
     page = {
         "study": study,
         "record": record,

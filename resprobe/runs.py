@@ -321,8 +321,9 @@ def train(
             found = together.told(lambda: store.find(config, made)) or _train_in_store(
                 store, config, network, loaded, chosen_device, made, recompute, step, progress
             )
-    here = len(loaded.hold_out(config.recipe.validation_fraction).train)
-    if (there := found.metrics.get("train_images", here)) != here:
+    here = len(loaded.train)
+    there = found.metrics.get("train_images", here) + found.metrics.get("validation_images", 0)
+    if there != here:
         raise UsageError(
             f"data of identity {loaded.identity!r} with {there} training images, not {here}, are those of {found.path}; give "
             "yours an identity of its own: dataclasses.replace(data, identity=…)"
@@ -354,9 +355,8 @@ def _train_in_store(
     training = _prepare(config, network, data, device, probes, recompute, step)
     kept = together.told(lambda: load_checkpoint(checkpoint))
     if kept is not None:
-        asked = {probe.name: probe.identity() for probe in probes}
-        known = kept.get("identities", {name: asked.get(name) for name in kept["probes"]})
-        if asked.items() <= known.items():
+        known = kept.get("identities", {name: training.identities.get(name) for name in kept["probes"]})
+        if training.identities.items() <= known.items():
             training.load_state(kept)
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
@@ -399,9 +399,9 @@ def _train_in_store(
         _write_network(training, running, path)
         _write_history(path / "history.csv", training)
         write_environment()  # again: a step that could not be captured ran in another way than it was to
-        for probe in training.probes:
-            _write_table(path / "probes" / f"{probe.name}.csv", run.tables[probe.name])
-            _write_json(path / "probes" / f"{probe.name}.json", {"identity": probe.identity()})
+        for name, table in run.tables.items():
+            _write_table(path / "probes" / f"{name}.csv", table)
+            _write_json(path / "probes" / f"{name}.json", {"identity": training.identities[name]})
         # Last, since its presence says that all the rest is there.
         _write_json(path / "result.json", {"metrics": run.metrics})
         remove_checkpoints(checkpoint)

@@ -46,9 +46,8 @@ def sharing(device: torch.device) -> Iterator[Mapping[str, str]]:
     if device.type != "cuda":
         yield {}
         return
-    if (
-        _PIPES in os.environ or Path(_USUAL_PIPES, "control").exists()
-    ):  # which may be what is left of one that was killed
+    if _PIPES in os.environ or Path(_USUAL_PIPES, "control").exists():
+        # These may be what is left of one that was killed.
         if reason := _no_use(device, {}):
             _warn(reason)
         yield {}

@@ -245,13 +245,13 @@ class Study:
         preset = self.presets[options.preset]
         for option in dataclasses.fields(options):
             ours, its = getattr(options, option.name), getattr(preset, option.name)
-            if option.name == "data":  # where a copy lies is no matter; but what is in a folder is
-                if ours.partition(":")[0] == "folder" and not _is_imagenet(ours):
-                    return "custom"
+            if option.name == "data":  # where a copy lies is no matter
                 ours, its = ours.partition(":")[0], its.partition(":")[0]
             if option.name not in _NOT_THE_SETTING and ours != its:
                 return "custom"
-        return options.preset
+        # But a folder may hold anything.
+        folder = options.data.partition(":")[0] == "folder"
+        return "custom" if folder and not _is_imagenet(options.data) else options.preset
 
 
 def _is_imagenet(data: str) -> bool:

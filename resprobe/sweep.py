@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -186,8 +186,9 @@ def survey(
         seconds = tuple(_seconds(ordered, done, device, threads))
     except Exception as error:  # whatever is wrong with a network, its training says it better
         reason = " ".join(str(error).split()) or type(error).__name__
-    if device.type == "cuda" and usable(device):
-        torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # of a card that a step has left unable
+            torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
     name = device_name(device) if cluster is None else cluster.name
     one_card = cluster is None and device.type != "cpu"
@@ -237,9 +238,9 @@ def run_all(
     failures: list[str] = []  # texts: an error itself would keep its run in memory, and on a GPU that of all others
     with Board(ahead) as board:
         ordered, workers = ahead.missing, ahead.workers
-        if cluster is not None and ordered:
+        if ordered and cluster is not None:
             cluster.train(ordered, store, concurrency, plugins, board, failures)
-        else:
+        elif ordered:
             here = workers <= 1 and usable(device)  # the survey may have left it unable
             left = _train_here(ordered, store, device, ahead.threads, board, failures) if here else ordered
             if left and together.size == 1:

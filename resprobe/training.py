@@ -78,6 +78,8 @@ class Training:
                 "plain networks will train several times slower; import resprobe first"
             )
         self.recipe, self.seed, self.device, self.precision, self.probes = recipe, seed, device, precision, list(probes)
+        # Once, and of what runs: a source may be edited meanwhile.
+        self.identities = {probe.name: probe.identity() for probe in probes}
         self.recompute = recompute
         self.data = data.hold_out(recipe.validation_fraction).cropped(recipe.crop)
         sample = self.data.train.sample(_FIT_IMAGES)
@@ -125,7 +127,7 @@ class Training:
             "network": self.network.state_dict(),
             "optimizer": self._optimizer_state(),
             "probes": {probe.name: probe.state() for probe in self.probes},
-            "identities": {probe.name: probe.identity() for probe in self.probes},
+            "identities": self.identities,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -169,9 +171,8 @@ class Training:
         recipe, started, before = self.recipe, time.perf_counter(), self.seconds
         log_points, test_points = _log_points(recipe), _test_points(recipe)
         loss_sum, wrong_sum, since = self._zeros(), self._zeros(), self.iteration
-        if (
-            not self.network.training
-        ):  # else a part that is in evaluation mode, as frozen batch normalization, stays there
+        # A part alone that is in evaluation mode, as frozen batch normalization is, stays there.
+        if not self.network.training:
             self.network.train()
         with _random_numbers(self):
             for drawn in self.batches.drawn(self.iteration):
@@ -511,7 +512,7 @@ def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Any]:
 def _plain(of_numpy: tuple) -> tuple:
     """numpy's state as plain data, which a checkpoint may hold."""
     kind, keys, *rest = of_numpy
-    return kind, [int(key) for key in keys], *rest
+    return kind, keys.tolist(), *rest
 
 
 @contextmanager
