@@ -9,7 +9,7 @@ ARGS ?=
 demo: $(VENV)/.installed  ## the degradation study on embedded digits
 	$(BIN)/python -m studies.degradation $(ARGS)
 
-test: $(VENV)/.installed-dev lint  ## all that needs no GPU; on a machine with one, make test ARGS="-m gpu" is the rest
+test: $(VENV)/.installed-dev lint  ## on a machine with a GPU, make test ARGS="-m gpu" is the rest
 	$(BIN)/python -m pytest $(ARGS)
 
 docs: $(VENV)/.installed-dev  ## the pages of docs/ with their notebooks, into docs/_build/html

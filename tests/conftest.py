@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import card
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -37,11 +39,26 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_report_header() -> str:
+    there = torch.cuda.is_available()
+    return f"card: {torch.cuda.get_device_name() if there else 'a stand-in, for the tests marked gpu (tests/card.py)'}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and -m gpu"))
+            if (gpu := item.get_closest_marker("gpu")) and gpu.kwargs.get("real"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device itself, and -m gpu"))
+
+
+@pytest.fixture(autouse=True)
+def _card(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Before any other fixture, which may put something on it."""
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        with card.stand_in():
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(scope="session")

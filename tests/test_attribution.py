@@ -700,3 +700,17 @@ def test_pictures_of_images_as_they_are_to_be_seen():
     with pytest.raises(rp.UsageError) as caught:
         pictures(net, images, shown=images[:1], steps=2)
     assert str(caught.value) == "shown has 1 images, but 2 are explained"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", attribution.METHODS)
+def test_on_cuda_it_is_the_same(method):
+    tables = []
+    for device in ("cpu", "cuda"):
+        net = settled(network()).to(device)
+        images, labels = (each.to(device) for each in batch())
+        with attach(net, Attribution(method=method, steps=4)) as probe:
+            probe.explain(images, labels)
+        tables.append(probe.table())
+    here, there = tables
+    pandas.testing.assert_frame_equal(there, here, rtol=1e-3, atol=1e-5)

@@ -408,3 +408,14 @@ def test_the_list_of_studies_shows_claims_and_last_verdicts(done):
     assert "python -m studies.degradation" in listed
     for claim in record["claims"]:
         assert f"{claim['id']}   {claim['verdict']} (custom)" in listed
+
+
+@pytest.mark.gpu
+def test_on_a_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--depths", "8", "--seeds", "0", "--iterations", "4", "--device", "cuda"]
+    assert study.main(arguments) == 0
+    first = capsys.readouterr().out
+    assert "2 to train" in first and (tmp_path / "results/degradation/report.html").is_file()
+    assert study.main(arguments) == 0
+    assert "2 finished already" in capsys.readouterr().out

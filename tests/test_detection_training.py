@@ -237,3 +237,12 @@ def test_blood_cells_are_trained_on(shared_data):
         cells.classes
     )
     assert run.history["loss"].iloc[1:].notna().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"bn": "frozen", "context": True}], ids=str)
+def test_on_cuda_a_detector_is_trained_as_on_the_cpu(data, options):
+    """But for the boxes to learn from, which are drawn there by other numbers."""
+    here, there = (train(data, replace(RECIPE, iterations=2), device=device, **options) for device in ("cpu", "cuda"))
+    assert there.history["loss"].iloc[-1] == pytest.approx(here.history["loss"].iloc[-1], rel=0.1)
+    assert not any(parameter.is_cuda for parameter in there.model.parameters())

@@ -598,3 +598,16 @@ def test_a_network_that_was_evaluated_on_cuda_is_where_it_was():
     assert found.loss == pytest.approx(on(net, data).loss, rel=1e-3)
     with torch.no_grad():
         assert torch.equal(net.eval()(PLAIN(data.test.images[:2])), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("protocol", ["single-view", "ten-crop", "multi-scale"])
+def test_files_are_evaluated_on_cuda_as_on_the_cpu(protocol, tmp_path):
+    Image.effect_noise((30, 40), 90).convert("RGB").save(tmp_path / "a.png")
+    files = FolderSet((tmp_path / "a.png",) * 3, torch.tensor([0, 1, 2])).cropped(28)
+    net = network(in_channels=3)
+    here, there = (
+        evaluate(net, files, protocol, normalization=COLOUR, device=device, precision="fp32")
+        for device in ("cpu", "cuda")
+    )
+    assert (there.images, there.loss) == (3, pytest.approx(here.loss, rel=1e-3))

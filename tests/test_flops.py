@@ -699,3 +699,14 @@ def test_scripted_parts_count_as_their_callers_work():
 
 def test_it_is_found_by_its_name():
     assert isinstance(rp.probes.make_probe("flops"), Flops)
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_same_is_counted():
+    tables = []
+    for device in ("cpu", "cuda"):
+        net = network(shortcut="B").to(device)
+        with rp.attach(net, "flops") as probe:
+            net(torch.zeros(2, 1, 8, 8, device=device))
+        tables.append(probe.table())
+    pandas.testing.assert_frame_equal(*tables)

@@ -1,8 +1,4 @@
-"""Captured and compiled steps: the same training as operation by operation.
-
-A graph needs a card. What is around it (tensors that keep their place, what a warm-up leaves, probes between, resuming) is
-tested on any machine, with a stand-in that runs the captured work anew at each replay.
-"""
+"""Captured and compiled steps: the same training as operation by operation."""
 
 import contextlib
 import gc
@@ -19,7 +15,7 @@ import resprobe as rp
 from plugins.gradient_norms import GradientNorms
 from resprobe import steps
 from resprobe.steps import CapturedStep, resolve_step
-from resprobe.training import Training, _copy
+from resprobe.training import _copy
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -34,42 +30,16 @@ def _alike():
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    """Replays run the work anew, into the tensors of the first time. Tells how often something was captured."""
-    captures = []
-
-    def record(work, stream):
-        kept = [value.clone() for value in _dry(work)]
-
-        def replay():
-            for place, value in zip(kept, work(), strict=True):
-                place.copy_(value)
-
-        captures.append(work)
-        return replay, tuple(kept)
-
-    monkeypatch.setattr(steps, "_record", record)
-    monkeypatch.setattr(steps, "_warm_up", lambda work, device: [work() for _ in range(3)])
-    prepare = Training.__init__
-
-    def capturing(self, *args, **options):
-        prepare(self, *args, **options)
-        self.capturing = not self.recompute
-
-    monkeypatch.setattr(Training, "__init__", capturing)
-    return captures
+def captures(monkeypatch):
+    """What was captured."""
+    works, record = [], steps._record
+    monkeypatch.setattr(steps, "_record", lambda work, stream: (record(work, stream), works.append(work))[0])
+    return works
 
 
-def _dry(work):
-    """What a capture knows of its work: shapes, and no numbers."""
-    return torch.zeros(()), torch.zeros(())
-
-
-def pair(**changes):
+def pair(net=tiny.network, **changes):
     """The same training operation by operation, and captured."""
-    made = [tiny.training(**changes) for _ in range(2)]
-    made[0].capturing = False
-    return made
+    return [tiny.training(net(), device=CUDA, step=step, **changes) for step in ("eager", "graph")]
 
 
 def assert_alike(one, other):
@@ -78,12 +48,12 @@ def assert_alike(one, other):
     tiny.assert_same(one.state()["optimizer"], other.state()["optimizer"])
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"precision": "bf16"},
+        {"iterations": 60, "milestones": (30,)},
+        {"iterations": 60, "milestones": (30,), "precision": "bf16"},
         {"augmentation": "pad-crop", "pad": 2},
         {"bn_batch": 8},
         {"momentum_form": "caffe"},
@@ -102,14 +72,16 @@ def test_a_captured_training_is_the_same_to_the_last_bit(changes):
     assert_alike(eager, captured)
 
 
-def test_augmentation_is_captured_with_the_step(stand_in):
-    training = tiny.training(augmentation="pad-crop", pad=2)
+@pytest.mark.gpu
+def test_augmentation_is_captured_with_the_step():
+    training = tiny.training(device=CUDA, augmentation="pad-crop", pad=2)
     training.run()
     (drawn,) = training.captured.drawn
-    assert torch.equal(drawn, training.batches.choices(training.iteration - 1))
+    assert torch.equal(drawn.cpu(), training.batches.choices(training.iteration - 1))
 
 
-def test_it_is_captured_once_and_again_after_resuming(stand_in):
+@pytest.mark.gpu
+def test_it_is_captured_once_and_again_after_resuming(captures):
     whole, first = pair()
     whole.run()
 
@@ -122,31 +94,59 @@ def test_it_is_captured_once_and_again_after_resuming(stand_in):
 
     with pytest.raises(Stop):
         first.run(stop)
-    assert len(stand_in) == 1
-    resumed = tiny.training()
+    assert len(captures) == 1
+    resumed = tiny.training(device=CUDA)
     resumed.load_state(first.state())
     resumed.run()
-    assert len(stand_in) == 2
+    assert len(captures) == 2
     assert_alike(whole, resumed)
     first.load_state(first.last_good)  # velocities have moved to another place
     assert first.captured is None
     first.run()
-    assert len(stand_in) == 3
+    assert len(captures) == 3
     assert_alike(whole, first)
 
 
-def test_measured_iterations_run_as_they_are_written(stand_in):
+@pytest.mark.gpu
+def test_measured_iterations_run_as_they_are_written(captures):
     tables, ends = [], []
-    for capturing in (False, True):
+    for step in ("eager", "graph"):
         probe = GradientNorms(rp.probes.every(4))
-        training = tiny.training(probes=[probe])
-        training.capturing = capturing
+        training = tiny.training(device=CUDA, step=step, probes=[probe])
         training.run()
         tables.append(probe.table())
         ends.append(training)
-    assert len(stand_in) == 1
+    assert len(captures) == 1
     assert tables[0]["iteration"].nunique() == 3 and tables[0].equals(tables[1])
     assert_alike(*ends)
+
+
+@pytest.mark.gpu
+def test_hooks_are_called_at_every_step(captures):
+    training, calls = tiny.training(device=CUDA), []
+    training.network.fc.register_forward_hook(
+        lambda one, *_: calls.append(training.iteration) if one.training else None
+    )
+    with pytest.warns(UserWarning, match="as it is written: hooks are attached to it, which a graph would not call"):
+        training.run()
+    assert len(set(calls)) == training.recipe.iterations
+    assert not captures
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_runs_as_it_is_written(monkeypatch):
+    def refuse(work, stream):
+        raise RuntimeError("operation not permitted when\n stream is capturing")
+
+    monkeypatch.setattr(steps, "_record", refuse)
+    eager, other = pair()
+    eager.run()
+    with pytest.warns(
+        UserWarning, match="cannot be captured as a CUDA graph, and runs as it is written: operation not"
+    ):
+        other.run()
+    assert not other.capturing
+    assert_alike(eager, other)
 
 
 class Asking(nn.Module):
@@ -156,32 +156,14 @@ class Asking(nn.Module):
         return x * float(x.mean() < 1e9)
 
 
-def test_hooks_are_called_at_every_step(stand_in):
-    training, calls = tiny.training(), []
-    training.network.fc.register_forward_hook(
-        lambda one, *_: calls.append(training.iteration) if one.training else None
-    )
-    with pytest.warns(UserWarning, match="as it is written: hooks are attached to it, which a graph would not call"):
+@pytest.mark.gpu
+def test_a_network_that_waits_for_the_device_trains_without_a_graph():
+    net = tiny.network()
+    net.stage2[0].branch.relu1 = Asking()
+    training = tiny.training(net, device=CUDA)
+    with pytest.warns(UserWarning, match="as it is written: called a synchronizing CUDA operation"):
         training.run()
-    assert len(set(calls)) == training.recipe.iterations
-    assert not stand_in
-
-
-def test_what_cannot_be_captured_runs_as_it_is_written(monkeypatch):
-    def refuse(work, stream):
-        raise RuntimeError("operation not permitted when\n stream is capturing")
-
-    monkeypatch.setattr(steps, "_record", refuse)
-    monkeypatch.setattr(steps, "_warm_up", lambda work, device: [work() for _ in range(3)])
-    eager, other = pair()
-    other.capturing = True
-    eager.run()
-    with pytest.warns(
-        UserWarning, match="cannot be captured as a CUDA graph, and runs as it is written: operation not"
-    ):
-        other.run()
-    assert not other.capturing
-    assert_alike(eager, other)
+    assert training.iteration == 12
 
 
 class Drawing(nn.Module):
@@ -207,7 +189,7 @@ class Averaging(nn.Module):
         return x - self.mean
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("part", "why"),
     [
@@ -220,31 +202,31 @@ class Averaging(nn.Module):
 )
 def test_what_a_graph_would_freeze_runs_as_it_is_written(part, why):
     ends = []
-    for capturing in (False, True):
+    for step in ("eager", "graph"):
         random.seed(0)
         numpy.random.seed(0)
         net = tiny.network()
         net.stage2[0].branch.relu1 = part()
-        training = tiny.training(net)
-        training.capturing = capturing
-        with pytest.warns(UserWarning, match=why) if capturing else contextlib.nullcontext():
+        training = tiny.training(net, device=CUDA, step=step)
+        with pytest.warns(UserWarning, match=why) if step == "graph" else contextlib.nullcontext():
             training.run()
         assert training.captured is None
         ends.append(training)
     assert_alike(*ends)
 
 
-def test_the_collector_waits_until_a_step_is_captured(stand_in, monkeypatch):
+@pytest.mark.gpu
+def test_the_collector_waits_until_a_step_is_captured(monkeypatch):
     """What it destroys meanwhile, an older graph above all, would end the capture."""
     seen = []
     warm_up, record = steps._warm_up, steps._record
     monkeypatch.setattr(steps, "_warm_up", lambda *given: (seen.append(gc.isenabled()), warm_up(*given))[1])
     monkeypatch.setattr(steps, "_record", lambda *given: (seen.append(gc.isenabled()), record(*given))[1])
-    tiny.training(iterations=2).run()
+    tiny.training(device=CUDA, iterations=2).run()
     assert seen == [False, False] and gc.isenabled()
     gc.disable()
     try:
-        tiny.training(iterations=2).run()
+        tiny.training(device=CUDA, iterations=2).run()
         assert not gc.isenabled(), "it was off before"
     finally:
         gc.enable()
@@ -362,10 +344,10 @@ def test_compiled_blocks_train_as_they_are_written(changes):
     assert_alike(eager, blocks)
 
 
-@pytest.mark.usefixtures("compiled", "stand_in")
+@pytest.mark.gpu
+@pytest.mark.usefixtures("compiled")
 def test_compiled_blocks_are_captured():
-    eager, blocks = tiny.training(step="eager"), by_blocks()
-    eager.capturing = False
+    eager, blocks = tiny.training(device=CUDA, step="eager"), by_blocks(device=CUDA)
     eager.run()
     blocks.run()
     assert isinstance(blocks.captured, CapturedStep)
@@ -398,41 +380,18 @@ def test_a_network_without_blocks_is_compiled_as_a_whole_only():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_on_a_gpu_a_graph_trains_as_the_eager_step(precision):
-    eager, graph = (
-        tiny.training(device=CUDA, precision=precision, step=step, iterations=60, milestones=(30,))
-        for step in ("eager", "graph")
-    )
-    eager.run()
-    graph.run()
-    assert graph.captured is not None
-    assert_alike(eager, graph)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_random_numbers_and_resuming_go_on_as_without_a_graph():
+def test_random_numbers_and_resuming_go_on_as_without_a_graph():
     def noisy():
         net = tiny.network()
         net.stage2[0].branch.relu1 = nn.Dropout(0.5)
         return net
 
-    eager, graph = (tiny.training(noisy(), device=CUDA, step=step) for step in ("eager", "graph"))
+    eager, graph = pair(noisy)
     eager.run()
     states = []
     graph.run(lambda training, news: states.append(_copy(training.state())) if news.iteration == 6 else None)
     assert_alike(eager, graph)
-    resumed = tiny.training(noisy(), device=CUDA, step="graph")
+    resumed = tiny.training(noisy(), device=CUDA)
     resumed.load_state(states[0])
     resumed.run()
     assert_alike(eager, resumed)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_network_that_waits_for_the_device_trains_without_a_graph():
-    net = tiny.network()
-    net.stage2[0].branch.relu1 = Asking()
-    training = tiny.training(net, device=CUDA)
-    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph"):
-        training.run()
-    assert training.iteration == 12

@@ -210,7 +210,7 @@ def test_processes_are_told_of_the_service_by_which_they_share_a_card(tmp_path, 
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ, "this process is told nothing"
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 @pytest.mark.filterwarnings("ignore:processes take turns")
 def test_on_a_gpu_runs_side_by_side_are_those_one_by_one(tmp_path):
     alone, together = (
@@ -235,7 +235,7 @@ class Faulty(rp.BLOCKS["basic"]):
 """
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu(real=True)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("concurrency", [1, 2])
 def test_on_a_gpu_a_fault_in_a_kernel_does_not_take_the_other_runs_down(concurrency, tmp_path):
