@@ -44,7 +44,7 @@ from benchmarks import compiling, scaling, training  # noqa: E402
 from benchmarks import data as _random  # noqa: E402, F401 (registers the data set)
 from benchmarks.measuring import Deadline, Spread, markdown, ratios, write_json  # noqa: E402
 from resprobe.environment import environment  # noqa: E402
-from resprobe.errors import UsageError  # noqa: E402
+from resprobe.errors import UsageError, one_line  # noqa: E402
 
 TOLERANCE = 10.0
 _COMPILING = 40.0
@@ -401,7 +401,7 @@ def work_through(card: Card, parts: Sequence[str], keep: Callable[[], None] = la
             part(card, card.deadline.within(most))
         except Exception as error:  # what has been measured must not be lost with what could not be
             traceback.print_exc()
-            card.missing[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            card.missing[name] = one_line(error, named=True)[:200]
         card.record.setdefault("seconds", {})[name] = time.monotonic() - started
         keep()
     for name in PARTS:

@@ -31,7 +31,7 @@ from benchmarks.measuring import Deadline, markdown, with_caches_in, write_json
 from resprobe.commands import Parser, answer
 from resprobe.devices import flush_denormals, resolve_device, resolve_precision, synchronize
 from resprobe.environment import environment
-from resprobe.errors import not_accepted
+from resprobe.errors import last_words, not_accepted
 from resprobe.steps import resolve_step
 from resprobe.training import Training
 
@@ -98,8 +98,8 @@ def measure(sweep: Sweep, deadline: Deadline | None = None) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             return {"step": sweep.step, "rows": [], "missing": "no time left"}
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"its process ended with exit code {done.returncode}"]
-        return {"step": sweep.step, "rows": [], "missing": said[-1][:300]}
+        said = last_words(done.stderr)[:300] or f"its process ended with exit code {done.returncode}"
+        return {"step": sweep.step, "rows": [], "missing": said}
     return {"step": sweep.step, "rows": json.loads(done.stdout.splitlines()[-1]), "missing": None}
 
 

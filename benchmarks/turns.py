@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.measuring import Deadline, with_caches_in
+from resprobe.errors import last_words
 
 PATIENCE = 900.0
 """Seconds to wait for a word where there is no deadline; compiling the deepest network takes minutes."""
@@ -104,8 +105,8 @@ class Runner:
         if not line:
             self.process.wait()
             self.listeners[1].join(timeout=5)
-            said = [text.strip() for text in self.complaints if text.strip()]
-            raise Stopped(said[-1][:300] if said else f"its process ended with exit code {self.process.returncode}")
+            said = last_words("".join(self.complaints))[:300]
+            raise Stopped(said or f"its process ended with exit code {self.process.returncode}")
         return json.loads(line)
 
     def window(self, deadline: Deadline | None = None) -> dict[str, Any]:

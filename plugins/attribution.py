@@ -62,6 +62,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 import resprobe as rp
+from resprobe.errors import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -325,8 +326,7 @@ class _Twin:
             self.network = copy.deepcopy(network, rp.probes.without_hooks(network)).eval().requires_grad_(False)
         except Exception as error:
             raise rp.UsageError(
-                f"attribution works on a copy of the network, and {type(network).__name__} cannot be copied: "
-                f"{' '.join(str(error).split())}"
+                f"attribution works on a copy of the network, and {type(network).__name__} cannot be copied: {one_line(error)}"
             ) from error
         for module in self.network.modules():
             if getattr(module, "inplace", False):

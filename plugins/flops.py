@@ -73,6 +73,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 import resprobe as rp
+from resprobe.errors import one_line
 
 with warnings.catch_warnings():
     # fvcore scripts a function when it is imported, which torch now advises against.
@@ -250,7 +251,7 @@ class Flops(rp.Probe):
                     shapes = ", ".join(str(tuple(each.shape)) for each in _tensors(given))
                     raise rp.UsageError(
                         f"{self.name}: {type(network).__name__} fails on an input of shape {shapes}: "
-                        f"{type(error).__name__}: {' '.join(str(error).split())}"
+                        f"{one_line(error, named=True)}"
                     ) from error
         unbatched = _is_unbatched(network, seen, first)
         if unbatched and not listed:

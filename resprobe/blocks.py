@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from resprobe.errors import UsageError, check_whole
+from resprobe.errors import UsageError, check_whole, one_line
 from resprobe.layers import Layers
 from resprobe.registry import Registry
 from resprobe.shortcuts import SHORTCUTS
@@ -89,8 +89,7 @@ class Block(nn.Module):
             raise
         except Exception as error:
             raise UsageError(
-                f"{type(self).__name__} fails on an input of {tuple(image.shape)}: "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
+                f"{type(self).__name__} fails on an input of {tuple(image.shape)}: {one_line(error, named=True)}"
             ) from error
         finally:
             self.train(was_training)

@@ -28,7 +28,7 @@ import torch
 
 from resprobe.checkpoints import write_atomically
 from resprobe.devices import prepare_cpu
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import UsageError, not_accepted, one_line
 from resprobe.extensions import load_plugin
 from resprobe.runs import RunStore, configure
 from resprobe.sweep import Board, Job, train_job
@@ -220,7 +220,7 @@ class _Losses:
     def count(self, job: Job, error: Exception) -> Exception | None:
         """Nothing if the run is to be begun again, else what to report of it."""
         name = f"{job.config.network.name}, seed {job.config.seed}"
-        why = " ".join(str(error).split()).partition(". ")[0]
+        why = one_line(error).partition(". ")[0]
         done = self.store.iterations_done(job.config)
         before, count = self.counts.get(job.config.key, (done, 0))
         # Machines that are taken away now and then must not end a run that gets on.

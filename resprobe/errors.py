@@ -18,6 +18,27 @@ class SweepFailed(RuntimeError):
     """Some runs of a sweep failed; the others went on. The text names each failure and what is kept."""
 
 
+def one_line(error: BaseException, named: bool = False) -> str:
+    """What an error says, on one line, after its type if `named`; its type if it says nothing.
+
+    Of a fault on a card, what it is: torch goes on with advice on how to look for it.
+    """
+    text = str(error)
+    if text.startswith("CUDA error"):
+        text = text.splitlines()[0]
+    text, kind = " ".join(text.split()), type(error).__name__
+    return f"{kind}: {text}" if named and text else text or kind
+
+
+def last_words(stderr: str) -> str:
+    """The line that says why a process ended, if it wrote any: its error's, where it is one of Python's with a traceback."""
+    lines = [line.rstrip() for line in stderr.splitlines() if line.strip()]
+    traceback = max((at for at, line in enumerate(lines) if line.startswith("Traceback (most recent")), default=None)
+    if traceback is not None:
+        lines = [line for line in lines[traceback + 1 :] if not line.startswith(" ")][:1] or lines
+    return lines[-1].strip() if lines else ""
+
+
 def nearest(value: object, accepted: Iterable[object]) -> str | None:
     """The accepted name that `value` most likely meant, or None where nothing comes close."""
     names = {str(name).lower(): str(name) for name in accepted}

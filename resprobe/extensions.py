@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from resprobe.errors import UsageError
+from resprobe.errors import UsageError, one_line
 
 GROUP = "resprobe.plugins"
 _loaded: set[str] = set()
@@ -57,7 +57,7 @@ def load_plugin(where: str) -> ModuleType:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"plugin (={where!r}) does not import: {type(error).__name__}: {_one_line(error)}") from error
+        raise UsageError(f"plugin (={where!r}) does not import: {one_line(error, named=True)}") from error
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -75,9 +75,3 @@ def _load_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, SyntaxError):
-        return f"{error.msg} (line {error.lineno})"
-    return " ".join(str(error).split())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from resprobe.blocks import BLOCKS, Block
-from resprobe.errors import UsageError, check_whole, not_accepted, short
+from resprobe.errors import UsageError, check_whole, not_accepted, one_line, short
 from resprobe.initialization import INITIALIZATIONS, initialize
 from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
@@ -130,8 +130,7 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
     except UsageError:
         raise
     except Exception as error:  # of a stranger's block or shortcut
-        why = " ".join(str(error).split())
-        raise UsageError(f"{spec} cannot be built: {type(error).__name__}: {why}") from error
+        raise UsageError(f"{spec} cannot be built: {one_line(error, named=True)}") from error
     result = made if isinstance(made, Network) else Network(OrderedDict(body=made))
     result.spec = spec
     checked = set()

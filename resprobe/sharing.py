@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from resprobe.errors import last_words
+
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _USUAL_PIPES = "/tmp/nvidia-mps"
@@ -91,7 +93,7 @@ def _no_use(device: torch.device, ours: Mapping[str, str]) -> str:
     try:
         client = answer(sys.executable, "-c", _CLIENT.format(device=str(device)))
         if client.returncode:
-            return (client.stderr.strip().splitlines() or [f"it ended with code {client.returncode}"])[-1]
+            return last_words(client.stderr) or f"it ended with code {client.returncode}"
         # A process goes on without the service where that has not started.
         servers = answer(_CONTROL, asked="get_server_list\n").stdout
     except subprocess.TimeoutExpired:

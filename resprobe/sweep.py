@@ -28,7 +28,7 @@ from resprobe.data import load_data
 from resprobe.devices import cpu_threads, prepare_cpu, usable
 from resprobe.distributed import team
 from resprobe.environment import device_name
-from resprobe.errors import SweepFailed, UsageError
+from resprobe.errors import SweepFailed, UsageError, one_line
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
 from resprobe.runs import Run, RunConfig, RunStore, train
@@ -185,7 +185,7 @@ def survey(
     try:
         seconds = tuple(_seconds(ordered, done, device, threads))
     except Exception as error:  # whatever is wrong with a network, its training says it better
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
     if device.type == "cuda":
         with suppress(RuntimeError):  # of a card that a step has left unable
             torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
@@ -296,8 +296,8 @@ def _train_here(
             except UsageError:
                 raise
             except Exception as error:
-                failures.append(str(error))
-                board.failed(job, str(error))
+                failures.append(one_line(error))
+                board.failed(job, one_line(error))
                 if not usable(device):
                     return jobs[done + 1 :]
     return []
@@ -364,7 +364,7 @@ def _start(
             raise
         except Exception as error:
             if not usable(device):
-                raise Lost(str(error)) from error
+                raise Lost(one_line(error)) from error
             raise
 
     return perform

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from resprobe.data import Data, FolderBatches, Normalization, TensorBatches, batches_of
 from resprobe.devices import autocast, prepare_cpu
 from resprobe.distributed import gathering, team
-from resprobe.errors import TrainingDiverged
+from resprobe.errors import TrainingDiverged, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import subsampling
 from resprobe.probes import Probe, attach
@@ -270,7 +270,7 @@ class Training:
             self.how = "eager" if self.how == "graph" else self.how  # what the run's record shall say
             self.optimizer.zero_grad(set_to_none=True)  # what the attempt left
             # What ended a capture says less than what happened in it.
-            said = " ".join(str(error.__context__ or error).split())
+            said = one_line(error.__context__ or error)
             warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {said}")
             return None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resprobe.data import Normalization
-from resprobe.errors import UsageError, short
+from resprobe.errors import UsageError, one_line, short
 from resprobe.networks import Network, NetworkSpec, build
 from resprobe.shortcuts import ZeroPadding
 
@@ -122,13 +122,11 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise UsageError(f"weights (={str(path)!r}) cannot be read without running code: {_one_line(error)}") from error
+        raise UsageError(
+            f"weights (={str(path)!r}) cannot be read without running code: {one_line(error)[:200]}"
+        ) from error
     except Exception as error:  # safetensors has an exception of its own
-        raise UsageError(f"weights (={str(path)!r}) cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"weights (={str(path)!r}) cannot be read: {one_line(error)[:200]}") from error
 
 
 def _unwrap(given: object) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 from resprobe.commands import notes_on_one_line
-from resprobe.errors import UsageError
+from resprobe.errors import UsageError, one_line
 
 Perform = Callable[[Any, Callable[[Any], None]], Any]
 """A task, and whom to tell how it goes → what comes of it."""
@@ -161,9 +161,9 @@ def _serve(connection: Connection, start: Callable[[], Perform]) -> None:
             except UsageError as error:
                 said = ("mistake", str(error))
             except Lost as error:
-                said = ("lost", str(error))
+                said = ("lost", one_line(error))
             except Exception as error:
-                said = ("failed", str(error) or type(error).__name__)
+                said = ("failed", one_line(error))
             busy = False
             connection.send(said)
             if said[0] == "lost":

@@ -244,6 +244,7 @@ def ahead(results: rp.Results) -> Outlook:
     import torch
 
     from plugins.detection.training import begin, timed
+    from resprobe.environment import device_name
     from resprobe.sweep import Outlook
 
     options, device = results.options, torch.device(results.device)
@@ -270,7 +271,7 @@ def ahead(results: rp.Results) -> Outlook:
                     continue
                 seconds = timed(model, data, recipe, device) if seconds is None else seconds
                 left += seconds
-    return Outlook("detectors", total, found, left, results.device)
+    return Outlook("detectors", total, found, left, device_name(device))
 
 
 def _modes(options: Options, name: str) -> tuple[str, ...]:

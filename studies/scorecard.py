@@ -37,7 +37,7 @@ from typing import Any
 import studies
 from resprobe.claims import VERDICTS, Claim
 from resprobe.commands import EXPECTED, Parser, answer, called_as, notes_on_one_line
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import UsageError, not_accepted, one_line
 from resprobe.study import Study, offered
 
 UNTESTED = {
@@ -96,7 +96,7 @@ def find_studies() -> tuple[list[Study], dict[str, str]]:
         try:
             study = getattr(importlib.import_module(f"studies.{module.name}"), "study", None)
         except Exception as error:
-            broken[module.name] = f"does not import: {_one_line(error)}"
+            broken[module.name] = f"does not import: {_what_it_says(error)}"
         else:
             found += [study] if isinstance(study, Study) else []
     return sorted(found, key=lambda study: (_order(Row(study.claims[0])), study.name)), broken
@@ -131,7 +131,7 @@ def _last_reports(results: Path) -> dict[str, list[Row]]:
         try:
             rows = _read(file)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(f"{file} cannot be read and is passed over: {_one_line(error)}")
+            warnings.warn(f"{file} cannot be read and is passed over: {_what_it_says(error)}")
             continue
         if rows and (rows[0].study not in last or rows[0].date >= last[rows[0].study][0].date):
             last[rows[0].study] = rows
@@ -380,7 +380,7 @@ def _answer(sender: Connection, function: Callable, arguments: Sequence[Any]) ->
     except Exception as error:
         if not isinstance(error, EXPECTED):
             traceback.print_exc()  # a bug, and a bug's traceback is wanted
-        sender.send((None, _one_line(error)))
+        sender.send((None, _what_it_says(error)))
 
 
 def _left(ahead: Iterable[Forecast]) -> str:
@@ -397,9 +397,8 @@ def _duration(seconds: float) -> str:
     return in_words(seconds)
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, EXPECTED) else f"{type(error).__name__}: {text}"
+def _what_it_says(error: BaseException) -> str:
+    return one_line(error, named=not isinstance(error, EXPECTED))
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

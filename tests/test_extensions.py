@@ -105,7 +105,9 @@ def test_empty_name():
 
 def test_syntax_error_names_its_line(write):
     file = write("bad_syntax", "x = 1\ndef f(:\n")
-    assert refusal(file) == f"plugin (={str(file)!r}) does not import: SyntaxError: invalid syntax (line 2)"
+    assert (
+        refusal(file) == f"plugin (={str(file)!r}) does not import: SyntaxError: invalid syntax (bad_syntax.py, line 2)"
+    )
 
 
 def test_import_error_inside(write):

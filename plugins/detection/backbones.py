@@ -17,6 +17,7 @@ import torchvision
 from torch import nn
 
 import resprobe as rp
+from resprobe.errors import one_line
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _shape(
     except Exception as error:
         raise rp.UsageError(
             f"network (={_describe(network)}) cannot be a detector's backbone: its {half} fails on an input of shape "
-            f"{(1, *shape)}: {type(error).__name__}: {' '.join(str(error).split())}"
+            f"{(1, *shape)}: {one_line(error, named=True)}"
         ) from error
     if len(made) != dimensions:
         raise rp.UsageError(

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from resprobe.data.folder import folder_identity, open_folder
 from resprobe.data.images import Data, ImageSet
-from resprobe.errors import UsageError, short
+from resprobe.errors import UsageError, one_line, short
 from resprobe.registry import Registry
 
 DATASETS: Registry[Callable[[str | None], Data]] = Registry("data")
@@ -196,7 +196,7 @@ def _download(name: str) -> Data:
         make(target, download=True)
     except Exception as error:  # whatever a network can do
         raise UsageError(
-            f"{name} is not here and its download failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+            f"{name} is not here and its download failed ({one_line(error, named=True)[:200]}); "
             f"put {archive} (MD5 {md5}) into {target} or ./data, or name its place with --data {name}:PATH"
         ) from None
     finally:
