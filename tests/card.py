@@ -27,7 +27,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 CARD = torch.device("cuda", 0)
 _ASKED_FOR = torch.device("meta")
 """By the name of which an operation that makes a tensor on the card is known below torch's own code."""
-_MOVES = ("aten::copy_", "aten::_foreach_copy_")
 _ANSWERS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2")
 """Whose outcome, or its size, the host waits for."""
 
