@@ -168,6 +168,7 @@ class _Card:
         """What stands in for functions of `torch.cuda`."""
         return {
             "is_available": lambda: True,
+            "_initialized": True,  # else recomputing would not ask for its random numbers
             "device_count": lambda: 1,
             "current_device": lambda: 0,
             "get_device_name": lambda device=None: "stand-in for a card",

@@ -43,11 +43,16 @@ class Noisy(nn.Module):
         return nn.functional.dropout(x, 0.5, self.training)
 
 
-def test_random_numbers_are_drawn_alike():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_random_numbers_are_drawn_alike(device):
     nets = [deep(), deep()]
     for net in nets:
         net.stage2[1].branch.relu1 = Noisy()
-    kept, again = (trained(net, recompute=recompute) for net, recompute in zip(nets, (False, True), strict=True))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        kept, again = (
+            trained(net, recompute=recompute, device=torch.device(device))
+            for net, recompute in zip(nets, (False, True), strict=True)
+        )
     tiny.assert_same(kept[0], again[0])
 
 
