@@ -43,7 +43,14 @@ from .runs import (
     train as train,
 )
 from .shortcuts import SHORTCUTS as SHORTCUTS, register_shortcut as register_shortcut
-from .study import Drawing as Drawing, Options as Options, Planned as Planned, Results as Results, Study as Study
+from .study import (
+    Drawing as Drawing,
+    Options as Options,
+    Planned as Planned,
+    Results as Results,
+    Study as Study,
+    cifar_presets as cifar_presets,
+)
 from .weights import load_network as load_network, load_weights as load_weights
 
 __version__: str

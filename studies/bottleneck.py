@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import resprobe as rp
@@ -425,10 +425,7 @@ study = rp.Study(
         "basic ones of like cost (claims C12 and C23; §4.1, Fig. 5)."
     ),
     claims=(PROJECTIONS_DOUBLE, PLAIN_BOTTLENECKS_DEGRADE),
-    presets={
-        "quick": _QUICK,
-        "paper": replace(_QUICK, preset="paper", data="cifar10", depths=(20, 56, 110), iterations=64_000, repeats=31),
-    },
+    presets=rp.cifar_presets(_QUICK, depths=(20, 56, 110), repeats=31),
     plan=plan,
     measure=measure,
     judge=judge,

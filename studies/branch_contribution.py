@@ -308,7 +308,7 @@ study = rp.Study(
         "before training (claims R1 and R2, which are ours and not the paper's)."
     ),
     claims=(SMALLER_WITH_DEPTH, SMALLER_BY_TRAINING),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     measure=measure,
     judge=judge,

@@ -357,7 +357,7 @@ study = rp.Study(
         "(claim C13, §1, and C13b, beyond the paper)."
     ),
     claims=(SOLUTION_EXISTS, SGD_KEEPS_IT),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     then=then,
     measure=measure,

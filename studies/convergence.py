@@ -24,7 +24,7 @@ docs/measurements/2026-11-21-convergence-quick):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tyro
@@ -233,7 +233,7 @@ study = rp.Study(
         "(claim C8; §4.1, Fig. 4)."
     ),
     claims=(CONVERGES_FASTER,),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     measure=measure,
     judge=judge,

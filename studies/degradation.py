@@ -190,12 +190,10 @@ study = rp.Study(
         "(claims C1 and C2; §4.2, Fig. 1 and 6, Table 6)."
     ),
     claims=(DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS),
-    presets={
-        "quick": rp.Options(preset="quick", data="digits", depths=(20, 32, 44, 56), seeds=(0, 1, 2), iterations=400),
-        "paper": rp.Options(
-            preset="paper", data="cifar10", depths=(20, 32, 44, 56, 110), seeds=(0, 1, 2), iterations=64_000
-        ),
-    },
+    presets=rp.cifar_presets(
+        rp.Options(preset="quick", data="digits", depths=(20, 32, 44, 56), seeds=(0, 1, 2), iterations=400),
+        depths=(20, 32, 44, 56, 110),
+    ),
     plan=plan,
     judge=judge,
     draw=draw,

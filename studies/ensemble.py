@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import resprobe as rp
@@ -205,10 +204,7 @@ study = rp.Study(
         "(claim C17; Table 5)."
     ),
     claims=(ENSEMBLE_GAINS,),
-    presets={
-        "quick": _QUICK,
-        "paper": replace(_QUICK, preset="paper", data="cifar10", depths=(20, 32, 44, 56, 110), iterations=64_000),
-    },
+    presets=rp.cifar_presets(_QUICK, depths=(20, 32, 44, 56, 110)),
     plan=plan,
     measure=measure,
     judge=judge,

@@ -24,7 +24,6 @@ docs/measurements/2026-11-21-extreme-depth-quick):
 
 from __future__ import annotations
 
-from dataclasses import replace
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
@@ -168,10 +167,7 @@ study = rp.Study(
         "(claim C4; §4.2, Fig. 6 right). --recompute saves memory."
     ),
     claims=(TRAINS, OVERFITS),
-    presets={
-        "quick": _QUICK,
-        "paper": replace(_QUICK, preset="paper", data="cifar10", depths=(110, 1202), iterations=64_000, recompute=True),
-    },
+    presets=rp.cifar_presets(_QUICK, depths=(110, 1202), recompute=True),
     plan=plan,
     judge=judge,
     draw=draw,

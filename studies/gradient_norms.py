@@ -37,7 +37,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import resprobe as rp
@@ -444,10 +444,7 @@ study = rp.Study(
         "initialization and along training (claim C6; §4.1)."
     ),
     claims=(DO_NOT_VANISH, DO_NOT_EXPLODE),
-    presets={
-        "quick": _QUICK,
-        "paper": replace(_QUICK, preset="paper", data="cifar10", depths=(20, 32, 44, 56, 110), iterations=64_000),
-    },
+    presets=rp.cifar_presets(_QUICK, depths=(20, 32, 44, 56, 110)),
     plan=plan,
     measure=measure,
     judge=judge,

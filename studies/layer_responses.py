@@ -320,7 +320,7 @@ study = rp.Study(
         "Measures the standard deviation of every 3×3 layer's response in plain and residual networks (claim C5; §4.2, Fig. 7)."
     ),
     claims=(RESPONSES_ARE_SMALL,),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     measure=measure,
     judge=judge,

@@ -153,7 +153,7 @@ study = rp.Study(
         "§4.1, footnote 3)."
     ),
     claims=(LONGER_DOES_NOT_CURE,),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     judge=judge,
     draw=draw,

@@ -24,7 +24,7 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; record in do
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tyro
@@ -209,7 +209,7 @@ study = rp.Study(
         "(claim C9; §4.1, Table 3)."
     ),
     claims=(OPTIONS_HARDLY_DIFFER,),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     measure=measure,
     judge=judge,

@@ -27,7 +27,7 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; record in do
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import tyro
@@ -200,7 +200,7 @@ study = rp.Study(
         "(claim C21; §3.2)."
     ),
     claims=(NO_ADVANTAGE,),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     judge=judge,
     draw=draw,

@@ -242,7 +242,7 @@ study = rp.Study(
         "where it ends (claim C3; §4.2, footnote 5)."
     ),
     claims=(STARTS_LATE, WARM_UP_IS_SHORT, ENDS_SIMILAR),
-    presets={"quick": _QUICK, "paper": replace(_QUICK, preset="paper", data="cifar10", iterations=64_000)},
+    presets=rp.cifar_presets(_QUICK),
     plan=plan,
     measure=measure,
     judge=judge,
