@@ -9,8 +9,9 @@ ARGS ?=
 demo: $(VENV)/.installed  ## the degradation study on embedded digits
 	$(BIN)/python -m studies.degradation $(ARGS)
 
-test: $(VENV)/.installed-dev lint  ## on a machine with a GPU, make test ARGS="-m gpu" is the rest
-	$(BIN)/python -m pytest $(ARGS)
+# Two at a time: most tests are one thread's work. Those of a file share what it sets up.
+test: $(VENV)/.installed-dev lint  ## on a machine with a GPU, make test ARGS="-m gpu -n 0" is the rest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 docs: $(VENV)/.installed-dev  ## the pages of docs/ with their notebooks, into docs/_build/html
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m sphinx -W --keep-going -q docs docs/_build/html

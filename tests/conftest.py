@@ -16,7 +16,8 @@ from resprobe.registry import Registry
 
 # Before torch's first parallel operation, else only the main thread flushes: deep plain networks would crawl.
 # Denormal floats are then zero, so hypothesis draws floats only with `allow_subnormal=False`.
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Where tests run two at a time, each computes with one.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 flush_denormals()
 
 # A fixed seed where a failure must be met again by a rerun; fresh examples on a developer's machine.
