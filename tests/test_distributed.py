@@ -51,7 +51,7 @@ def launch(processes: int, *arguments: str, cwd: Path) -> subprocess.CompletedPr
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,
     )
 
 
@@ -63,7 +63,7 @@ def trained(processes: int, folder: Path, *, kill_at: int = -1) -> int:
     if processes == 1:
         command = [sys.executable, str(script), str(folder / "runs"), str(kill_at)]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, capture_output=True, timeout=240).returncode
+        return subprocess.run(command, env=environment, capture_output=True, timeout=480).returncode
     return launch(processes, str(script), str(folder / "runs"), str(kill_at), cwd=folder).returncode
 
 

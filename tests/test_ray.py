@@ -24,7 +24,7 @@ from resprobe.cluster import RayCluster, ray_cluster
 from resprobe.sweep import Job
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 NODES = """
 import sys
@@ -72,7 +72,7 @@ class Nodes:
         return self.process.stdout.readline().strip()
 
     def close(self) -> None:
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=180)
 
 
 def environment() -> dict[str, str]:
@@ -167,7 +167,7 @@ def start(address: str, *arguments: object, cwd: Path, **how) -> subprocess.Pope
 
 
 def wait_for(what: Callable[[], bool], process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not what():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -200,7 +200,7 @@ def test_a_lost_node_changes_nothing(nodes, patient, tmp_path, monkeypatch):
         trained = [int(file.name.removeprefix("waiting-")) for file in tmp_path.glob("waiting-*")]
         wait_for(lambda: sum(map(alive, trained)) == 1, process)
         (tmp_path / "go").touch()
-        out, err = process.communicate(timeout=100)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
         nodes.tell("add")
@@ -233,7 +233,7 @@ def test_interrupted_it_keeps_what_is_done_and_begins_no_other_run(nodes, patien
     try:
         wait_for(lambda: len(list(tmp_path.glob("waiting-*"))) == 2, process)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
     finally:
         process.kill()
     assert process.returncode == 1
@@ -320,7 +320,7 @@ def test_a_run_that_goes_wrong_leaves_the_others(nodes, tmp_path):
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     out = done.stdout
@@ -357,7 +357,7 @@ def test_a_folder_that_is_not_shared_gets_one_line(nodes, tmp_path):
     )
     try:
         process = start(nodes.address, *arguments, cwd=tmp_path, pass_fds=(ours,))
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
     finally:
         os.close(ours)
     assert process.returncode == 2

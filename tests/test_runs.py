@@ -802,7 +802,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, processes):
     while kills < 5:
         queue = processes.context.Queue()
         process = processes(in_another_process, str(folder), queue, 0.002, LONG)
-        first = queue.get(timeout=60)
+        first = queue.get(timeout=180)
         # Somewhere in the next few iterations, whatever is being computed or written there.
         time.sleep(chance.uniform(0, 0.1))
         process.kill()
@@ -829,11 +829,11 @@ def test_of_two_processes_that_want_the_same_run_one_trains(tmp_path, processes)
     both = [processes(in_another_process, str(tmp_path), queue, 0.005, LONG) for _ in range(2)]
     done = {}
     while len(done) < 2:
-        what, pid, told = queue.get(timeout=60)
+        what, pid, told = queue.get(timeout=180)
         if what == "done":
             done[pid] = told
     for process in both:
-        process.join(timeout=60)
+        process.join(timeout=180)
         assert process.exitcode == 0
     (one, one_metrics, one_told), (other, other_metrics, other_told) = sorted(
         done.values(), key=lambda entry: len(entry[0])
@@ -849,9 +849,9 @@ def test_of_two_processes_that_want_the_same_run_one_trains(tmp_path, processes)
 def test_the_second_waits_and_says_so(tmp_path, processes):
     queue, second = processes.context.Queue(), processes.context.Queue()
     processes(in_another_process, str(tmp_path), queue, 0.02, LONG)
-    assert queue.get(timeout=60)[0] == "at", "the first trains"
+    assert queue.get(timeout=180)[0] == "at", "the first trains"
     processes(in_another_process, str(tmp_path), second, 0, LONG)
-    what, _, (iterations, metrics, told) = second.get(timeout=60)
+    what, _, (iterations, metrics, told) = second.get(timeout=180)
     assert what == "done"
     assert iterations == []
     assert metrics["iterations"] == 40
@@ -863,7 +863,7 @@ def test_the_second_waits_and_says_so(tmp_path, processes):
 def test_a_lock_whose_holder_was_killed_is_free(tmp_path, processes):
     queue = processes.context.Queue()
     holder = processes(hold_the_lock, str(tmp_path), RECIPE, queue)
-    assert queue.get(timeout=60) == "held"
+    assert queue.get(timeout=180) == "held"
     assert not quiet_lock(tmp_path, RECIPE)
     holder.kill()
     holder.join()

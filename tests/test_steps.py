@@ -276,7 +276,6 @@ def test_which_step_is_taken():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("step", ["compile", "compile-blocks"])
 def test_a_compiled_step_gives_the_same_losses(step):
     with warnings.catch_warnings():

@@ -392,14 +392,14 @@ def test_workers_end_with_their_parent(how, tmp_path):
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while len(list(tmp_path.glob("runs/*/config.json"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
         workers = children(parent.pid)
         assert len(workers) >= 2
         parent.send_signal(how)
-        parent.wait(timeout=60)
-        deadline = time.monotonic() + 30
+        parent.wait(timeout=180)
+        deadline = time.monotonic() + 90
         while any(map(alive, workers)) and time.monotonic() < deadline:
             time.sleep(0.2)
         assert not any(map(alive, workers))
