@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
@@ -83,10 +83,7 @@ class Options:
     """folder in which finished runs are kept and found again"""
 
 
-_Own = TypeVar("_Own", bound=Options)
-
-
-def cifar_presets(quick: _Own, **paper: Any) -> dict[str, _Own]:
+def cifar_presets(quick: Options, **paper: Any) -> dict[str, Options]:
     """The presets of a study of CIFAR networks: `quick`, and the same in the paper's setting, 64,000 iterations on CIFAR-10
     (§4.2). `paper`: further options that differ there, such as depths."""
     return {
