@@ -192,7 +192,7 @@ def _join(ray: ModuleType, address: str) -> None:
             warnings.simplefilter("ignore", FutureWarning)  # older Rays announce a change that is nothing to us
             ray.init(given or None, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
-        why = " ".join(str(error.__cause__ or error).split())
+        why = one_line(error.__cause__ or error)
         raise UsageError(f"address (={given!r}) cannot be joined: {why}; {accepted}") from error
 
 

@@ -296,8 +296,9 @@ def _train_here(
             except UsageError:
                 raise
             except Exception as error:
-                failures.append(one_line(error))
-                board.failed(job, one_line(error))
+                why = one_line(error)
+                failures.append(why)
+                board.failed(job, why)
                 if not usable(device):
                     return jobs[done + 1 :]
     return []

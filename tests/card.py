@@ -66,9 +66,6 @@ class OnCard(Tensor):
         self.kept = value.kept
         Tensor.data.__set__(self, value)
 
-    def untyped_storage(self) -> torch.UntypedStorage:
-        return self.kept.untyped_storage()
-
     def numpy(self, **_: Any) -> None:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
@@ -131,7 +128,7 @@ class _Card:
 
     def __init__(self) -> None:
         self.random = torch.Generator().manual_seed(2015).get_state()
-        self.watch: str | int = "default"
+        self.watch = "default"
         self.graph: _Graph | None = None
 
     def wait(self, what: str) -> None:
@@ -170,7 +167,6 @@ class _Card:
             "is_available": lambda: True,
             "_initialized": True,  # else recomputing would not ask for its random numbers
             "device_count": lambda: 1,
-            "current_device": lambda: 0,
             "get_device_name": lambda device=None: "stand-in for a card",
             "get_device_capability": lambda device=None: (8, 0),
             "synchronize": lambda device=None: None,
@@ -241,7 +237,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     made_there = kwargs.get("device") == _ASKED_FOR
     if not cards and not made_there:
         return func(*args, **kwargs)
-    # A number may come from the host; nothing comes from there at all.
+    # A number may come from the host, and what autograd makes of no elements comes from there.
     hosts = [each for each in tensors if not isinstance(each, OnCard) and each.ndim > 0 and each.numel() > 0]
     if name in _ANSWERS:
         _card.wait(name)
@@ -323,30 +319,31 @@ def _without_gradients(mode: Any = True) -> Any:
     return torch.no_grad(mode) if callable(mode) else torch.no_grad() if mode else _Aside()
 
 
+def _shares_identity(parameter: Tensor, moved: Tensor) -> bool:
+    """A module's parameter that is moved to the other side becomes another one; any else stays the same."""
+    return isinstance(parameter, OnCard) == isinstance(moved, OnCard)
+
+
 @contextlib.contextmanager
 def stand_in() -> Iterator[None]:
     """Within a `with` block, "cuda" is there. What was put on it is of no use afterwards."""
     global _card
-    autocast = torch.autocast
-    with contextlib.ExitStack() as stack:
-        _card = _Card()
-        stack.enter_context(mock.patch.multiple(torch.cuda, **_card.functions()))
-        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
-        # To torch's own code all is the CPU's.
-        stack.enter_context(
-            mock.patch.object(
-                torch, "autocast", lambda kind, *given, **named: autocast(kind.replace("cuda", "cpu"), *given, **named)
-            )
-        )
-        stack.enter_context(mock.patch.object(torch, "inference_mode", _without_gradients))
-        # A module's parameter that is moved to the other side becomes another; any else keeps its identity.
-        stack.enter_context(
-            mock.patch.object(
-                torch,
-                "_has_compatible_shallow_copy_type",
-                lambda one, other: isinstance(one, OnCard) == isinstance(other, OnCard),
-            )
-        )
-        stack.enter_context(_Above())
-        stack.enter_context(_Below())
+    _card, autocast = _Card(), torch.autocast
+
+    def of_the_cpu(kind: str, *given: Any, **named: Any) -> torch.autocast:
+        """To torch's own code all is the CPU's."""
+        return autocast(kind.replace("cuda", "cpu"), *given, **named)
+
+    changes = {
+        "Generator": _Generator,
+        "autocast": of_the_cpu,
+        "inference_mode": _without_gradients,
+        "_has_compatible_shallow_copy_type": _shares_identity,
+    }
+    with (
+        mock.patch.multiple(torch.cuda, **_card.functions()),
+        mock.patch.multiple(torch, **changes),
+        _Above(),
+        _Below(),
+    ):
         yield

@@ -7,8 +7,8 @@ from torch import nn
 pytestmark = pytest.mark.gpu
 
 
-def ones(*size, **options):
-    return torch.ones(size, device="cuda", **options)
+def ones(*size):
+    return torch.ones(size, device="cuda")
 
 
 def capture(work):
