@@ -6,6 +6,8 @@ from .claims import (
     Claim as Claim,
     Comparison as Comparison,
     Verdict as Verdict,
+    all_of as all_of,
+    band as band,
     compare as compare,
     mean_std as mean_std,
 )

@@ -77,6 +77,15 @@ class Comparison:
         return "fails" if self.upper < self.margin else "inconclusive"
 
     @property
+    def exceeds(self) -> Word:
+        """Whether `higher` is above by more than `margin`, where less would not be what the claim speaks of."""
+        if self.seeds < 2:
+            return "inconclusive"
+        if self.lower > self.margin:
+            return "holds"
+        return "fails" if self.upper < self.margin else "inconclusive"
+
+    @property
     def similar(self) -> Word:
         """Whether both are the same but for `margin`: it holds if a larger difference is excluded in both directions,
         and fails if there is certainly one."""
@@ -144,6 +153,21 @@ def _values(side: Sequence[float] | float) -> list[float] | float:
     if not all(map(math.isfinite, values if isinstance(values, list) else [values])):
         raise UsageError(f"compare needs finite numbers, one a seed, not {short(side)}")
     return values
+
+
+def all_of(words: Iterable[Word]) -> Word:
+    """The verdict on a claim of several parts: it holds if every part does, and fails if one fails. Without parts it is
+    "not tested"."""
+    parts = set(words)
+    if "fails" in parts:
+        return "fails"
+    return "holds" if parts == {"holds"} else "inconclusive" if parts else "not tested"
+
+
+def band(values: Sequence[float]) -> float:
+    """How far the mean of `values` over seeds may be from the paper's number, in points, to count as the same: `MARGIN`,
+    or twice their standard deviation if that is more."""
+    return max(MARGIN, 2 * _std(values)) if len(values) > 1 else MARGIN
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:

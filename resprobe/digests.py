@@ -2,50 +2,106 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import CellType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_seen_sources: dict[tuple[str, str], tuple[Any, str]] = {}
+"""Module and file → how the module was loaded, and its digest: the file may be edited later, and the process not know."""
+
+
 def source_digest(thing: Any) -> str | None:
-    """SHA-256 of the source file that a class or function comes from, and of those beside it that it imports; None for
-    resprobe's own."""
+    """SHA-256 of the source file that a class or function comes from, and of those beside it that it imports, as they were
+    when this was first asked of what was loaded; None for resprobe's own."""
     thing = inspect.unwrap(thing)
     module = getattr(thing, "__module__", None) or ""
     if module.split(".")[0] == "resprobe":
         return None
     try:
         file = Path(inspect.getsourcefile(thing) or "")
-        own = hashlib.sha256(file.read_bytes()).hexdigest()
-        helpers = sorted(_helpers(module, file.parent, {file}))
-        return hashlib.sha256("".join((own, *helpers)).encode()).hexdigest() if helpers else own
+        loaded_by = getattr(sys.modules.get(module), "__spec__", None)  # another one after a reload
+        known = _seen_sources.get((module, str(file)))
+        if known is None or known[0] is not loaded_by:
+            known = _seen_sources[module, str(file)] = loaded_by, _files_digest(module, file)
+        return known[1]
     except (OSError, TypeError):  # typed into a notebook or an interpreter: there is no file
         try:
             return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
         except (OSError, TypeError):
-            return f"unknown source of {origin(thing)}"
+            return hashlib.sha256(f"{origin(thing)} {_compiled(thing)}".encode()).hexdigest()
 
 
-def _helpers(module: str, folder: Path, seen: set[Path]) -> Iterator[str]:
-    """Digests of files in `folder` and below of which a module uses something."""
-    for value in list(vars(sys.modules[module]).values()) if module in sys.modules else ():
-        used = value.__name__ if inspect.ismodule(value) else getattr(value, "__module__", None)
-        if not isinstance(used, str) or used.split(".")[0] == "resprobe":
-            continue
-        file = getattr(sys.modules.get(used), "__file__", None)
-        path = Path(file) if file else folder
-        if path in seen or not path.is_relative_to(folder) or not path.is_file() or "site-packages" in path.parts:
+def _files_digest(module: str, file: Path) -> str:
+    own = hashlib.sha256(file.read_bytes()).hexdigest()
+    helpers = sorted(_helpers(module, file, file.parent, {file}))
+    return hashlib.sha256("".join((own, *helpers)).encode()).hexdigest() if helpers else own
+
+
+def _helpers(module: str, file: Path, folder: Path, seen: set[Path]) -> Iterator[str]:
+    """Digests of files in `folder` and below that the source `file` of a module imports, and that those import."""
+    for name in _imports(module, file):
+        path = _file_of(name, folder)
+        if path is None or path in seen or "site-packages" in path.parts:
             continue
         seen.add(path)
         yield hashlib.sha256(path.read_bytes()).hexdigest()
-        yield from _helpers(used, folder, seen)
+        yield from _helpers(name, path, folder, seen)
+
+
+def _imports(module: str, file: Path) -> Iterator[str]:
+    """Names of modules, and of what may be one, that a source imports."""
+    package = getattr(sys.modules.get(module), "__package__", None) or module.rpartition(".")[0]
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # edited since, and not yet right
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*filter(None, up), *([node.module] if node.module else [])])
+            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:  # importing a.b imports a
+            parts = name.split(".")
+            yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+
+
+def _file_of(module: str, folder: Path) -> Path | None:
+    """The source of a module, imported or not yet, if it lies in `folder` or below and is not resprobe's."""
+    if module.split(".")[0] == "resprobe" or not module:
+        return None
+    if module in sys.modules:
+        candidates = [Path(getattr(sys.modules[module], "__file__", None) or "")]
+    else:
+        roots = [folder, *(Path(root) for root in sys.path if root and folder.is_relative_to(root))]
+        bases = [root.joinpath(*module.split(".")) for root in roots]
+        candidates = [path for base in bases for path in (base.with_suffix(".py"), base / "__init__.py")]
+    return next((path for path in candidates if path.is_relative_to(folder) and path.is_file()), None)
+
+
+def _compiled(thing: Any) -> object:
+    """What a function or class does, where no source says it; nothing of what is built in."""
+    if inspect.isclass(thing):
+        told = [(name, held) for name, held in sorted(vars(thing).items()) if name != "__firstlineno__"]
+        return [(name, _compiled(held) if inspect.isroutine(held) else as_text(held)) for name, held in told]
+    code = thing if inspect.iscode(thing) else getattr(getattr(thing, "__func__", thing), "__code__", None)
+    if code is None:
+        return None
+    constants = [_compiled(each) if inspect.iscode(each) else repr(each) for each in code.co_consts]
+    return code.co_code.hex(), code.co_names, constants
 
 
 def origin(thing: object) -> str:
@@ -58,7 +114,7 @@ def network_digest(network: nn.Module, *about: str) -> str:
     """What a built network is: its modules and how they are set, weights and buffers, what of them learns, and the sources
     of those that are neither torch's, torchvision's nor ours. `about`: what else is part of it.
 
-    What a module holds beside numbers, texts, functions and tensors (an object of a class of its own, say) is not seen.
+    What a module holds that neither tells what it is made of nor has attributes (an open file, say) is not seen.
     """
     digest = hashlib.sha256(repr(about).encode())
     for name, module in network.named_modules(remove_duplicate=False):
@@ -78,27 +134,46 @@ def settings(thing: object) -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None and name != "training"}
 
 
-def as_text(value: Any) -> str | None:
-    """A value as text that is the same in every process; None for what has no such text."""
+def as_text(value: Any, within: tuple[int, ...] = ()) -> str | None:
+    """A value as text that is the same in every process; None for what has no such text.
+
+    `within`: what it is a part of, by `id`, since things may hold one another.
+    """
+    import numpy
     from torch import Tensor, dtype
 
+    if isinstance(value, numpy.generic):
+        value = value.item()
     if isinstance(value, bool | int | float | complex | str | bytes | None | dtype):
         return repr(value)
+    if isinstance(value, numpy.ndarray) and value.dtype != object:
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes(value)).hexdigest()}"
+    if id(value) in within:
+        return "itself"
+    text = partial(as_text, within=(*within, id(value)))
     if isinstance(value, Mapping):
         value = [each for pair in value.items() for each in pair]
     if isinstance(value, set | frozenset):
-        return str(sorted(str(as_text(each)) for each in value))
+        return str(sorted(str(text(each)) for each in value))
     if isinstance(value, list | tuple):
-        return str([as_text(each) for each in value])
+        return str([text(each) for each in value])
     if isinstance(value, partial):
-        return f"{as_text(value.func)} {as_text(value.args)} {as_text(value.keywords)}"
+        return f"{text(value.func)} {text(value.args)} {text(value.keywords)}"
     if inspect.isroutine(value) or inspect.isclass(value):
-        known = origin(value).split(".")[0] in ("torch", "torchvision", "resprobe")
+        if origin(value).split(".")[0] in ("torch", "torchvision", "resprobe"):
+            return origin(value)
         # A stranger's file is what is in it, whatever it is called.
-        return origin(value) if known else f"{value.__qualname__} {source_digest(value)}"
-    return None
+        of_function = getattr(value, "__func__", value)
+        made_of = [getattr(of_function, name, None) for name in ("__defaults__", "__kwdefaults__")]
+        cells = [cell.cell_contents for cell in getattr(of_function, "__closure__", None) or () if cell != CellType()]
+        bound_to = value.__self__ if inspect.ismethod(value) else None
+        return f"{value.__qualname__} {source_digest(value)} {text([bound_to, *made_of, *cells])}"
+    if inspect.ismodule(value):
+        return value.__name__
+    held = getattr(value, "__dict__", None)
+    return None if held is None else f"{text(type(value))} {text(dict(sorted(held.items())))}"
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -46,7 +46,8 @@ class Recipe:
     warm_up_rate: float | None = None
     """The rate of the warm-up (§4.2: 0.01 for 110 layers). None: no warm-up."""
     warm_up_until: float = 80.0
-    """The warm-up ends when the running training error, averaged over `window` iterations, is below this. The paper
+    """The warm-up ends when the running training error, averaged over `window` iterations, is below this, and at the first
+    milestone at the latest: a network that does not get there is not kept from the rest of the schedule. The paper
     does not say over what it measured; a window of 100 mini-batches steadies the figure to about 0.4 points."""
     warm_up_iterations: int | None = None
     """If set, the warm-up lasts exactly this long instead (the paper: "about 400 iterations")."""
@@ -136,14 +137,18 @@ class Recipe:
         """The same recipe with its whole schedule scaled to `iterations`."""
         check_whole("iterations", iterations, 1)
         ratio = iterations / self.iterations
+        # Twenty points draw a curve; in a short training more would take longer than the training itself. Plateaus want
+        # more, and are so many evaluations that they last as long a part of the training.
+        most = self.evaluations if ratio >= 1 else 20 if self.plateau is None else 40
+        evaluations = min(self.evaluations, most, iterations)
         return replace(
             self,
             iterations=iterations,
             milestones=tuple(round(milestone * ratio) for milestone in self.milestones),
             warm_up_iterations=self.warm_up_iterations and max(1, round(self.warm_up_iterations * ratio)),
             window=max(1, min(self.window, iterations // 40)),
-            # Twenty points draw a curve; in a short training more would take longer than the training itself.
-            evaluations=min(self.evaluations, 20 if ratio < 1 else self.evaluations, iterations),
+            evaluations=evaluations,
+            plateau=self.plateau and max(1, round(self.plateau * evaluations / self.evaluations)),
         )
 
 
@@ -151,14 +156,15 @@ def learning_rate(recipe: Recipe, iteration: int, error: float | None = None, pl
     """The learning rate of one iteration: a pure function, so that it cannot be left in a wrong state.
 
     `iteration` counts from 0. `error` is the lowest running training error so far in percent (None before the first
-    is known); it ends the warm-up, once and for all since the lowest never rises. `plateaus` is how often the test
-    error has plateaued (see `plateaus`).
+    is known); it ends the warm-up, once and for all since the lowest never rises, if the first milestone does not.
+    `plateaus` is how often the test error has plateaued (see `plateaus`).
     """
     if recipe.warm_up_rate is not None:
         if recipe.warm_up_iterations is not None:
             warming_up = iteration < recipe.warm_up_iterations
         else:
-            warming_up = error is None or error >= recipe.warm_up_until
+            late = bool(recipe.milestones) and iteration >= recipe.milestones[0]
+            warming_up = not late and (error is None or error >= recipe.warm_up_until)
         if warming_up:
             return recipe.warm_up_rate
     divisions = sum(iteration >= milestone for milestone in recipe.milestones) + plateaus

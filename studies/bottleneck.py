@@ -49,7 +49,8 @@ NETWORK_PIXELS, NETWORK_IMAGES = 32, 8
 PASSES = 3
 """Timed in each round, of which the fastest counts: other work on a machine can only slow a pass."""
 DOUBLED = 1.5
-"""Times the weights from which on a block counts as doubled, as in the study of complexity; the paper's comes to 1.94."""
+"""Times the weights, and the multiply-adds, from which on a block counts as doubled, as in the study of complexity; the
+paper's comes to 1.94 in both."""
 SLOWER = 10.0
 """Percent of time from which on a block counts as slower. Fixed before any run."""
 COSTS = {
@@ -68,7 +69,8 @@ PROJECTIONS_DOUBLE = rp.Claim(
     statement="A projection in the place of its identity would double a bottleneck block",
     section="§4.1, Fig. 5",
     paper="basic 64-d and bottleneck 256-d similar in time complexity; time and size doubled by a projection",
-    falsifier="with a projection the block has less than 1.5 times the weights, or its training step takes less than 10 % longer",
+    falsifier="with a projection the block has less than 1.5 times the weights or multiply-adds, or its training step takes "
+    "less than 10 % longer",
 )
 PLAIN_BOTTLENECKS_DEGRADE = rp.Claim(
     id="C23",
@@ -267,12 +269,12 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 
 def _judge_cost(results: rp.Results) -> rp.Verdict:
-    """Both halves of the falsifier: weights, which are counted, and time, which is measured and has a spread."""
+    """Both halves of the falsifier: weights and multiply-adds, which are counted, and time, which has a spread."""
     block, projected = _ratios(results, "bottleneck", by="basic"), _ratios(results, "projection", by="bottleneck")
     rounds = (100 * (projected["step_ms"] - 1)).tolist()
-    slower = rp.compare(rounds, [0.0] * len(rounds), unit="%")
-    word = "holds" if slower.lower > SLOWER else "fails" if slower.upper < SLOWER else "inconclusive"
-    growth = projected["weights"].iloc[0]
+    slower = rp.compare(rounds, 0.0, margin=SLOWER, unit="%")
+    # Counted: the same in every round.
+    doubled = projected[["weights", "macs"]].iloc[0].min() >= DOUBLED
     evidence = [
         f"training step of the block, in % longer with a projection: {slower.difference:+.0f}, 95 % limits "
         f"{slower.lower:+.0f} and {slower.upper:+.0f}, n = {len(rounds)} rounds (above {SLOWER:.0f} is needed)",
@@ -288,7 +290,7 @@ def _judge_cost(results: rp.Results) -> rp.Verdict:
         ]
     return rp.Verdict(
         PROJECTIONS_DOUBLE,
-        word if growth >= DOUBLED else "fails",
+        rp.all_of([slower.exceeds, "holds" if doubled else "fails"]),
         f"a projection in the place of the block's identity: {_said(projected)}",
         "; ".join(evidence),
     )

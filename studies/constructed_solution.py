@@ -17,7 +17,7 @@ residual network the last normalization of the branch is zeroed, which is an ide
 claims stands with them below.
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; record in docs/measurements/):
-- quick, digits, n = 3, 7 minutes of training summed over 24 runs: every output of six networks of 56 layers equals that of
+- quick, digits, n = 3, 6.4 minutes of training summed over 24 runs: every output of six networks of 56 layers equals that of
   the 20 layers they were made from, to 1.3e-5 of logits up to 28; C13 holds. Trained on by the whole recipe, plain-56
   leaves (20 % training error at most) and returns to 0.57 ± 0.26 %, where plain-20 had 0.03 ± 0.03 % and plain-56 from
   random weights ends at 83.30 ± 5.21 %; at the last learning rate it stays (0.02 ± 0.03 %). C13b fails. Residual networks

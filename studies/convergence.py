@@ -103,14 +103,13 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         on_test = f"{tested.difference:+.0f} iterations" if tested else "reached by neither"
         evidence.append(f"{level:g} %, plain against residual: {slower} (the same test error: {on_test})")
         words.append(slower.verdict)
-    word = "holds" if set(words) == {"holds"} else "fails" if "fails" in words else "inconclusive"
     window = results.measurements.loc[results.measurements["curve"] == "training", "window"].max()
     evidence.append(f"log points are {window:g} iterations apart")
     final = ", ".join(f"{rp.mean_std(results.values('test_error', kind=kind))} % ({kind})" for kind in KINDS)
     return [
         rp.Verdict(
             CONVERGES_FASTER,
-            word if words else "not tested",
+            rp.all_of(words),
             "iterations to a training error of " + "; ".join(measured),
             "; ".join([*evidence, f"final test error {final}"]),
         )

@@ -26,6 +26,7 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0; n = 3; records in 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,8 +87,8 @@ STEPS_GAIN = rp.Claim(
     "C20",
     "Box refinement, global context and multi-scale testing each improve detection",
     "App. B; Table 9",
-    "mAP@[.5, .95] on COCO val 27.2 → 29.9 → 30.0 → 32.5 %",
-    "a step after which mAP@[.5, .95] is not higher",
+    "mAP@.5 on COCO val 48.4 → 49.9 → 51.1 → 53.8 %; mAP@[.5, .95] 27.2 → 29.9 → 30.0 → 32.5 %",
+    "a step after which mAP@.5 is not higher",
 )
 FROZEN_SAVES = rp.Claim(
     "C24",
@@ -426,19 +427,20 @@ def _gain(results: rp.Results, claim: rp.Claim, column: str) -> rp.Verdict:
 
 
 def _judge_steps(results: rp.Results) -> rp.Verdict:
-    column, backbone = "COCO AP", results.options.backbones[-1]
-    there = [step for step in STEPS if _values(results, column, backbone, step, "frozen")]
-    measured = f"{column} of {backbone}: " + ", ".join(
-        f"{step} {rp.mean_std(_values(results, column, backbone, step, 'frozen'))}" for step in there
+    backbone = results.options.backbones[-1]
+
+    def values(step: str, column: str = "COCO AP50") -> list[float]:
+        return _values(results, column, backbone, step, "frozen")
+
+    there = [step for step in STEPS if values(step)]
+    measured = f"mAP@.5 (mAP@[.5, .95]) of {backbone}: " + ", ".join(
+        f"{step} {rp.mean_std(values(step))} ({rp.mean_std(values(step, 'COCO AP'))})" for step in there
     )
     if len(there) < 2:
         return _untested(STEPS_GAIN, "--refine --context --scales 200 400 600 800 1000, and --bn frozen or both")
-    found = {
-        step: rp.compare(*(_values(results, column, backbone, each, "frozen") for each in (step, before)))
-        for before, step in zip(there, there[1:], strict=False)
-    }
-    words = {comparison.verdict for comparison in found.values()}
-    word = "fails" if "fails" in words else "holds" if words == {"holds"} else "inconclusive"
+    # By mAP@.5, of which App. B speaks: of mAP@[.5, .95] context gains the paper 0.1 points, which no spread lets one see.
+    found = {step: rp.compare(values(step), values(before)) for before, step in itertools.pairwise(there)}
+    word = rp.all_of(comparison.verdict for comparison in found.values())
     evidence = "; ".join(f"{step}: {comparison}" for step, comparison in found.items())
     if missing := [step for step in STEPS if step not in there]:
         word = word if word == "fails" else "not tested"

@@ -98,7 +98,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     word, why = worse.verdict, ""
     if worse.seeds >= 2 and fmean(tested[deep]) < fmean(tested[shallow]) - 2 * stdev(tested[shallow]):
         word, why = "fails", f"It is below the mean − 2 std of ResNet-{shallow}. "
-    elif word == "holds" and harder.lower > harder.margin:  # the paper's two have "similar training error"
+    elif word == "holds" and harder.exceeds == "holds":  # the paper's two have "similar training error"
         word, why = "fails", "The training error is higher too, so this is not overfitting. "
     if word == "fails" and unfinished:
         word, why = "inconclusive", f"{why}But {too_short}. "

@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LIMIT = 3.0
-"""Decades of change with depth that count as vanishing or exploding (a thousandfold). Fixed before any run."""
+"""Decades of change with depth that count as vanishing or exploding (a thousandfold), and below 1 that count as no signal.
+Fixed before any run."""
 LOWEST = -20.0
 """Decades at which figures end below."""
 BELOW_FLOAT64, BELOW_FLOAT32 = 1e-300, 1e-14
@@ -243,7 +244,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         if claim is DO_NOT_VANISH:
             vanishes = change(_stays_above, "initialization", depths, "median", CONTROL).verdict == "fails"
             std = _smallest_forward_std(results)
-            words += ["holds" if vanishes else "inconclusive", "holds" if std > 0 else "fails"]
+            words += ["holds" if vanishes else "inconclusive", "holds" if std > 10**-LIMIT else "fails"]
             said.append(
                 f"control, {CONDITIONS[CONTROL]}: {path('initialization', depths, 'median', CONTROL)} at initialization, "
                 + (
@@ -253,12 +254,11 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
                 )
             )
             said.append(f"smallest standard deviation of a layer's responses: {std:.2g}")
-        word = "fails" if "fails" in words else "holds" if set(words) == {"holds"} else "inconclusive"
         measured = (
             f"first to last block's gradient in decades: at initialization {path('initialization', depths)}; along training, "
             f"median {path('training', trained, 'median')}, {which} single reading {path('training', trained, extreme)}"
         )
-        verdicts.append(rp.Verdict(claim, word, measured, "; ".join(said)))
+        verdicts.append(rp.Verdict(claim, rp.all_of(words), measured, "; ".join(said)))
     return verdicts
 
 

@@ -215,12 +215,11 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         word, said = _compare(results, ("residual", shallow), ("residual", deep))
         parts.append(word)
         evidence.append(said)
-    if len(parts) < 2:
+    if len(parts) == 1:
+        parts.append("not tested")
         missing = "plain networks" if not both else "residual networks of two depths"
-        word = "fails" if "fails" in parts else "not tested" if not parts else "inconclusive"
         evidence.append(f"there are no {missing} to compare with, so one half of the claim was not tested")
-    else:
-        word = "fails" if "fails" in parts else "holds" if set(parts) == {"holds"} else "inconclusive"
+    word = rp.all_of(parts)
     for depth in have.get("residual", []) if len(results.table) else []:
         error = statistics.mean(results.values("train_error", kind="residual", depth=depth))
         if error > LEARNED:

@@ -111,8 +111,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
     better = rp.compare(errors["plain"], errors["A"])
     small = _compare_spread(errors)
-    words = {better.verdict, small.verdict}
-    word = "fails" if "fails" in words else "holds" if words == {"holds"} else "inconclusive"
+    word = rp.all_of([better.verdict, small.verdict])
     evidence = [f"plain-{deep} against option A: {better}", f"half the gap to plain less the spread: {small}"]
     for depth in sorted(results.options.depths):
         for column, kind in (("test_error", "test"), ("train_error", "training")):

@@ -1,6 +1,7 @@
 """What all tests share: the real data where it is there, devices, and how much hypothesis tries."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from resprobe.registry import Registry
 # Where tests run two at a time, each computes with one.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 flush_denormals()
+
+# A shell has what it starts in the background ignore Ctrl-C, and so would all processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A fixed seed where a failure must be met again by a rerun; fresh examples on a developer's machine.
 settings.register_profile(

@@ -148,3 +148,32 @@ def test_seeds_that_all_agree_are_said_to():
 def test_a_side_without_values_is_refused(sides):
     with pytest.raises(rp.UsageError, match="one value a seed"):
         rp.compare(*sides)
+
+
+def test_more_than_the_margin():
+    certain = rp.compare([3.0, 3.1, 2.9], [1.0, 1.1, 0.9])
+    assert (certain.verdict, certain.exceeds) == ("holds", "holds")
+    small = rp.compare([1.20, 1.21, 1.19], [1.00, 1.01, 0.99])
+    assert (small.verdict, small.exceeds) == ("holds", "fails")
+    assert rp.compare([1.4, 1.6, 1.5], [1.0, 1.1, 0.9]).exceeds == "inconclusive"
+    assert rp.compare([3.0], [1.0]).exceeds == "inconclusive"
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["holds", "holds"], "holds"),
+        (["holds", "inconclusive", "fails"], "fails"),
+        (["holds", "inconclusive"], "inconclusive"),
+        (["holds", "not tested"], "inconclusive"),
+        ([], "not tested"),
+    ],
+)
+def test_a_claim_of_several_parts(words, word):
+    assert rp.all_of(words) == rp.all_of(iter(words)) == word
+
+
+def test_how_near_is_the_same():
+    assert rp.band([8.75]) == rp.band([8.7, 8.8, 8.75]) == MARGIN
+    assert rp.band([8.0, 9.0, 8.5]) == pytest.approx(2 * 0.5)
+    assert rp.band([7.0, 9.0, 8.0]) == pytest.approx(2.0)

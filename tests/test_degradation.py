@@ -15,7 +15,7 @@ from studies.degradation import judge, plan, study
 ROOT = Path(__file__).parent.parent
 
 
-def results(errors: dict[tuple[str, int], list[float]]) -> rp.Results:
+def results(errors: dict[tuple[str, int], list[float]], **changed) -> rp.Results:
     """A study's results with given training errors; test errors a point above."""
     rows, histories = [], []
     for (kind, depth), seeds in errors.items():
@@ -28,7 +28,7 @@ def results(errors: dict[tuple[str, int], list[float]]) -> rp.Results:
                 )
     depths = tuple(sorted({depth for _, depth in errors}))
     seeds = tuple(range(len(next(iter(errors.values())))))
-    options = rp.Options(data="digits", depths=depths, seeds=seeds)
+    options = rp.Options(**({"data": "digits", "depths": depths, "seeds": seeds} | changed))
     return rp.Results(options, pandas.DataFrame(rows), pandas.DataFrame(histories), [])
 
 
@@ -54,6 +54,43 @@ def test_plain_networks_that_do_not_degrade_refute_the_first_claim():
 
 def test_residual_networks_that_do_not_gain_refute_the_second_claim():
     assert verdicts(PAPER_LIKE | {("residual", 56): [9.9, 9.8, 10.0]})["C2"] == "fails"
+
+
+DEEPEST = {("plain", 110): [65.0, 66.0, 64.0], ("residual", 110): [6.4, 6.5, 6.3]}
+
+
+def test_plain_networks_are_compared_up_to_56_layers():
+    flat = {("plain", 56): [9.3, 9.5, 9.4]}
+    assert verdicts(PAPER_LIKE | DEEPEST) == {"C1": "holds", "C2": "holds"}
+    assert verdicts(PAPER_LIKE | DEEPEST | flat)["C1"] == "fails"  # however bad the 110-layer network is
+    first = judge(results(PAPER_LIKE | DEEPEST))[0]
+    assert "→ 65.00 ± 1.00 % at 20, 56, 110 layers" in first.measured
+    without_56 = {key: errors for key, errors in (PAPER_LIKE | DEEPEST).items() if key[1] != 56}
+    assert verdicts(without_56) == {"C1": "holds", "C2": "holds"}
+    drawn = study.draw(results(PAPER_LIKE | DEEPEST))["figure-1"]
+    assert drawn.caption.startswith("Plain networks of 20 and 56 layers")
+    assert "110" not in drawn.alt
+
+
+@pytest.mark.parametrize("depth", [56, 110])
+def test_residual_networks_must_gain_at_56_layers_and_at_the_deepest(depth):
+    worse = {("residual", depth): [9.9, 9.8, 10.0]}
+    assert verdicts(PAPER_LIKE | DEEPEST | worse)["C2"] == "fails"
+
+
+def test_in_the_papers_setting_errors_stand_beside_table_6():
+    close = PAPER_LIKE | {("residual", 20): [7.75, 7.85, 7.65], ("residual", 56): [6.6, 6.7, 6.5]}  # test errors + 1
+    ours = results(close, data="cifar10:somewhere")
+    beside = study.tabulate(ours)["paper's test error (%)"].tolist()
+    assert beside[2:] == ["8.75 (+0.00, within ±0.50)", "6.97 (+0.63, beyond ±0.50)"]
+    evidence = "1 of 2 test errors are within max(0.5 points, 2 std) of Table 6's"
+    assert evidence in judge(ours)[1].evidence
+    spread = close | {("residual", 56): [6.6, 7.1, 6.1]}
+    assert "2 of 2 test errors" in judge(results(spread, data="cifar10"))[1].evidence
+    for other in ({"data": "digits"}, {"iterations": 2_000}, {"shortcut": "B"}):
+        ours = results(close, **({"data": "cifar10"} | other))
+        assert "Table 6" not in judge(ours)[1].evidence
+        assert "within" not in study.tabulate(ours).to_string()
 
 
 def test_one_seed_is_inconclusive():

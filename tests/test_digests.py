@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -83,6 +84,51 @@ def test_digests_are_the_same_in_every_process():
     assert said.split() == [network_digest(made()), network_digest(Mine())]
 
 
+class Part:
+    def __init__(self, size):
+        self.size, self.whole = size, self
+
+
+def closing_over(number):
+    return lambda x: x * number
+
+
+def test_what_a_setting_is_made_of_counts():
+    table = numpy.arange(3)
+    settings_of_one_kind = [
+        (Part(1), Part(2)),
+        (closing_over(1), closing_over(2)),
+        (lambda x, by=1: x, lambda x, by=2: x),
+        (Part(1).__init__, Part(2).__init__),
+        (table, table[::-1]),
+        (numpy.float32(0.5), numpy.float32(0.25)),
+        ({"a": [Part(1)]}, {"a": [Part(3)]}),
+    ]
+    for one, other in settings_of_one_kind:
+        assert network_digest(Mine(power=one)) == network_digest(Mine(power=copy.deepcopy(one)))
+        assert network_digest(Mine(power=one)) != network_digest(Mine(power=other)), one
+    assert as_text(numpy.int64(5)) == as_text(5)
+
+
+def test_a_schedule_of_numpys_numbers_is_its_numbers():
+    def identity(schedule):
+        return Counting(schedule=schedule).identity()
+
+    every, at = rp.probes.every, rp.probes.at
+    assert identity(every(numpy.int64(5))) == identity(every(5)) != identity(every(numpy.int64(50)))
+    assert identity(at(numpy.arange(0, 9, 3))) == identity(at([0, 3, 6])) != identity(at(numpy.arange(0, 12, 4)))
+
+
+def test_without_a_source_the_code_itself_counts():
+    def made(number, indent=""):
+        space = {"__name__": "typed"}
+        exec(f"class Block:\n    scale = {number}\n{indent}\n    def f(self, x):\n        return x + {number}", space)
+        return space["Block"]
+
+    assert source_digest(made(1)) == source_digest(made(1, indent="\n")) != source_digest(made(2))
+    assert source_digest(made(1).f) == source_digest(made(1).f) != source_digest(made(2).f)
+
+
 def test_what_cannot_be_told_in_words_is_left_out():
     class Thing:
         def __init__(self):
@@ -113,6 +159,36 @@ def test_the_files_beside_a_plugin_that_it_imports_are_part_of_it(tmp_path, monk
         file.write_text(file.read_text() + "# edited\n")
         assert found() != before, name
         before = found()
+
+
+def test_what_a_plugin_imports_counts_whatever_it_is_and_as_it_was_loaded(tmp_path, monkeypatch):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "settings.py").write_text("WIDTH = 1\n")
+    (tmp_path / "later_e.py").write_text("DEPTH = 1\n")
+    # A number is imported, not a function; one file is imported when the other is asked for something.
+    text = "from .settings import WIDTH\ndef mine():\n    from ..later_e import DEPTH\n"
+    (tmp_path / "own_f.py").write_text(text.replace("from .settings", "from package.settings").replace("..", ""))
+    (tmp_path / "package" / "own_g.py").write_text(text.replace("..later_e", "package.settings"))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+
+    def found(name):
+        for each in ("package.settings", "package.own_g", "own_f"):
+            monkeypatch.delitem(sys.modules, each, raising=False)
+        return source_digest(importlib.import_module(name).mine)
+
+    for name, files in (("own_f", ["package/settings.py", "later_e.py"]), ("package.own_g", ["package/settings.py"])):
+        before = found(name)
+        module = sys.modules[name]
+        for file in files:
+            (tmp_path / file).write_text((tmp_path / file).read_text() + "# edited\n")
+            assert source_digest(module.mine) == before, "as it was loaded"
+            assert found(name) != before, file
+            before, module = found(name), sys.modules[name]
+        assert source_digest(importlib.reload(module).mine) == before
+        (tmp_path / f"{name.replace('.', '/')}.py").write_text("def mine(): pass\n")
+        assert source_digest(importlib.reload(module).mine) != before
 
 
 RECIPE = rp.recipes.digits_quick(iterations=4)

@@ -42,6 +42,13 @@ def test_imagenet_recipe_of_section_3_4():
     assert [learning_rate(recipe, 599_999, plateaus=count) for count in range(3)] == pytest.approx([0.1, 0.01, 0.001])
 
 
+@pytest.mark.parametrize("iterations", [600, 60_000, 600_000, 1_200_000])
+def test_a_plateau_lasts_about_as_long_a_part_of_a_shortened_training(iterations):
+    recipe = imagenet_paper(iterations)
+    assert recipe.plateau / recipe.evaluations == pytest.approx(5 / 120, abs=0.01)
+    assert recipe.evaluations <= recipe.iterations // recipe.window
+
+
 @given(recipes())
 def test_rate_is_piecewise_constant_and_never_rises_after_the_warm_up(recipe):
     errors = falling_errors(recipe.iterations)
@@ -52,7 +59,7 @@ def test_rate_is_piecewise_constant_and_never_rises_after_the_warm_up(recipe):
     elif recipe.warm_up_iterations is not None:
         start = min(recipe.warm_up_iterations, recipe.iterations)
     else:
-        start = len(warm_up)
+        start = min([len(warm_up), *recipe.milestones])
     assert rates[:start] == [recipe.warm_up_rate] * start
     after = rates[start:]
     assert after == sorted(after, reverse=True)
@@ -84,6 +91,12 @@ def test_warm_up_lasts_until_the_error_is_below_80_percent():
         0.1,
         0.1,
     ]
+
+
+def test_a_network_that_learns_nothing_is_not_kept_from_the_schedule():
+    recipe = cifar_paper(depth=110)
+    rates = [learning_rate(recipe, iteration, 85.0) for iteration in (31_999, 32_000, 48_000)]
+    assert rates == pytest.approx([0.01, 0.01, 0.001])
 
 
 def test_warm_up_may_last_a_number_of_iterations_instead():

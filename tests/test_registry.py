@@ -149,11 +149,15 @@ def test_fingerprint_looks_through_decorators(fruits, strange, tmp_path):
     assert fruits.fingerprint("cherry") == hashlib.sha256((tmp_path / "strange_fruit.py").read_bytes()).hexdigest()
 
 
-def test_fingerprint_of_something_without_a_file_says_where_it_comes_from(fruits):
-    namespace = {"__name__": "notebook"}
-    exec("def typed_in(): pass", namespace)
-    fruits.register("typed-in")(namespace["typed_in"])
-    assert fruits.fingerprint("typed-in") == "unknown source of notebook.typed_in"
+def test_fingerprint_of_something_without_a_file_is_what_it_does(fruits):
+    def typed_in(number: int):
+        namespace = {"__name__": "notebook"}
+        exec(f"def typed_in(): return {number}", namespace)
+        return namespace["typed_in"]
+
+    for name, number in (("one", 1), ("again", 1), ("two", 2)):
+        fruits.register(name)(typed_in(number))
+    assert fruits.fingerprint("one") == fruits.fingerprint("again") != fruits.fingerprint("two")
 
 
 def test_fingerprint_of_an_unknown_name_is_refused(fruits):

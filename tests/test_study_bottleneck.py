@@ -64,6 +64,12 @@ def test_a_projection_without_weights_refutes_the_doubling():
     assert verdicts(results(weights=(73_728, 69_632, 90_000)))["C12"] == "fails"
 
 
+def test_a_projection_without_multiply_adds_refutes_the_doubling():
+    given = results()
+    given.measurements.loc[given.measurements["role"] == "projection", "macs"] = 10 * 69_632
+    assert verdicts(given)["C12"] == "fails"
+
+
 def test_a_projection_without_time_refutes_the_doubling():
     assert verdicts(results(step=(10.0, 20.0, 20.2)))["C12"] == "fails"
 

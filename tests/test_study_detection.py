@@ -99,16 +99,16 @@ def test_every_step_of_table_9_must_gain():
         return rows(PLAIN, [21.0, 21.2]) + [
             row
             for step, value in steps
-            for row in rows(RESIDUAL, [0.0, 0.0], step=step, ap=[value - 0.05, value + 0.05])
+            for row in rows(RESIDUAL, [value - 0.05, value + 0.05], step=step, ap=[30.0, 30.0])
         ]
 
-    assert words(table_9(27.2, 29.9, 31.0, 32.5))["C20"].verdict == "holds"
-    found = words(table_9(27.2, 29.9, 29.0, 32.5))["C20"]
+    assert words(table_9(48.4, 49.9, 51.1, 53.8))["C20"].verdict == "holds"  # Table 9
+    found = words(table_9(48.4, 49.9, 49.0, 53.8))["C20"]
     assert found.verdict == "fails" and "context: difference -0.90" in found.evidence
-    assert words(table_9(27.2, 29.9, 30.0, 32.5))["C20"].verdict == "fails"  # 0.1 points: no effect that matters
-    found = words(table_9(27.2, 29.9))["C20"]
+    assert words(table_9(48.4, 49.9, 50.0, 53.8))["C20"].verdict == "fails"  # 0.1 points: no effect that matters
+    found = words(table_9(48.4, 49.9))["C20"]
     assert found.verdict == "not tested"
-    assert "box refinement 29.90 ± 0.07" in found.measured
+    assert "box refinement 49.90 ± 0.07 (30.00 ± 0.00)" in found.measured
     assert found.evidence.endswith("not there: context, multi-scale testing")
 
 

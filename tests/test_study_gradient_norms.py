@@ -116,6 +116,7 @@ def test_gradients_that_explode_refute_the_other_claim():
 
 def test_a_forward_signal_without_variance_refutes_the_claim():
     assert words(forward=0.0)["C6"] == "fails"
+    assert words(forward=1e-4)["C6"] == "fails"  # as good as none
 
 
 def test_without_a_control_that_vanishes_nothing_is_shown():

@@ -88,6 +88,11 @@ def test_a_deeper_network_that_is_not_better_refutes_the_second_claim(depth):
     assert verdicts(TABLES_2_AND_3 | {("residual", "B", depth): [26.0, 26.1, 26.0]})["C15"] == "fails"
 
 
+def test_what_may_be_the_papers_smallest_gain_does_not_refute_the_second_claim():
+    close = {("residual", "B", 101): [21.7, 21.8, 21.9], ("residual", "B", 152): [21.6, 21.7, 21.8]}  # upper limit 0.27
+    assert verdicts(TABLES_2_AND_3 | close)["C15"] == "inconclusive"
+
+
 def test_noise_and_single_networks_are_inconclusive():
     noisy = {key: [error - 15, error, error + 15] for key, (error, *_) in TABLES_2_AND_3.items()}
     single = {key: errors[:1] for key, errors in TABLES_2_AND_3.items()}

@@ -73,6 +73,8 @@ def test_a_network_that_never_starts_refutes_the_first_part():
 
 def test_a_start_that_is_no_later_refutes_the_first_part():
     assert words(PAPER_LIKE | {COLD: [(SOON, 6.6), (SOON, 6.7), (SOON, 6.5)]})[0] == "fails"
+    within_an_epoch = [95.0, 95.0, *SOON]  # 256 images later at every seed
+    assert words(PAPER_LIKE | {COLD: [(within_an_epoch, 6.6)] * 3})[0] == "fails"
 
 
 def test_seeds_that_disagree_are_inconclusive():
