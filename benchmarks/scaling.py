@@ -222,7 +222,10 @@ def of_concurrency(where: Where, plan: Plan, network: str = "cifar/resnet-20") -
             started = time.perf_counter()
             done = run_all(jobs, store, device=where.device, concurrency=together, plugins=["benchmarks.data"])
             took = time.perf_counter() - started
+            steps = {run.environment["step"] for run in done}
         notes += [str(each.message) for each in said]
+        if steps != {resolve_step(where.step, where.device)}:
+            notes.append(f"{together} at a time: trained by the step {', '.join(sorted(steps))}")
         rows.append(together_speed([run.history for run in done], took, recipe.batch_size))
     notes = list(dict.fromkeys(notes))
     return {"network": network, "iterations": plan.iterations, "rows": rows, "notes": notes, "not_measured": missing}

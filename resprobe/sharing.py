@@ -19,13 +19,15 @@ from pathlib import Path
 
 import torch
 
-from resprobe.errors import last_words
+from resprobe.errors import last_words, one_line
 
 _CONTROL = "nvidia-cuda-mps-control"
 _PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 _USUAL_PIPES = "/tmp/nvidia-mps"
 _PATIENCE = 60.0
 """Seconds for a process to reach the card: one that cannot reach the service may wait for ever."""
+_refused: list[str] = []
+"""Why there is no service, once that is known in this process."""
 _CLIENT = "import torch; torch.ones(1, device={device!r}).item()"
 """What a process does that reaches the card."""
 _KEEPER = f"""
@@ -46,6 +48,10 @@ def sharing(device: torch.device) -> Iterator[Mapping[str, str]]:
     none to be had a warning says why, and processes take turns.
     """
     if device.type != "cuda":
+        yield {}
+        return
+    if _refused:  # it would not come later, and to ask takes minutes where nothing answers
+        _warn(_refused[0])
         yield {}
         return
     if _PIPES in os.environ or Path(_USUAL_PIPES, "control").exists():
@@ -98,8 +104,11 @@ def _no_use(device: torch.device, ours: Mapping[str, str]) -> str:
         servers = answer(_CONTROL, asked="get_server_list\n").stdout
     except subprocess.TimeoutExpired:
         return f"{_CONTROL} does not answer"
+    except OSError as error:  # a service of others', from a container without its program
+        return one_line(error)
     return "" if servers.strip() else f"{_CONTROL} starts no server"
 
 
 def _warn(reason: str) -> None:
+    _refused[:] = [reason]
     warnings.warn(f"processes take turns on the card, without NVIDIA's multi-process service: {reason}")

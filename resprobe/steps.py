@@ -16,7 +16,7 @@ import gc
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -168,8 +168,15 @@ def _record(
     # "thread_local": a loader's thread that pins batches for later iterations meanwhile is no part of the step.
     capture = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
     # The current stream once more: up to torch 2.11 at least, a capture that fails leaves its own in that place.
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)), capture:
-        given = work()
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        try:
+            with capture:
+                given = work()
+        except Exception:
+            # And the card's random numbers in the capture: no more are drawn until one succeeds.
+            with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+                torch.zeros((), device=device)
+            raise
 
     def replay() -> None:
         with torch.cuda.device(device):  # which need not be the process's first

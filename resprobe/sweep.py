@@ -253,9 +253,17 @@ def run_all(
             + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; "
             "the same command goes on from there"
         )
-    found = [store.find(job.config, job.probes) for job in jobs]
-    assert all(run is not None for run in found)
-    return found  # type: ignore[return-value]
+    found = []
+    for job in jobs:
+        run = store.find(job.config, job.probes)
+        if run is None:  # its probes are others in the processes that trained
+            raise _edited(job)
+        found.append(run)
+    return found
+
+
+def _edited(job: Job) -> UsageError:
+    return UsageError(f"{job.config.folder_name}: a plugin's file was edited since this was begun; begin it again")
 
 
 def train_job(job: Job, store: RunStore, device: torch.device, watch: Callable[[Progress], None]) -> dict[str, float]:
@@ -356,9 +364,7 @@ def _start(
         key, packed = task
         job: Job = pickle.loads(packed)
         if job.config.key != key:
-            raise UsageError(
-                f"{job.config.folder_name}: a plugin's file was edited since this was begun; begin it again"
-            )
+            raise _edited(job)
         try:
             return train_job(job, store, device, tell)
         except UsageError:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 CARD = torch.device("cuda", 0)
+NAME = "stand-in for a card"
 _ASKED_FOR = torch.device("meta")
 """By the name of which an operation that makes a tensor on the card is known below torch's own code."""
 _ANSWERS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2")
@@ -130,6 +131,8 @@ class _Card:
         self.random = torch.Generator().manual_seed(2015).get_state()
         self.watch = "default"
         self.graph: _Graph | None = None
+        self.stuck = False
+        """Whether a capture has failed and none succeeded since: torch (2.11) then draws no random numbers there."""
 
     def wait(self, what: str) -> None:
         """The host waits for the card, which it may not always."""
@@ -143,6 +146,8 @@ class _Card:
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
         """Random numbers within a `with` block are the card's, not the host's."""
+        if self.stuck and self.graph is None:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
         host = torch.get_rng_state()
         torch.set_rng_state(self.random)
         try:
@@ -157,6 +162,10 @@ class _Card:
         self.graph, before = graph, self.random
         try:
             yield
+            self.stuck = False
+        except BaseException:
+            self.stuck = True
+            raise
         finally:
             self.graph, self.random = None, before
             graph.end()
@@ -167,7 +176,7 @@ class _Card:
             "is_available": lambda: True,
             "_initialized": True,  # else recomputing would not ask for its random numbers
             "device_count": lambda: 1,
-            "get_device_name": lambda device=None: "stand-in for a card",
+            "get_device_name": lambda device=None: NAME,
             "get_device_capability": lambda device=None: (8, 0),
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
@@ -181,6 +190,7 @@ class _Card:
             "Stream": _Stream,
             "current_stream": _Stream,
             "CUDAGraph": _Graph,
+            "is_current_stream_capturing": lambda: self.graph is not None,
             "graph": self.capturing,
         }
 

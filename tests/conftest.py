@@ -64,6 +64,10 @@ def _card(request: pytest.FixtureRequest) -> Iterator[None]:
 
         with stand_in():
             yield
+    elif request.node.get_closest_marker("gpu"):
+        # Convolutions alone use TF32 unless asked otherwise, and would not be those of the CPU.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
     else:
         yield
 

@@ -176,6 +176,7 @@ def test_a_small_version_runs_without_a_gpu(tmp_path, capsys):
     assert 0 < record["start"]["help"]["median"] < record["start"]["first_iteration"]["median"]
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.gpu(real=True)
 def test_on_a_card_the_graph_is_equal(tmp_path):
     out = tmp_path / "card.json"

@@ -98,7 +98,9 @@ def test_runs_that_would_take_longer_than_is_left_are_not_begun(monkeypatch):
 
     def run_all(jobs, *_, **__):
         warnings.warn("they take turns")
-        return [argparse.Namespace(history=None) for _ in jobs]
+        return [
+            argparse.Namespace(history=None, environment={"step": step}) for step in ("eager", "graph")[: len(jobs)]
+        ]
 
     monkeypatch.setattr(scaling, "run_all", run_all)
     monkeypatch.setattr(
@@ -107,7 +109,7 @@ def test_runs_that_would_take_longer_than_is_left_are_not_begun(monkeypatch):
     soon = dataclasses.replace(WHERE, deadline=Deadline(10))
     found = scaling.of_concurrency(soon, dataclasses.replace(scaling.QUICK, concurrency=(1, 2, 4)))
     assert [row["together"] for row in found["rows"]] == [1, 2]
-    assert found["notes"] == ["they take turns"], "once, however often it was said"
+    assert found["notes"] == ["they take turns", "2 at a time: trained by the step eager, graph"], "each once"
     assert found["not_measured"] == {"4 at a time": "no time left"}
 
 

@@ -244,5 +244,5 @@ def test_blood_cells_are_trained_on(shared_data):
 def test_on_cuda_a_detector_is_trained_as_on_the_cpu(data, options):
     """But for the boxes to learn from, which are drawn there by other numbers."""
     here, there = (train(data, replace(RECIPE, iterations=2), device=device, **options) for device in ("cpu", "cuda"))
-    assert there.history["loss"].iloc[-1] == pytest.approx(here.history["loss"].iloc[-1], rel=0.1)
+    assert there.history["loss"].iloc[-1] == pytest.approx(here.history["loss"].iloc[-1], rel=0.3)
     assert not any(parameter.is_cuda for parameter in there.model.parameters())

@@ -35,6 +35,7 @@ if [ "$asked" = get_server_list ]; then echo {servers}; fi
 def control(tmp_path, monkeypatch):
     """Puts a stand-in in place, and gives the file in which it writes down what it is asked."""
     monkeypatch.delenv("CUDA_MPS_PIPE_DIRECTORY", raising=False)
+    monkeypatch.setattr(sharing_module, "_refused", [])
     monkeypatch.setattr(sharing_module, "_USUAL_PIPES", str(tmp_path / "none"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
@@ -121,6 +122,9 @@ def test_without_the_service_a_warning_says_why(settings, client, reason, contro
     with pytest.warns(UserWarning, match=said), sharing(CUDA) as variables:
         assert variables == {}
     assert not list(tmp_path.glob("mps-*")), "nothing is left behind"
+    monkeypatch.setattr(sharing_module, "_no_use", None)  # not asked again
+    with pytest.warns(UserWarning, match=said), sharing(CUDA) as variables:
+        assert variables == {}
 
 
 @pytest.mark.parametrize("where", ["variable", "usual"])

@@ -149,6 +149,26 @@ def test_what_cannot_be_captured_runs_as_it_is_written(monkeypatch):
     assert_alike(eager, other)
 
 
+class Shy(nn.Module):
+    """Draws random numbers, and does not let itself be captured."""
+
+    def forward(self, x):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("not while you look")
+        return nn.functional.dropout(x, 0.1)
+
+
+@pytest.mark.gpu
+def test_after_a_capture_that_fails_random_numbers_are_drawn():
+    eager, other = (
+        tiny.training(nn.Sequential(Shy(), tiny.network()), device=CUDA, step=step) for step in ("eager", "graph")
+    )
+    eager.run()
+    with pytest.warns(UserWarning, match="and runs as it is written: not while you look"):
+        other.run()
+    assert_alike(eager, other)
+
+
 class Asking(nn.Module):
     """Asks the device for a number, which no capture can answer."""
 

@@ -319,6 +319,29 @@ def test_a_plugin_that_is_edited_meanwhile_is_said(tmp_path, clean_registries):
         run_all(asked, rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=2, plugins=[str(plugin)])
 
 
+PROBE = """
+import pandas
+import resprobe as rp
+@rp.register_probe("edited-probe")
+class Probe(rp.Probe):
+    name = "edited-probe"
+    def table(self):
+        return pandas.DataFrame({"x": [1]})
+"""
+
+
+def test_a_probe_that_is_edited_meanwhile_is_said(tmp_path, clean_registries):
+    plugin = tmp_path / "edited_probe.py"
+    plugin.write_text(PROBE)
+    rp.load_plugin(str(plugin))
+    plugin.write_text(PROBE + "# edited\n")
+    asked = [replace(job, probes=("edited-probe",)) for job in jobs(8, 14)]
+    store = rp.RunStore(tmp_path / "runs")
+    assert len(run_all(asked[:1], store, device=CPU, concurrency=1)) == 1  # in this process it is what was loaded
+    with pytest.raises(rp.UsageError, match="a plugin's file was edited since this was begun; begin it again"):
+        run_all([asked[1], *jobs(20)], store, device=CPU, concurrency=2, plugins=[str(plugin)])
+
+
 def test_what_fails_alike_is_said_once(tmp_path, monkeypatch):
     def train_job(*given):
         raise MemoryError("out of memory")

@@ -992,8 +992,7 @@ def test_batches_on_cuda_are_those_of_the_cpu():
 @pytest.mark.gpu
 def test_training_on_cuda_is_that_on_the_cpu():
     one, other = (training(device=device, iterations=6, learning_rate=0.02) for device in (CUDA, CPU))
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # convolutions alone use it unless asked otherwise
-        one.run()
+    one.run()
     other.run()
     for (name, left), right in zip(one.network.state_dict().items(), other.network.state_dict().values(), strict=True):
         torch.testing.assert_close(
