@@ -24,7 +24,7 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
     """The device for a name: "auto" is CUDA, else Apple's GPU, else the CPU. Raises `UsageError` if it is not there."""
     if isinstance(name, torch.device):
         return name
-    kind = name.split(":")[0]
+    kind = name.split(":")[0] if isinstance(name, str) else None
     if kind not in DEVICES:
         raise not_accepted("device", name, DEVICES)
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

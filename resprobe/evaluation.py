@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
 from resprobe.data.folder import resized
-from resprobe.devices import autocast, resolve_device
+from resprobe.devices import autocast, resolve_device, resolve_precision
 from resprobe.errors import UsageError, check_whole, not_accepted
-from resprobe.networks import check_fit
+from resprobe.networks import NetworkSpec, check_fit
 
 PROTOCOLS = ("single-view", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)
@@ -86,9 +86,10 @@ def evaluate(
         loaded = load_data(data)
         images, fitted = loaded.test, loaded.train
         for spec in (getattr(member, "spec", None) for member in networks):
-            if spec is not None:
+            if isinstance(spec, NetworkSpec):
                 check_fit(spec, loaded)
     device = resolve_device(device)
+    precision = resolve_precision(precision, device)
     if batch_size is None:
         # A card waits for its kernels to be launched, for 2,000 small images hardly longer than for 250.
         batch_size = 2000 if device.type == "cuda" and isinstance(images, ImageSet) else 250

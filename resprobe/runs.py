@@ -12,8 +12,9 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -180,9 +181,12 @@ class RunStore:
         try:
             metrics = json.loads((path / "result.json").read_text())["metrics"]
             history = _read_table(path / "history.csv")
-            tables = {name: _read_table(path / "probes" / f"{name}.csv") for name in asked}
-            if any(identity and _made_by(path, name) not in (None, identity) for name, identity in asked.items()):
-                return None  # the table is that of a probe with other settings, or another source
+            tables = {}
+            for name, identity in asked.items():
+                about = _about_table(path, name)
+                if identity and about.get("identity", identity) != identity:
+                    return None  # the table is that of a probe with other settings, or another source
+                tables[name] = _read_table(path / "probes" / f"{name}.csv", about.get("columns", {}))
             if missing := [name for name in config.metrics if name not in metrics]:
                 raise ValueError(f"{', '.join(missing)} not there")
             if int(history["iteration"].max()) != config.recipe.iterations:
@@ -243,7 +247,9 @@ def configure(
     loaded = load_data(data)
     start = None
     if isinstance(network, nn.Module):
-        spec = getattr(network, "spec", None) or NetworkSpec(f"module/{type(network).__qualname__}", None)
+        spec = getattr(network, "spec", None)
+        if not isinstance(spec, NetworkSpec):  # a stranger's may be anything
+            spec = NetworkSpec(f"module/{type(network).__qualname__}", None)
         start = network_digest(network)
     else:
         spec = resolve(network, **options)
@@ -297,9 +303,9 @@ def train(
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
     loaded = load_data(data)
-    config = configure(
-        network, data if isinstance(data, str) else loaded, recipe, seed=seed, precision=chosen_precision
-    )
+    config = configure(network, loaded, recipe, seed=seed, precision=chosen_precision)
+    if isinstance(data, str):  # how it is read again, in another process too
+        config = replace(config, data=data)
     if isinstance(probes, str | Probe):
         raise UsageError(f"probes (={probes!r}) must be a list of names or probes")
     made = [make_probe(probe) for probe in probes]
@@ -322,7 +328,9 @@ def train(
                 store, config, network, loaded, chosen_device, made, recompute, step, progress
             )
     here = len(loaded.train)
-    there = found.metrics.get("train_images", here) + found.metrics.get("validation_images", 0)
+    there = found.metrics.get("train_images", here)
+    if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
+        there += found.metrics.get("validation_images", 0)
     if there != here:
         raise UsageError(
             f"data of identity {loaded.identity!r} with {there} training images, not {here}, are those of {found.path}; give "
@@ -401,7 +409,8 @@ def _train_in_store(
         write_environment()  # again: a step that could not be captured ran in another way than it was to
         for name, table in run.tables.items():
             _write_table(path / "probes" / f"{name}.csv", table)
-            _write_json(path / "probes" / f"{name}.json", {"identity": training.identities[name]})
+            about_table = {"identity": training.identities[name], "columns": _kinds(table)}
+            _write_json(path / "probes" / f"{name}.json", about_table)
         # Last, since its presence says that all the rest is there.
         _write_json(path / "result.json", {"metrics": run.metrics})
         remove_checkpoints(checkpoint)
@@ -454,12 +463,21 @@ def _write_history(file: Path, training: Training) -> None:
     _write_table(file, pandas.DataFrame(training.rows))
 
 
-def _made_by(path: Path, name: str) -> str | None:
-    """The identity of the probe that a table is from; None where that was not written down."""
+def _about_table(path: Path, name: str) -> dict[str, Any]:
+    """The identity of the probe that a table is from, and the kinds of its columns; nothing where that was not written
+    down."""
     try:
-        return json.loads((path / "probes" / f"{name}.json").read_text())["identity"]
+        return json.loads((path / "probes" / f"{name}.json").read_text())
     except FileNotFoundError:
-        return None
+        return {}
+
+
+def _kinds(table: pandas.DataFrame) -> dict[str, str]:
+    """What a file of text does not tell of its columns."""
+    import pandas
+
+    found = {str(name): pandas.api.types.infer_dtype(table[name], skipna=True) for name in table}
+    return {name: kind for name, kind in found.items() if kind in ("string", "boolean")}
 
 
 def _write_table(path: Path, table: pandas.DataFrame) -> None:
@@ -467,12 +485,18 @@ def _write_table(path: Path, table: pandas.DataFrame) -> None:
     write_atomically(path, table.to_csv(index=False, na_rep="nan").encode())
 
 
-def _read_table(path: Path) -> pandas.DataFrame:
-    """A table as it was written, to the last bit: pandas' own parser rounds some numbers differently."""
+def _read_table(path: Path, kinds: Mapping[str, str] = MappingProxyType({})) -> pandas.DataFrame:
+    """A table as it was written, to the last bit: pandas' own parser rounds some numbers differently. `kinds`: of columns
+    that are no numbers, though they may read like some."""
     import pandas
 
     table = pandas.read_csv(path, dtype=str, keep_default_na=False)
     for column in table:
+        if kinds.get(column) == "string":
+            continue
+        if kinds.get(column) == "boolean" and set(table[column]) <= {"True", "False"}:
+            table[column] = table[column] == "True"
+            continue
         # A gap in a column of numbers is a missing number; a column of gaps alone is one of empty texts.
         filled = table[column].where(table[column] != "", "nan") if (table[column] != "").any() else table[column]
         for kind in (int, float):

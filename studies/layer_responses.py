@@ -140,7 +140,9 @@ def _networks(results: rp.Results, data: rp.Data):
 def _published(path: str, data: rp.Data) -> rp.Network:
     """The network that a run's folder, or the name of a file ("resnet56-…"), says it is, with its weights."""
     if Path(path).is_dir():
-        return rp.load_network(path)
+        network = rp.load_network(path)
+        rp.networks.check_fit(network.spec, data)
+        return network
     named = re.search(r"(plain|resnet)[-_]?(\d+)", Path(path).name)
     if named is None:
         raise rp.UsageError(

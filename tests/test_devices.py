@@ -69,6 +69,12 @@ def test_mps_without_mps_offers_cuda_where_it_is(monkeypatch):
     assert str(caught.value) == "device (='mps') is not available on this machine; accepted here: auto, cuda, cpu"
 
 
+@pytest.mark.parametrize("name", [0, None, ["cpu"]])
+def test_what_is_no_name_of_a_device(name):
+    with pytest.raises(UsageError, match=r"^device \(=.*\) is unknown; accepted: auto, cpu, cuda, mps"):
+        resolve_device(name)
+
+
 def test_an_unknown_precision_is_named():
     with pytest.raises(UsageError) as caught:
         resolve_precision("fp16", CPU)

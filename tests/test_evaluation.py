@@ -158,6 +158,18 @@ def test_arguments_of_another_kind(arguments, options, text):
         rp.evaluate(*arguments, device="cpu", **options)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "FP32", 16])
+def test_a_precision_that_is_not_there(net, precision):
+    with pytest.raises(UsageError, match=r"^precision \(=.*\) is unknown; accepted: auto, fp32, bf16"):
+        rp.evaluate(net, digits(), device="cpu", precision=precision)
+
+
+def test_images_of_other_channels_than_the_mean(net):
+    colour = rp.Normalization.per_pixel_mean(torch.rand(3, 8, 8))
+    with pytest.raises(UsageError, match="^images of 1 channel.s. cannot be normalized by the mean of 3$"):
+        on(net, digits(), normalization=colour)
+
+
 def test_no_images(net):
     with pytest.raises(UsageError, match="^there are no images to evaluate on$"):
         on(net, digits(test=0), normalization=PLAIN)

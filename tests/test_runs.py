@@ -496,6 +496,46 @@ def test_tables_of_probes_are_kept_and_found(tmp_path, no_training):
     assert train(tmp_path).tables == {}, "who asks for no table gets none"
 
 
+def test_a_table_that_is_found_has_the_kinds_of_the_fresh_one(tmp_path, no_training):
+    class Kinds(Norms):
+        name = "kinds"
+
+        def table(self):
+            columns = {"layer": ["0", "1_0"], "count": [1, 2], "share": [0.5, None], "is_last": [False, True]}
+            return pandas.DataFrame(columns | {"text": ["", "nan"], "said": [None, True]})
+
+    first = train(tmp_path, probes=[Kinds()]).tables["kinds"]
+    no_training()
+    second = train(tmp_path, probes=[Kinds()]).tables["kinds"]
+    assert second["layer"].tolist() == ["0", "1_0"] and second["is_last"].tolist() == [False, True]
+    exact = ["layer", "count", "share", "is_last", "text"]
+    pandas.testing.assert_frame_equal(second[exact], first[exact], check_exact=True)
+
+
+def test_named_data_are_read_once(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("resprobe.runs.load_data", lambda name: read.append(name) or rp.load_data(name))
+    run = train(tmp_path)
+    assert sum(isinstance(name, str) for name in read) == 1 and run.config.data == "digits"
+
+
+def test_data_with_a_validation_part_of_their_own_are_found(tmp_path, no_training):
+    data = digits()
+    mine = replace(data, train=data.train.select(torch.arange(100)), validation=data.train, identity="mine")
+    first = train(tmp_path, data=mine)
+    assert first.metrics["validation_images"] == 160
+    no_training()
+    assert train(tmp_path, data=mine).metrics == first.metrics
+
+
+def test_a_strangers_own_spec_is_not_ours():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    net.spec = {"layers": 1}
+    run = train(None, net)
+    assert run.config.network.name == "module/Sequential"
+    assert rp.evaluate(net, "digits", device="cpu").images == 360
+
+
 def test_a_run_without_the_table_is_made_again_and_is_the_same(tmp_path):
     first = train(tmp_path)
     second = train(tmp_path, probes=[Norms()])

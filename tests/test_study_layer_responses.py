@@ -230,6 +230,19 @@ def test_weights_without_a_name_are_refused(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_run_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = rp.train("cifar/resnet-8", "digits", rp.recipes.digits_quick(2), runs="runs", device="cpu", progress=False)
+    monkeypatch.setattr(rp, "load_data", lambda name: tiny_colours())
+    assert study.main(["--weights", str(run.path), "--device", "cpu"]) == 2
+    assert "in_channels (=1) of cifar/resnet-8 does not fit data 'colours', which has 3" in capsys.readouterr().err
+
+
+def tiny_colours() -> rp.Data:
+    images = rp.ImageSet(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
+    return rp.Data("colours", images, images, 10, "colours 8")
+
+
 def test_weights_that_are_not_there_are_missed_by_a_dry_run_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert study.main(["--weights", "resnet20.th", "--dry-run"]) == 2

@@ -24,7 +24,11 @@ class Normalization:
     std: Tensor
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [N, C, H, W] → float32 of the same shape."""
+        """uint8 [N, C, H, W] → float32 of the same shape. Raises `UsageError` for images of other channels."""
+        if self.mean.shape[0] not in (1, images.shape[1]):
+            raise UsageError(
+                f"images of {images.shape[1]} channel(s) cannot be normalized by the mean of {self.mean.shape[0]}"
+            )
         return (images.float() / 255 - self.mean_at(images.shape[-2:])) / self.std
 
     def mean_at(self, size: tuple[int, int]) -> Tensor:
