@@ -22,7 +22,13 @@ from .data import (
 )
 from .devices import cpu_threads as cpu_threads
 from .errors import TrainingDiverged as TrainingDiverged, UsageError as UsageError, check_whole as check_whole
-from .evaluation import Evaluation as Evaluation, evaluate as evaluate, precise_batch_norm as precise_batch_norm
+from .evaluation import (
+    Evaluation as Evaluation,
+    evaluate as evaluate,
+    precise_batch_norm as precise_batch_norm,
+    scores as scores,
+    tally as tally,
+)
 from .extensions import load_plugin as load_plugin
 from .initialization import INITIALIZATIONS as INITIALIZATIONS, register_initialization as register_initialization
 from .layers import Layers as Layers

@@ -67,6 +67,41 @@ def evaluate(
     Inputs are normalized by `normalization`, else as the network was trained (`network.normalization`), else by the
     per-pixel mean of the training part of `data`. Raises `UsageError` for a network that does not fit the data.
     """
+    with _scoring(network, data, protocol, normalization, batch_size, device, precision) as scored:
+        return tally(scored)
+
+
+def scores(
+    network: nn.Module | Sequence[nn.Module],
+    data: str | Data | ImageSet | FolderSet,
+    protocol: str = "single-view",
+    *,
+    normalization: Normalization | None = None,
+    batch_size: int | None = None,
+    device: str | torch.device = "auto",
+    precision: str = "fp32",
+) -> tuple[Tensor, Tensor]:
+    """What `evaluate` counts errors of, image by image, on the CPU: log-probabilities [N, classes], the mean softmax over
+    views and networks, and labels [N]. Arguments and errors are those of `evaluate`."""
+    with _scoring(network, data, protocol, normalization, batch_size, device, precision) as scored:
+        parts = [(of_batch.cpu(), labels.cpu()) for of_batch, labels in scored]
+    if not parts:
+        raise UsageError("there are no images to evaluate on")
+    log_probabilities, labels = zip(*parts, strict=True)
+    return torch.cat(log_probabilities), torch.cat(labels)  # here, or they could not be changed in place
+
+
+@contextmanager
+def _scoring(
+    network: nn.Module | Sequence[nn.Module],
+    data: str | Data | ImageSet | FolderSet,
+    protocol: str,
+    normalization: Normalization | None,
+    batch_size: int | None,
+    device: str | torch.device,
+    precision: str,
+) -> Iterator[Iterator[tuple[Tensor, Tensor]]]:
+    """Log-probabilities [N, classes] and labels [N] of batch after batch, on the device, to be taken in the `with` block."""
     if protocol not in PROTOCOLS:
         raise not_accepted("protocol", protocol, PROTOCOLS)
     networks = list(network) if isinstance(network, list | tuple) else [network]
@@ -107,7 +142,7 @@ def evaluate(
     # Small images are padded after normalization, as in training, so that their crops are cut there.
     crops = _padded_crops if protocol == "ten-crop" and isinstance(images, ImageSet) else _whole
 
-    def scores(batch: Sequence[Tensor]) -> Tensor:
+    def score(batch: Sequence[Tensor]) -> Tensor:
         """Mean softmax over members and views: log-probabilities [N, classes]."""
         total, count = None, 0
         for member, normalize in members:
@@ -123,12 +158,15 @@ def evaluate(
     with ExitStack() as stack:
         for member in networks:
             stack.enter_context(_lent(member, device))
-        with torch.inference_mode():
-            return tally((scores(batch), labels.to(device)) for batch, labels in views)
+        stack.enter_context(torch.inference_mode())
+        yield ((score(batch), labels.to(device)) for batch, labels in views)
 
 
 def tally(scored: Iterable[tuple[Tensor, Tensor]]) -> Evaluation:
-    """Counts errors over batches of (log-probabilities [N, classes], labels [N]); one transfer to the host at the end."""
+    """Counts errors over batches of (log-probabilities [N, classes], labels [N]); one transfer to the host at the end.
+
+    `tally([scores(…)])` is what `evaluate` gives.
+    """
     images, sums = 0, None
     for log_probabilities, labels in scored:
         top = log_probabilities.topk(min(5, log_probabilities.shape[1]), dim=1).indices

@@ -113,7 +113,7 @@ def line_key(axis: Axes, tested: str = "test error") -> None:
 
 def error_against_depth(axis: Axes, table: pandas.DataFrame, column: str, *, by: str = "kind") -> None:
     """Final error over depth, one line a value of `by`, mean ± std over seeds with each seed as a dot beside it."""
-    palette, markers = colours(list(table[by].unique())), ["o", "s", "^", "D", "v", "P"]
+    palette, markers = colours(list(table[by].unique())), itertools.cycle("os^DvPX*")
     aside = axis.transData + ScaledTranslation(7 / 72, 0, axis.get_figure().dpi_scale_trans)
     ends = []
     for (value, group), marker in zip(table.groupby(by, sort=False), markers, strict=False):

@@ -69,6 +69,9 @@ def write_report(
         "environment": environment,
         "figures": {name: drawing.alt for name, drawing in drawings.items()},
     }
+    for name in _drawn_before(out) - set(drawings):  # by the report that this one replaces
+        for kind in ("png", "svg"):
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
     images = {}
     for name, drawing in drawings.items():
         write_atomically(out / f"{name}.png", render(drawing.figure, "png"))
@@ -107,6 +110,14 @@ def write_report(
         + ", ".join(f"{out / name}.png" for name in drawings)
     )
     return record
+
+
+def _drawn_before(out: Path) -> set[str]:
+    """Names of the figures of a report that is there already."""
+    try:
+        return set(json.loads((out / "verdict.json").read_text())["figures"])
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or it cannot be read
+        return set()
 
 
 def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Results) -> str:
@@ -164,7 +175,8 @@ def _departures(study: Study, results: Results, recipes: Sequence[Recipe], envir
             found.append(line if everywhere else f"{recipe.name}: {line}")
     if study.departs is not None:
         found += study.departs(results.options)
-    if (processes := environment.get("processes", 1)) > 1:
+    processes = environment.get("processes", 1)
+    if processes > 1 and any(recipe.bn_batch is None for recipe in recipes):
         found.append(f"batch normalization over the images of each of {processes} processes, not over the mini-batch")
     return list(dict.fromkeys(found))
 

@@ -364,6 +364,7 @@ def _gather_on(
         made_with["device"] = cluster.name
     if runs:  # which were trained with their own, perhaps in processes of their own
         made_with["threads"] = sorted({run.environment.get("threads", made_with["threads"]) for run in runs})
+        made_with["processes"] = max(run.environment.get("processes", 1) for run in runs)
     leave()
     if not first:  # what is left to do is to measure and to write
         return None

@@ -63,19 +63,22 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     """One row a network and an ensemble: `over` (single, depths, seeds, all), its `depths` and `seeds` ("20 32"), number of
     `members`, `test_error` and `top5_error`, and `mean_of_members` and `best_member`, their test errors (percent)."""
     import pandas
+    import torch
 
     test = rp.load_data(results.options.data).test
-    networks = {
-        (row.depth, row.seed): run.network for row, run in zip(results.table.itertuples(), results.runs, strict=True)
-    }
+    # Each network sees the images once: of n there are up to 2ⁿ ensembles.
+    softmax = {}
+    for row, run in zip(results.table.itertuples(), results.runs, strict=True):
+        scores, labels = rp.scores(run.network, test, device=results.device, precision=results.precision)
+        softmax[row.depth, row.seed] = scores.exp()
 
     def evaluate(members: Sequence[tuple[int, int]]) -> rp.Evaluation:
-        chosen = [networks[member] for member in members]
-        return rp.evaluate(chosen, test, device=results.device, precision=results.precision)
+        mean = torch.stack([softmax[member] for member in members]).mean(0)
+        return rp.tally([(mean.clamp_min(1e-38).log(), labels)])
 
-    singles = {member: evaluate([member]) for member in sorted(networks)}
+    singles = {member: evaluate([member]) for member in sorted(softmax)}
     found = [("single", (member,), evaluation) for member, evaluation in singles.items()]
-    found += [(over, members, evaluate(members)) for over, members in groups(sorted(networks))]
+    found += [(over, members, evaluate(members)) for over, members in groups(sorted(softmax))]
     rows = []
     for over, members, evaluation in found:
         errors = [singles[member].error for member in members]

@@ -15,6 +15,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import resprobe as rp
 from resprobe.distributed import Team, join, team
+from studies.degradation import study
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,6 +125,9 @@ def test_a_study_of_two_processes_speaks_with_one_voice(tmp_path):
     said = (tmp_path / "results/degradation/report.md").read_text()
     assert "batch normalization over the images of each of 2 processes" in said
     assert "processes: 2" in said
+    # Found again by one process, they are what two made.
+    assert study.main([*asked[2:], "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "again")]) == 0
+    assert "batch normalization over the images of each of 2 processes" in (tmp_path / "again/report.md").read_text()
     mistake = launch(2, *asked, "--shortcut", "Z", cwd=tmp_path)
     assert mistake.stderr.count("error: shortcut (='Z')") == 1
 

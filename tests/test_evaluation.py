@@ -170,6 +170,20 @@ def test_images_of_other_channels_than_the_mean(net):
         on(net, digits(), normalization=colour)
 
 
+@pytest.mark.parametrize("protocol", ["single-view", "ten-crop"])
+def test_scores_are_what_errors_are_counted_of(protocol):
+    members, data = [network(seed=0), network(seed=1)], digits()
+    options = {"normalization": PLAIN, "device": "cpu", "batch_size": 13}
+    both, labels = rp.scores(members, data, protocol, **options)
+    assert both.shape == (len(data.test), 10) and torch.equal(labels, data.test.labels)
+    assert rp.tally([(both, labels)]) == rp.evaluate(members, data, protocol, **options)
+    each = [rp.scores(member, data, protocol, **options)[0].exp() for member in members]
+    torch.testing.assert_close(both.exp(), (each[0] + each[1]) / 2)
+    both += 1  # a tensor like others
+    with pytest.raises(UsageError, match="^there are no images to evaluate on$"):
+        rp.scores(members, digits(test=0), **options)
+
+
 def test_no_images(net):
     with pytest.raises(UsageError, match="^there are no images to evaluate on$"):
         on(net, digits(test=0), normalization=PLAIN)

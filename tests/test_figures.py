@@ -162,6 +162,14 @@ def test_a_seed_far_from_the_others_is_on_the_axis():
     assert axis.get_ylim()[1] > 51
 
 
+def test_every_kind_has_its_line_however_many_there_are():
+    kinds = [f"kind {number}" for number in range(10)]
+    rows = [{"kind": kind, "depth": depth, "seed": 0, "error": 10.0} for kind in kinds for depth in (20, 56)]
+    figure, (axis,) = figures.new_figure()
+    figures.error_against_depth(axis, pandas.DataFrame(rows), "error")
+    assert [text.get_text() for text in axis.texts] == kinds
+
+
 def test_errors_of_nothing_have_an_axis_too():
     figure, (axis,) = figures.new_figure()
     figures.error_against_depth(axis, depths("error", 0.0, 0.0), "error")

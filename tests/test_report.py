@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -171,6 +172,18 @@ def test_departures_and_evidence_are_said(html):
     assert "<li>iterations: 400 instead of 64,000 (the whole schedule scaled)</li>" in html
     assert html.count("<dt>would refute it</dt><dd>the &lt;opposite&gt;</dd>") == 4
     assert "3 seeds a network" in html
+
+
+def test_figures_of_the_report_before_do_not_stay(tmp_path):
+    page = pages.write(tmp_path)
+    record = json.loads((tmp_path / "verdict.json").read_text())
+    record["figures"]["figure-old"] = "of other options"
+    (tmp_path / "verdict.json").write_text(json.dumps(record))
+    for name in ("figure-old.png", "figure-old.svg", "figure-mine.png"):
+        (tmp_path / name).touch()
+    assert pages.write(tmp_path) == page
+    there = {file.name for file in tmp_path.glob("figure*")}
+    assert there == {"figure.png", "figure.svg", "figure-one.png", "figure-one.svg", "figure-mine.png"}
 
 
 def test_a_study_that_trains_nothing_says_so(tmp_path):
