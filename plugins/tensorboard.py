@@ -10,6 +10,7 @@ writes its history with each checkpoint, twice a minute.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,12 +44,19 @@ def export(runs: Path, logdir: Path) -> list[str]:
         if any(events.stat().st_mtime >= changed for events in before):
             continue
         table = pandas.read_csv(file)
-        with SummaryWriter(str(place)) as writer:
-            for name in table.columns.difference(_NO_CURVES, sort=False):
-                known = table.dropna(subset=name)
-                for iteration, value, seconds in zip(known["iteration"], known[name], known["seconds"], strict=True):
-                    at = changed - (table["seconds"].iloc[-1] - seconds)
-                    writer.add_scalar(name, value, int(iteration), walltime=at)
+        place.mkdir(parents=True, exist_ok=True)
+        # Aside first: a file of half a run is newer than the run, and would be taken for the whole.
+        with tempfile.TemporaryDirectory(dir=place) as aside:
+            with SummaryWriter(aside) as writer:
+                for name in table.columns.difference(_NO_CURVES, sort=False):
+                    known = table.dropna(subset=name)
+                    for iteration, value, seconds in zip(
+                        known["iteration"], known[name], known["seconds"], strict=True
+                    ):
+                        at = changed - (table["seconds"].iloc[-1] - seconds)
+                        writer.add_scalar(name, value, int(iteration), walltime=at)
+            for events in Path(aside).iterdir():
+                events.replace(place / events.name)
         for events in before:  # the same points are in the new file
             events.unlink()
         written.append(file.parent.name)

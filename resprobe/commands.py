@@ -82,6 +82,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             raise not_accepted("option", unknown[0], known)
+        for name, value in vars(options).items():
+            if isinstance(value, Path):  # a shell leaves alone the ~ of --out=~/mine
+                setattr(options, name, value.expanduser())
         return options
 
     def error(self, message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 import resprobe
+from resprobe.devices import cores
 from resprobe.distributed import team
 
 _PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "scikit-learn")
@@ -37,9 +37,8 @@ def device_name(device: torch.device) -> str:
     """The card's or the processor's name with what matters of its size."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = _processor()
-    return f"{device.type}: {name}, {cores} cores" if device.type == "cpu" else f"{device.type}: {name}"
+    return f"{device.type}: {name}, {cores()} cores" if device.type == "cpu" else f"{device.type}: {name}"
 
 
 @functools.cache

@@ -140,4 +140,4 @@ def _reading(data: Data, recipe: Recipe) -> float:
     next(read)
     started = time.perf_counter()
     next(read)
-    return (time.perf_counter() - started) / _SMALL_BATCH / max(1, loader_processes(recipe.batch_size))
+    return (time.perf_counter() - started) / _SMALL_BATCH / max(1, loader_processes(len(data.train)))

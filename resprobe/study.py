@@ -11,6 +11,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
@@ -206,7 +207,7 @@ class Study:
         """Does the study and writes its report. Returns what `verdict.json` holds; nothing for a dry run
         or in a process that only helped to train."""
         started = time.perf_counter()
-        options = dataclasses.replace(options, out=options.out or f"results/{self.name}")
+        options = self._placed(options)
         if options.dry_run:
             ahead = self.survey(options)
             print("\n".join(map(str, ahead)) or "nothing to train")
@@ -240,8 +241,16 @@ class Study:
         """What is there and what is to be trained: a round each, and what `measure` trains. What follows a round to be
         trained is not known yet."""
         ahead: list[Survey | Outlook] = []
-        _gather(self, dataclasses.replace(options, out=options.out or f"results/{self.name}"), ahead)
+        _gather(self, self._placed(options), ahead)
         return ahead
+
+    def _placed(self, options: Options) -> Options:
+        """With paths as they are meant: a shell leaves alone the ~ of `--out=~/mine`."""
+        paths: dict[str, Any] = {"out": options.out or f"results/{self.name}", "runs": options.runs}
+        paths = {name: os.path.expanduser(path) for name, path in paths.items()}
+        if weights := getattr(options, "weights", ()):
+            paths["weights"] = tuple(map(os.path.expanduser, weights))
+        return dataclasses.replace(options, **paths)
 
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
         """Block and shortcut, and the preset's, where they are not the preset's."""
@@ -412,7 +421,11 @@ def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: s
             recipe = recipe if one.recipe is None else one.recipe(recipe)
             config = dataclasses.replace(config, data=options.data, recipe=recipe)
             job = Job(config, one.probes, built, options.recompute, options.step)
-            labelled.append((dict(one.labels) | {"seed": seed}, job))
+            labels = dict(one.labels) | {"seed": seed}
+            if any(labels == other for other, _ in labelled):  # it would count as one more seed
+                said = ", ".join(f"{name} {value}" for name, value in one.labels.items())
+                raise UsageError(f"the network of {said} is asked for twice; name it once")
+            labelled.append((labels, job))
     return labelled
 
 

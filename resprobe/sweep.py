@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from resprobe.data import load_data
-from resprobe.devices import cpu_threads, prepare_cpu, usable
+from resprobe.devices import cores, cpu_threads, prepare_cpu, usable
 from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import SweepFailed, UsageError, one_line
@@ -171,12 +171,11 @@ def survey(
     # The longest first, so that no worker is left alone with one at the end.
     ordered = tuple(sorted(missing.values(), key=lambda job: -job.work))
     if cluster is None:
-        cores = _cores()
-        wanted = concurrency or (cores if device.type == "cpu" else 1)
+        wanted = concurrency or (cores() if device.type == "cpu" else 1)
         workers = min(wanted, len(ordered))
         # By all runs, not by those that are missing: the last digits of a run's figures depend on its threads, and must not
         # on what was there before.
-        threads = max(1, cores // max(1, min(wanted, len(asked))))
+        threads = max(1, cores() // max(1, min(wanted, len(asked))))
     else:
         workers, threads, _ = cluster.share(len(ordered), concurrency)
     done = [store.iterations_done(job.config) for job in ordered]
@@ -375,10 +374,6 @@ def _start(
             raise
 
     return perform
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -- what the user sees --------------------------------------------------------------------------------------------

@@ -117,7 +117,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     from plugins.attribution import branch_and_shortcut
 
     data, options = rp.load_data(results.options.data), results.options
-    images, labels = next(iter(data.test.views(options.images)))
+    images, labels = next(iter(data.test.views(max(options.images, options.conductance_images))))
     rows = []
     for row, run in zip(results.table.itertuples(), results.runs, strict=True):
         for reading, network, method, count in (

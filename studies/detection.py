@@ -163,7 +163,9 @@ def _check(options: Options) -> None:
     if options.scales and min(options.scales) < 1:
         raise rp.UsageError(f"scales (={' '.join(map(str, options.scales))}) must be shorter sides ≥ 1")
     _read.cache_clear()  # files may have changed since another study of this process
-    _read(options.detection)  # what is not there is said before backbones are trained
+    # What is wrong with the detectors is said before their backbones are trained.
+    data, _ = _read(options.detection), recipe_of(options)
+    rcnn.DetectorSpec(len(data.classes) + 1, **shape_of(options))
 
 
 @functools.lru_cache(maxsize=1)

@@ -451,12 +451,12 @@ def _commands(options: argparse.Namespace, known: Sequence[Study], broken: Mappi
 
     resolve_device(options.device)
     if not options.dry_run:  # which writes nothing
-        check_writable(Path(options.runs), "runs")
+        check_writable(options.runs, "runs")
     commands = {}
     for study in chosen:
         # Where a study's report goes by itself need not be said, so that its command stays short.
         out = "" if options.results == Path("results") else str(options.results / study.name)
-        wanted = {"device": options.device, "runs": options.runs, "out": out}
+        wanted = {"device": options.device, "runs": str(options.runs), "out": out}
         commands[study.name] = arguments_for(study, options.run, wanted, options.data)
     return commands
 
@@ -472,7 +472,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME:PATH", help="local copies of the paper's data")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: auto)")
     parser.add_argument(
-        "--runs", default="runs", help="folder in which finished runs are kept and found again (default: runs)"
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="folder in which finished runs are kept and found again (default: runs)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say how long --run would take; then stop")
     options = parser.parse(arguments)

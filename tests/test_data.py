@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import resprobe as rp
-from resprobe.data import TensorBatches, datasets
+from resprobe.data import TensorBatches, datasets, folder
 from resprobe.recipes import cifar_paper, imagenet_paper
 from resprobe.training import Training
 
@@ -559,6 +559,12 @@ class TestFolder:
         Image.new("RGB", (9, 6)).save(file)
         assert refusal(small) == f"{file} is 9×6, the first image 8×6"
 
+    @pytest.mark.parametrize("first", ["train/cat/1.png", "train/dog/1.PNG"])
+    def test_a_small_image_among_larger_ones(self, large, first):
+        Image.new("RGB", (9, 6)).save(large / first)
+        data = rp.load_data(f"folder:{large}")
+        assert isinstance(data.train, rp.FolderSet) and isinstance(data.test, rp.FolderSet)
+
     def test_streamed_images_cannot_be_padded(self, large):
         with pytest.raises(rp.UsageError) as error:
             next(tiny.batches(rp.load_data(f"folder:{large}").train, cifar_paper(), 0, NO_CHANGE, CPU, 0))
@@ -612,10 +618,11 @@ class TestScaleCrop:
             assert torch.equal(labels, later_labels)
 
     @with_workers
-    def test_does_not_depend_on_workers(self, tmp_path):
+    def test_does_not_depend_on_workers(self, tmp_path, monkeypatch):
         write_images(tmp_path, {f"a/{index:02}.png": (70, 70) for index in range(7)})
-        by_workers = self.stream(tmp_path, batch_size=36, iterations=1)
         without = self.stream(tmp_path, batch_size=6, iterations=6)
+        monkeypatch.setattr(folder, "loader_processes", lambda files: 2)
+        by_workers = self.stream(tmp_path, batch_size=36, iterations=1)
         assert torch.equal(by_workers[0][0], torch.cat([pixels for pixels, _ in without]))
 
     def test_seeds_differ(self, large):

@@ -384,6 +384,14 @@ def test_mistakes_exit_with_2_and_help_with_0(tmp_path):
     assert "64000" in run("--preset", "paper", "--help", cwd=tmp_path).stdout
 
 
+def test_a_home_that_the_shell_left_alone_is_meant(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert study.main([*SMALL[:5], "--iterations", "2", "--out=~/report", "--runs=~/runs", "--concurrency", "1"]) == 0
+    assert {file.name for file in (tmp_path / "home").iterdir()} == {"report", "runs"}
+    assert not (tmp_path / "~").exists()
+
+
 def test_help_does_not_import_torch():
     code = "import sys, studies.degradation; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -187,6 +187,7 @@ def test_departures_are_those_of_the_detectors_too():
         ({"detection": "cifar10"}, r"detection data \(='cifar10'\) is unknown; accepted: shapes, voc:PATH, coco:PATH"),
         ({"scales": (0, 600)}, r"scales \(=0 600\) must be shorter sides ≥ 1"),
         ({"width": 0}, r"width \(=0\) must be a whole number ≥ 1"),
+        ({"detection_rate": -1.0}, r"learning_rate \(=-1.0\) must be"),
     ],
 )
 def test_mistakes_are_one_clear_line(wrong, message):

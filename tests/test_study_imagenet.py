@@ -379,6 +379,10 @@ MISTAKES = [
     (("--batch", "0"), "batch_size (=0) must be a whole number ≥ 1"),
     (("--width", "0"), "width (=0) must be a whole number ≥ 1"),
     (("--block", "basci"), "block (='basci') is unknown; accepted: basic, bottleneck"),
+    (
+        ("--block", "bottleneck", "--depths", "50", "101", "--deep", "50", "--shortcuts", "B"),
+        "the network of kind residual, shortcut B, depth 50 is asked for twice; name it once",
+    ),
 ]
 
 

@@ -62,7 +62,7 @@ def test_side_by_side_gives_the_same_weights_as_one_by_one(tmp_path):
 
 @pytest.mark.parametrize(("seconds", "workers"), [((4.0, 3.0), 1), ((40.0, 30.0), 2)])
 def test_short_runs_need_no_processes(seconds, workers, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_cores", lambda: 2)
+    monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr(sweep, "_seconds", lambda *asked: seconds)
     ahead = survey(jobs(8, 14), rp.RunStore(tmp_path), device=CPU)
     assert (ahead.workers, ahead.threads) == (workers, 1)
@@ -74,7 +74,7 @@ def test_short_runs_need_no_processes(seconds, workers, tmp_path, monkeypatch):
 def test_short_runs_are_trained_with_the_threads_of_a_process(tmp_path, monkeypatch):
     """A slow moment of the machine may make them long: the same numbers must come out."""
     seen = []
-    monkeypatch.setattr(sweep, "_cores", lambda: 2)
+    monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr(sweep, "_seconds", lambda *asked: (1.0, 1.0))
     monkeypatch.setattr(sweep, "train_job", lambda *asked: seen.append(torch.get_num_threads()) or {}["stop"])
     with rp.cpu_threads(2), pytest.raises(SweepFailed):
@@ -290,7 +290,7 @@ def test_a_failed_run_leaves_no_network_in_memory(bad, tmp_path, monkeypatch):
 
 
 def test_threads_do_not_depend_on_how_many_runs_are_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "_cores", lambda: 4)
+    monkeypatch.setattr(sweep, "cores", lambda: 4)
     asked, store = jobs(8, 14, seeds=(0, 1)), rp.RunStore(tmp_path)
     assert survey(asked, store, device=CPU, concurrency=2).threads == 2
     run_all(asked[1:], store, device=CPU, concurrency=1)

@@ -58,6 +58,20 @@ def test_called_again_it_brings_them_up_to_date(runs, tmp_path):
     assert [point.step for point in scalars(tmp_path / "log" / "one")["train_loss"]] == [0, 10, 20, 30]
 
 
+def test_what_was_broken_off_is_written_the_next_time(runs, tmp_path, monkeypatch):
+    from torch.utils.tensorboard import SummaryWriter
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(SummaryWriter, "add_scalar", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(runs, tmp_path / "log")
+    assert export(runs, tmp_path / "log") == ["one"]
+    assert [point.step for point in scalars(tmp_path / "log" / "one")["train_loss"]] == [0, 10, 20]
+
+
 def test_mistakes_get_one_line(runs, tmp_path, monkeypatch, capsys):
     absent = str(tmp_path / "absent")
     assert main(["--runs", absent]) == 2

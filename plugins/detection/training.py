@@ -146,7 +146,7 @@ def begin(
     with _drawn_for(torch.device("cpu"), "detector", check_seed(seed)):
         model = faster_rcnn(network, len(data.classes) + 1, **options).cpu()
     spec = getattr(network, "spec", None)
-    name = spec.name if spec is not None else type(network).__name__
+    name = spec.name if isinstance(spec, rp.NetworkSpec) else type(network).__name__
     start = network_digest(model, f"{spec} {model.transform.image_mean} {model.transform.image_std}")
     return DetectorConfig(name, model.spec, data.name, data.identity, recipe, seed, start), model
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resprobe.data.images import Data, ImageSet, Normalization, generator
+from resprobe.devices import cores
 from resprobe.errors import UsageError
 from resprobe.recipes import Recipe
 
@@ -23,6 +23,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 _PCA_VALUES = torch.tensor([0.2175, 0.0188, 0.0045])
 _PCA_VECTORS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 _IN_MEMORY_BYTES = 2 * 2**30
+
+
+class _NotOneTensor(UsageError):
+    """Images of several sizes, or too many."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class FolderSet:
         loader = DataLoader(
             _Crops(self, recipe),
             batch_sampler=_Positions(len(self), recipe, seed, start, part),
-            num_workers=loader_processes(recipe.batch_size),
+            num_workers=loader_processes(len(self)),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else a resumed run's network would draw other random numbers
         )
@@ -96,14 +100,14 @@ class FolderSet:
         """All images as one tensor, for small images of one size. Raises `UsageError` if they are not."""
         width, height = _open(self.files[0]).size
         if width * height * 3 * len(self) > _IN_MEMORY_BYTES:
-            raise UsageError(
+            raise _NotOneTensor(
                 f"{len(self):,} images of {width}×{height} do not fit {_IN_MEMORY_BYTES >> 30} GiB of memory"
             )
         images = []
         for path in self.files:
             pixels = _pixels(_open(path))
             if pixels.shape[1:] != (height, width):
-                raise UsageError(f"{path} is {pixels.shape[2]}×{pixels.shape[1]}, the first image {width}×{height}")
+                raise _NotOneTensor(f"{path} is {pixels.shape[2]}×{pixels.shape[1]}, the first image {width}×{height}")
             images.append(pixels)
         return ImageSet(torch.stack(images), self.labels)
 
@@ -127,8 +131,14 @@ def open_folder(path: str | None) -> Data:
     if unknown:
         raise UsageError(f"{test} has classes that {train} has not: {', '.join(unknown[:5])}")
     parts = [_list_files(part, classes) for part in (train, test)]
-    small = max(_open(parts[0].files[0]).size) <= 64
-    train_set, test_set = (part.in_memory() for part in parts) if small else parts
+    train_set, test_set = parts
+    if _is_small(train_set.files[0]):
+        try:
+            train_set, test_set = train_set.in_memory(), test_set.in_memory()
+        except _NotOneTensor:
+            if all(_is_small(file) for part in parts for file in part.files):
+                raise
+            # One small image among photographs.
     return Data(f"folder-{root.name}", folder_identity(str(root)), train_set, test_set, classes)  # type: ignore[arg-type]
 
 
@@ -156,6 +166,14 @@ def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:
     if not files:
         raise UsageError(f"data folder (={str(part)!r}) holds no images ({', '.join(EXTENSIONS)})")
     return FolderSet(tuple(files), torch.tensor(labels))
+
+
+def _is_small(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return max(image.size) <= 64
+    except OSError as error:
+        raise UsageError(f"image {path} cannot be read: {error}") from error
 
 
 def _open(path: Path) -> Image.Image:
@@ -193,8 +211,8 @@ def _centre_view(path: Path, size: int) -> Tensor:
 
 
 def loader_processes(items: int) -> int:
-    """Processes that read files for so many images at a time."""
-    return min(8, os.cpu_count() or 1) if items > 32 else 0
+    """Processes that read so many files."""
+    return min(8, cores()) if items > 32 else 0
 
 
 class _Views(Dataset):
