@@ -45,6 +45,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was half-written") from error
 
 
+def remove_scratch(folder: Path) -> None:
+    """Removes what a process that was killed while it wrote has left in a folder where nobody else writes now."""
+    for left in folder.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def check_writable(folder: Path, option: str) -> None:
     """Raises `StorageError` naming `option` if nothing can be written to `folder`, which is made if it is not there.
 

@@ -88,7 +88,7 @@ class Comparison:
     @property
     def similar(self) -> Word:
         """Whether both are the same but for `margin`: it holds if a larger difference is excluded in both directions,
-        and fails if there is certainly one."""
+        and fails if that is not so and there is certainly a difference, in either."""
         if self.seeds < 2:
             return "inconclusive"
         if self.lower > -self.margin and self.upper < self.margin:

@@ -111,8 +111,13 @@ def line_key(axis: Axes, tested: str = "test error") -> None:
     axis.legend(frameon=False, loc="upper right")
 
 
-def error_against_depth(axis: Axes, table: pandas.DataFrame, column: str, *, by: str = "kind") -> None:
-    """Final error over depth, one line a value of `by`, mean ± std over seeds with each seed as a dot beside it."""
+def error_against_depth(
+    axis: Axes, table: pandas.DataFrame, column: str, *, by: str = "kind", top: float | None = None
+) -> None:
+    """Final error over depth, one line a value of `by`, mean ± std over seeds with each seed as a dot beside it.
+
+    `top` is the end of the error axis, where some errors are so much larger that they would hide how the others differ.
+    """
     palette, markers = colours(list(table[by].unique())), itertools.cycle("os^DvPX*")
     aside = axis.transData + ScaledTranslation(7 / 72, 0, axis.get_figure().dpi_scale_trans)
     ends = []
@@ -126,7 +131,8 @@ def error_against_depth(axis: Axes, table: pandas.DataFrame, column: str, *, by:
     axis.set_xlabel("depth (weighted layers)")
     # Over all panels that share the axis, since the next one's errors may be larger; room for the marker of an error of 0.
     axis.autoscale(axis="y")
-    top = max(1.0, axis.get_ylim()[1], 1.04 * float(table[column].max()))  # dots aside are not seen by autoscale
+    # Dots aside are not seen by autoscale.
+    top = top or max(1.0, axis.get_ylim()[1], 1.04 * float(table[column].max()))
     axis.set_ylim(-0.02 * top, top)
     _error_ticks(axis)
     label_ends(axis, ends)
@@ -141,8 +147,9 @@ def _error_ticks(axis: Axes) -> None:
 
 
 def label_ends(axis: Axes, ends: Sequence[tuple[float, str, Colour]]) -> None:
-    """Writes each line's name at its right end. Where lines end close together names are moved apart, and a thin line
-    leads from each to its own. `ends`: where the line ends on the y axis, name, colour."""
+    """Writes each line's name at its right end, and with it the error of one that ends beyond the axis. Where lines end
+    close together names are moved apart, and a thin line leads from each to its own. `ends`: where the line ends on the y
+    axis, name, colour."""
     ordered = sorted(ends, key=lambda end: end[0])
     edge = axis.get_yaxis_transform()  # x as a fraction of the axis, y in data
     beside = edge + ScaledTranslation(14 / 72, 0, axis.get_figure().dpi_scale_trans)
@@ -154,10 +161,10 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, str, Colour]]) -> None:
         low, high = axis.get_ylim()
         gap = 0.065 * (high - low)
         shown = [min(max(y, low), high) for y, _, _ in ordered]
-        for place, y, (_, text, colour) in zip(_apart(shown, gap, low, high), shown, ordered, strict=True):
+        for place, y, (end, text, colour) in zip(_apart(shown, gap, low, high), shown, ordered, strict=True):
             leader = {"arrowstyle": "-", "color": colour, "lw": 0.9, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1}
             name = axis.annotate(
-                text,
+                f"{text} ↑ {end:.0f} %" if end > high else text,
                 (1, y),
                 xycoords=edge,
                 xytext=(1, place),

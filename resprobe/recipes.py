@@ -183,12 +183,22 @@ def plateaus(recipe: Recipe, errors: Sequence[float]) -> int:
     return count
 
 
+WARM_UP_FROM = 110
+"""Layers from which on CIFAR's networks are warmed up (§4.2)."""
+
+
+def with_warm_up(recipe: Recipe) -> Recipe:
+    """A recipe with the warm-up of §4.2: a tenth of its rate until the training error is below 80 %."""
+    name = f"{recipe.name}, with warm-up"
+    return replace(recipe, name=name, warm_up_rate=recipe.learning_rate / 10, warm_up_until=80.0)
+
+
 def cifar_paper(iterations: int = 64_000, *, depth: int | None = None) -> Recipe:
     """The CIFAR-10 recipe of §4.2. `iterations` scales the whole schedule.
 
     `depth` ≥ 110 adds the warm-up that the paper needed there: 0.01 until the training error is below 80 %.
     """
-    deep = depth is not None and depth >= 110
+    deep = depth is not None and depth >= WARM_UP_FROM
     return Recipe("cifar-paper", warm_up_rate=0.01 if deep else None).with_iterations(iterations)
 
 

@@ -27,6 +27,7 @@ from resprobe.checkpoints import (
     check_writable,
     load_checkpoint,
     remove_checkpoints,
+    remove_scratch,
     save_checkpoint,
     write_atomically,
 )
@@ -358,8 +359,7 @@ def _train_in_store(
     path = store.folder(config)
     checkpoint = path / "checkpoint.pt"
     if together.first:
-        for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote; nobody else writes here now
-            left.unlink(missing_ok=True)
+        remove_scratch(path)
     training = _prepare(config, network, data, device, probes, recompute, step)
     kept = together.told(lambda: load_checkpoint(checkpoint))
     if kept is not None:

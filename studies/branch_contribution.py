@@ -30,7 +30,7 @@ docs/measurements/2026-11-21-branch-contribution-quick):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import resprobe as rp
@@ -39,12 +39,9 @@ if TYPE_CHECKING:
     import pandas
     from torch import nn
 
-    from resprobe.recipes import Recipe
 
 MARGIN = 1.0
 """Percentage points of a share below which a difference is no effect. Fixed before the recorded run."""
-WARM_UP_FROM = 110
-"""Layers from which the paper needed the warm-up (§4.2)."""
 PICTURES = 8
 """Test images whose pixels are explained in the last figure."""
 TRAINED, CONDUCTANCE, UNTRAINED = "gradient × activation", "conductance", "before training"
@@ -88,7 +85,7 @@ def plan(options: Options) -> list[rp.Planned]:
             {"depth": depth},
             f"cifar/resnet-{depth}",
             residual,
-            recipe=_with_warm_up if depth >= WARM_UP_FROM else None,
+            recipe=rp.recipes.with_warm_up if depth >= rp.recipes.WARM_UP_FROM else None,
         )
         for depth in options.depths
     ]
@@ -102,11 +99,6 @@ def _check_blocks(name: str, options: dict[str, str]) -> None:
 
     with torch.random.fork_rng(devices=[]):
         branch_and_shortcut(rp.build(name, **options), torch.rand(1, 3, 8, 8))
-
-
-def _with_warm_up(recipe: Recipe) -> Recipe:
-    name = f"{recipe.name}, with warm-up"
-    return replace(recipe, name=name, warm_up_rate=recipe.learning_rate / 10, warm_up_until=80.0)
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:
@@ -123,7 +115,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
         for reading, network, method, count in (
             (TRAINED, run.network, "gradient-x-activation", options.images),
             (CONDUCTANCE, run.network, "conductance", options.conductance_images),
-            (UNTRAINED, _before_training(run, data), "gradient-x-activation", options.images),
+            (UNTRAINED, _before_training(run, data, results.device), "gradient-x-activation", options.images),
         ):
             given = run.network.normalization(images[:count])
             table = branch_and_shortcut(network.to(results.device), given, labels[:count], method=method)
@@ -135,14 +127,15 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     return pandas.concat(rows, ignore_index=True)
 
 
-def _before_training(run: rp.Run, data: rp.Data) -> nn.Module:
+def _before_training(run: rp.Run, data: rp.Data, device: str) -> nn.Module:
     """The network that the run began with. Its batch normalization knows no statistics yet, so they are taken first."""
     import torch
 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(run.config.seed)
-        network = rp.build(run.config.network)
-    rp.precise_batch_norm(network, (run.network.normalization(batch) for batch, _ in data.train.views(128)))
+        network = rp.build(run.config.network).to(device)
+    batches = (run.network.normalization(batch).to(device) for batch, _ in data.train.views(128))
+    rp.precise_batch_norm(network, batches)
     return network
 
 

@@ -117,8 +117,13 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def _deep_plain(depths: Sequence[int]) -> int:
     """Layers of the plain network that is compared with the shallowest."""
-    drawn = [depth for depth in depths if depth <= DRAWN]
-    return max(drawn if len(drawn) > 1 else depths)
+    return max(set(depths) - set(_beyond_fig_6(depths)))
+
+
+def _beyond_fig_6(depths: Sequence[int]) -> list[int]:
+    """Those deeper than the plain networks that Fig. 6 shows, if at least two are not."""
+    beyond = [depth for depth in depths if depth > DRAWN]
+    return beyond if len(depths) - len(beyond) > 1 else []
 
 
 def _from_table_6(results: rp.Results, depth: int) -> tuple[float, float] | None:
@@ -137,7 +142,9 @@ def _from_table_6(results: rp.Results, depth: int) -> tuple[float, float] | None
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     options, histories = results.options, results.histories
     over = f"mean over {len(options.seeds)} seeds, band ± std" if len(options.seeds) > 1 else "one seed"
-    on, top = options.data.partition(":")[0], rp.figures.error_limit(histories)
+    on, beyond = options.data.partition(":")[0], _beyond_fig_6(options.depths)
+    top = rp.figures.error_limit(histories[~histories["depth"].isin(beyond)])
+    at_the_edge = "; what ends beyond the axis, as Fig. 6's plain-110, is named at its edge" if beyond else ""
 
     figure, panels = rp.figures.new_figure(2)
     for axis, kind in zip(panels, ("plain", "residual"), strict=True):
@@ -149,19 +156,19 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
         "figure": rp.Drawing(
             figure,
             f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of several "
-            f"depths; {over}. Dashed: training error; bold: test error.",
+            f"depths; {over}. Dashed: training error; bold: test error{at_the_edge}.",
             "Error over iterations, one line a depth. " + _in_words(results.table),
         )
     }
 
     figure, panels = rp.figures.new_figure(2)
     for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.error_against_depth(axis, results.table, column)
+        rp.figures.error_against_depth(axis, results.table, column, top=top if beyond else None)
         axis.set_title(f"final {title} error")
     panels[0].set_ylabel("error (%)")
     drawings["figure-depth"] = rp.Drawing(
         figure,
-        f"Error after the last iteration against depth on {on}: mean ± std over seeds, a dot for each run.",
+        f"Error after the last iteration against depth on {on}: mean ± std over seeds, a dot for each run{at_the_edge}.",
         "Final error against depth for plain and residual networks. " + _in_words(results.table),
     )
 

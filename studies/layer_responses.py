@@ -53,8 +53,6 @@ MARGIN = 0.05
 """Part of a mean standard deviation of responses: a smaller difference is no effect."""
 LEARNED = 20.0
 """Percent of training errors above which a residual network's responses are not those of a trained one."""
-WARM_UP_FROM = 110
-"""Layers from which the paper needed the warm-up (§4.2)."""
 READINGS = {"test": "test images", "train": "training mode", "closed": "closed form"}
 
 RESPONSES_ARE_SMALL = rp.Claim(
@@ -99,11 +97,7 @@ def _recipe_for(depth: int) -> Callable[[Recipe], Recipe]:
         shorter = max(1.0, _total_rate(rp.recipes.cifar_paper()) / _total_rate(recipe))
         decay = float(f"{shorter * recipe.weight_decay:.4g}")
         recipe = replace(recipe, name=f"{recipe.name}, weight decay {decay:g}", weight_decay=decay)
-        if depth < WARM_UP_FROM:
-            return recipe
-        # §4.2: a tenth of the rate until the training error is below 80 %.
-        name = f"{recipe.name}, warm-up"
-        return replace(recipe, name=name, warm_up_rate=recipe.learning_rate / 10, warm_up_until=80.0)
+        return rp.recipes.with_warm_up(recipe) if depth >= rp.recipes.WARM_UP_FROM else recipe
 
     return change
 

@@ -80,12 +80,6 @@ class Options(rp.Options):
     depths: tyro.conf.Suppress[tuple[int, ...]] = (110,)
 
 
-def with_warm_up(recipe: Recipe) -> Recipe:
-    """§4.2: a tenth of the rate until the training error is below 80 %, then the recipe as it is."""
-    name = f"{recipe.name}, {WARM}"
-    return replace(recipe, name=name, warm_up_rate=recipe.learning_rate / 10, warm_up_until=80.0)
-
-
 def without_warm_up(recipe: Recipe) -> Recipe:
     return replace(recipe, name=f"{recipe.name}, {COLD}", warm_up_rate=None)
 
@@ -93,7 +87,7 @@ def without_warm_up(recipe: Recipe) -> Recipe:
 def plan(options: Options) -> list[rp.Planned]:
     """The same network under both recipes; from one seed, the same initial weights and order of images."""
     network, of = f"cifar/resnet-{options.depth}", {"block": options.block, "shortcut": options.shortcut}
-    starts = {WARM: with_warm_up, COLD: without_warm_up}
+    starts = {WARM: rp.recipes.with_warm_up, COLD: without_warm_up}
     return [rp.Planned({"start": start}, network, of, recipe=recipe) for start, recipe in starts.items()]
 
 

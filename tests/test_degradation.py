@@ -67,7 +67,13 @@ def test_plain_networks_are_compared_up_to_56_layers():
     assert "→ 65.00 ± 1.00 % at 20, 56, 110 layers" in first.measured
     without_56 = {key: errors for key, errors in (PAPER_LIKE | DEEPEST).items() if key[1] != 56}
     assert verdicts(without_56) == {"C1": "holds", "C2": "holds"}
-    drawn = study.draw(results(PAPER_LIKE | DEEPEST))["figure-1"]
+    drawings = study.draw(results(PAPER_LIKE | DEEPEST))
+    for name, edge in (("figure", "110 layers ↑ 70 %"), ("figure-depth", "plain ↑ 66 %")):
+        assert "named at its edge" in drawings[name].caption
+        axes = drawings[name].figure.axes
+        assert edge in [text.get_text() for axis in axes for text in axis.texts]
+        assert all(20 <= axis.get_ylim()[1] < 22 for axis in axes)
+    drawn = drawings["figure-1"]
     assert drawn.caption.startswith("Plain networks of 20 and 56 layers")
     assert "110" not in drawn.alt
 

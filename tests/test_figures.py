@@ -170,6 +170,18 @@ def test_every_kind_has_its_line_however_many_there_are():
     assert [text.get_text() for text in axis.texts] == kinds
 
 
+def test_an_error_beyond_the_axis_is_named_at_its_edge():
+    rows = [
+        {"kind": kind, "depth": depth, "seed": 0, "error": error}
+        for kind, errors in {"plain": (9.0, 65.2), "residual": (8.0, 6.0)}.items()
+        for depth, error in zip((20, 110), errors, strict=True)
+    ]
+    figure, (axis,) = figures.new_figure()
+    figures.error_against_depth(axis, pandas.DataFrame(rows), "error", top=20.0)
+    assert axis.get_ylim()[1] == 20.0
+    assert {text.get_text() for text in axis.texts} == {"plain ↑ 65 %", "residual"}
+
+
 def test_errors_of_nothing_have_an_axis_too():
     figure, (axis,) = figures.new_figure()
     figures.error_against_depth(axis, depths("error", 0.0, 0.0), "error")

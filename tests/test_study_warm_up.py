@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 import resprobe as rp
-from studies.warm_up import COLD, WARM, Options, judge, plan, study, with_warm_up, without_warm_up
+from studies.warm_up import COLD, WARM, Options, judge, plan, study, without_warm_up
 
 # Running training error (%) at 100, 200, … iterations, and the final test error, one seed each.
 SOON = [88.0, 85.0, 82.0, 79.0, 60.0, 40.0, 20.0, 10.0]
@@ -120,7 +120,7 @@ def test_the_recipes_differ_in_the_warm_up_alone():
     assert (with_it.warm_up_rate, with_it.warm_up_until) == (0.01, 80.0)
     assert rp.recipes.departures(with_it) == rp.recipes.departures(without) == []
     assert without.warm_up_rate is None
-    assert with_warm_up(rp.recipes.digits_quick()).warm_up_rate == pytest.approx(0.005)
+    assert rp.recipes.with_warm_up(rp.recipes.digits_quick()).warm_up_rate == pytest.approx(0.005)
     assert without_warm_up(with_it).name == "cifar-paper, with warm-up, without warm-up"
 
 

@@ -39,7 +39,13 @@ from plugins.detection.metrics import coco_metrics, voc_average_precision
 from plugins.detection.model import Detector, faster_rcnn
 from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
-from resprobe.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint, write_atomically
+from resprobe.checkpoints import (
+    load_checkpoint,
+    remove_checkpoints,
+    remove_scratch,
+    save_checkpoint,
+    write_atomically,
+)
 from resprobe.data.images import generator
 from resprobe.devices import resolve_device, synchronize
 from resprobe.digests import network_digest
@@ -244,6 +250,7 @@ def _train(
         rows, done, counted, before = kept["rows"], kept["done"], kept["counted"], kept["seconds"]
         sums.copy_(kept["sums"])
     if path:
+        remove_scratch(path)
         write_atomically(
             path / "config.json", _json(config.identity() | {"network": config.network, "name": config.data})
         )
