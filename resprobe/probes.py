@@ -223,6 +223,11 @@ def make_probe(probe: str | Probe) -> Probe:
     made = probe if isinstance(probe, Probe) else PROBES[probe]()
     if not isinstance(made, Probe):
         raise UsageError(f"probe (={probe!r}): what is registered must make a resprobe.Probe, not {short(made)}")
+    if not callable(made.schedule):
+        name = made.name or type(made).__name__
+        raise UsageError(
+            f"probe {name}: schedule (={made.schedule!r}) must be a function of the iteration, such as every(100)"
+        )
     return made
 
 

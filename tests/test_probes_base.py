@@ -324,6 +324,17 @@ def test_what_is_registered_must_make_a_probe():
         make_probe("mine")
 
 
+class Hourly(rp.Probe):
+    schedule = 100
+
+
+def test_a_schedule_is_a_function():
+    with pytest.raises(
+        UsageError, match=r"^probe Hourly: schedule \(=100\) must be a function of the iteration, such as every"
+    ):
+        make_probe(Hourly())
+
+
 class Forgetful(rp.Probe):
     name = "forgetful"
 
