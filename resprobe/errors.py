@@ -19,7 +19,8 @@ class SweepFailed(RuntimeError):
 
 
 def one_line(error: BaseException, named: bool = False) -> str:
-    """What an error says, on one line, after its type if `named`; its type if it says nothing.
+    """What an error says, on one line, after its type if `named`; its type if it says nothing, and both if it says just a
+    key.
 
     Of a fault on a card, what it is: torch goes on with advice on how to look for it.
     """
@@ -27,6 +28,7 @@ def one_line(error: BaseException, named: bool = False) -> str:
     if text.startswith("CUDA error"):
         text = text.splitlines()[0]
     text, kind = " ".join(text.split()), type(error).__name__
+    named = named or isinstance(error, KeyError)
     return f"{kind}: {text}" if named and text else text or kind
 
 

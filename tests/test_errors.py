@@ -13,13 +13,14 @@ from resprobe.errors import last_words, one_line
     [
         (ValueError("width\n  is wrong"), "width is wrong", "ValueError: width is wrong"),
         (RuntimeError(), "RuntimeError", "RuntimeError"),
+        (KeyError("gate"), "KeyError: 'gate'", "KeyError: 'gate'"),
         (
             RuntimeError("CUDA error: an illegal memory access was encountered\nSearch for …\nCompile with …"),
             "CUDA error: an illegal memory access was encountered",
             "RuntimeError: CUDA error: an illegal memory access was encountered",
         ),
     ],
-    ids=["lines", "silent", "card"],
+    ids=["lines", "silent", "key", "card"],
 )
 def test_an_error_is_one_line(error, plain, named):
     assert (one_line(error), one_line(error, named=True)) == (plain, named)
