@@ -175,7 +175,7 @@ class Probe:
 
     def table(self) -> pandas.DataFrame:
         """What was measured, tidy: one observation a row."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define table()")
 
     def state(self) -> Any:
         """What a checkpoint must keep for the table to go on after a resume: tensors and plain data."""

@@ -161,11 +161,12 @@ def check_seed(seed: int) -> int:
 
 
 class RunStore:
-    """A folder of runs."""
+    """A folder of runs. `writes`: whether any are to be kept there, or those that are there looked for alone."""
 
-    def __init__(self, root: str | Path):
+    def __init__(self, root: str | Path, *, writes: bool = True):
         self.root = Path(root).expanduser()
-        check_writable(self.root, "runs")
+        if writes:
+            check_writable(self.root, "runs")
 
     def folder(self, config: RunConfig) -> Path:
         """Where a run is, or would be."""
@@ -246,6 +247,9 @@ def configure(
     if recipe is not None and not isinstance(recipe, Recipe):
         raise UsageError(f"recipe (={short(recipe)}) must be a Recipe, such as rp.recipes.cifar_paper()")
     loaded = load_data(data)
+    for part in ("train", "test"):
+        if not len(getattr(loaded, part)):
+            raise UsageError(f"data {loaded.name!r} has no images in {part}")
     start = None
     if isinstance(network, nn.Module):
         spec = getattr(network, "spec", None)

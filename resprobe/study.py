@@ -342,12 +342,15 @@ def _gather_on(
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
     fresh = _jobs(planned, options, data, precision) if data else []
     _check_networks({job.config.network for _, job in fresh})
-    # Nothing is written before everything that was asked for is known to make sense.
-    check_writable(Path(options.out), "out")
+    notes = list(_too_few(study, options))
+    if ahead is None:
+        # Nothing is written before everything that was asked for is known to make sense.
+        check_writable(Path(options.out), "out")
+        notes += _replaced(options)
     if fresh and team().first:
-        for note in (*_too_few(study, options), *_replaced(options)):  # hours before the report is there
+        for note in notes:  # hours before the report is there
             print(f"note: {note}", file=sys.stderr, flush=True)
-    store = RunStore(options.runs) if fresh else None
+    store = RunStore(options.runs, writes=ahead is None) if fresh else None
     labelled, runs = [], []
     for then in (study.then, None):
         jobs = [job for _, job in fresh]

@@ -254,7 +254,7 @@ def ahead(results: rp.Results) -> Outlook:
     data, recipe = _read(options.detection), recipe_of(options)
     pretrained = results.runs or options.weights
     there = {(name, seed): network for name, seed, network in _backbones(results)} if pretrained else {}
-    store = rp.RunStore(options.runs)
+    store = rp.RunStore(options.runs, writes=False)
     total, found, left = 0, 0, 0.0
     for name in options.backbones:
         wanted = [{"bn": bn} for bn in _modes(options, name)]

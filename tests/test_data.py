@@ -421,6 +421,26 @@ def refusal(root: Path) -> str:
     return str(error.value)
 
 
+def test_a_function_that_fails_is_one_line(clean_registries):
+    @rp.register_dataset("broken")
+    def broken(path):
+        raise ValueError(f"no header in\n{path}")
+
+    with pytest.raises(rp.UsageError, match=r"^data \(='broken:here'\) cannot be read: ValueError: no header in here$"):
+        rp.load_data("broken:here")
+
+
+def test_parts_of_other_channels_or_without_images_are_said():
+    grey, colour = random_images(8), random_images(8, channels=3)
+    classes = tuple("01234567")
+    with pytest.raises(rp.UsageError, match="^data 'mine': test's images have other channels than train's: {1, 3}$"):
+        rp.Data("mine", "mine", grey, colour, classes)
+    for empty in ({"train": grey.select([])}, {"test": grey.select([])}):
+        data = rp.Data(**{"name": "mine", "identity": "mine", "train": grey, "test": grey, "classes": classes} | empty)
+        with pytest.raises(rp.UsageError, match=f"^data 'mine' has no images in {next(iter(empty))}$"):
+            rp.train("cifar/resnet-8", data, rp.recipes.digits_quick(2), device="cpu", progress=False)
+
+
 class TestFolder:
     def test_small_images_of_one_size_come_in_memory(self, small):
         data = rp.load_data(f"folder:{small}")

@@ -398,6 +398,13 @@ def test_a_home_that_the_shell_left_alone_is_meant(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
+def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main([*SMALL, "--dry-run", "--out", "new/report"]) == 0
+    assert "8 to train" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_does_not_import_torch():
     code = "import sys, studies.degradation; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

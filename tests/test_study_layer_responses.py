@@ -240,7 +240,7 @@ def test_a_run_on_other_data_is_refused(tmp_path, monkeypatch, capsys):
 
 def tiny_colours() -> rp.Data:
     images = rp.ImageSet(torch.zeros(8, 3, 8, 8, dtype=torch.uint8), torch.zeros(8, dtype=torch.long))
-    return rp.Data("colours", images, images, 10, "colours 8")
+    return rp.Data("colours", "colours 8", images, images, tuple("0123456789"))
 
 
 def test_weights_that_are_not_there_are_missed_by_a_dry_run_too(tmp_path, monkeypatch, capsys):

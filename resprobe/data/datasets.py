@@ -44,7 +44,12 @@ def load_data(data: str | Data) -> Data:
         return data
     name, path = _split(data)
     load = DATASETS[name]
-    loaded = load(path)
+    try:
+        loaded = load(path)
+    except UsageError:
+        raise
+    except Exception as error:  # a stranger's function, above all
+        raise UsageError(f"data (={data!r}) cannot be read: {one_line(error, named=True)}") from error
     if not isinstance(loaded, Data):
         raise UsageError(f"data (={name!r}): its function must give a resprobe.Data, not {short(loaded)}")
     if DATASETS.fingerprint(name) is None:  # ours say themselves what they are, wherever they are read from

@@ -134,6 +134,9 @@ class Data:
                         f"data {self.name!r}: {name}'s labels go from {least} to {most}; with {len(self.classes)} classes "
                         f"they must be from 0 to {len(self.classes) - 1}"
                     )
+            channels = {each.images.shape[1] for each in (self.train, part) if isinstance(each, ImageSet)}
+            if len(channels) > 1:
+                raise UsageError(f"data {self.name!r}: {name}'s images have other channels than train's: {channels}")
 
     @property
     def in_channels(self) -> int:
