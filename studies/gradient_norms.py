@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LIMIT = 3.0
-"""Decades of change with depth that count as vanishing or exploding (a thousandfold), and below 1 that count as no signal.
-Fixed before any run."""
+"""Decades of change with depth that count as vanishing or exploding (a thousandfold), fixed before any run; and decades below
+1 at which a forward signal counts as none."""
 LOWEST = -20.0
 """Decades at which figures end below."""
 BELOW_FLOAT64, BELOW_FLOAT32 = 1e-300, 1e-14

@@ -245,9 +245,9 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     how_sure=(
-        "Figures are mean ± standard deviation over seeds; errors are those of the last iteration. C3a holds if a "
-        "one-sided Welch test over seeds has p < 0.05, and fails if the same test at the same level excludes a delay "
-        f"of one epoch or more. C3b is that test against {ABOUT_400} iterations. C3c holds if differences of {SIMILAR} "
+        "Figures are mean ± standard deviation over seeds; errors are those of the last iteration. C3a is a "
+        "one-sided Welch test over seeds at the level 0.05: it holds if the delay is certainly above one epoch, and fails if "
+        f"it is certainly below. C3b is that test against {ABOUT_400} iterations. C3c holds if differences of {SIMILAR} "
         "points are excluded in both directions, and fails if there is certainly one. All else is inconclusive, as is "
         "one seed. These numbers were fixed beforehand."
     ),
