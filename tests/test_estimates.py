@@ -121,7 +121,8 @@ def test_a_survey_tells_found_begun_and_missing(tmp_path):
     found = survey(asked, store, device=CPU, concurrency=1)
     assert [each.config.network.depth for each in found.missing] == [20, 14]
     assert (found.total, found.found, found.begun) == (3, 1, 1)
-    assert 0 < found.duration < 60
+    # How long a step takes beside other work on the same cores is anybody's guess.
+    assert found.duration == pytest.approx(sum(found.seconds)) and min(found.seconds) > 0
     first, second, third = str(found).splitlines()
     assert first == "3 runs: 1 finished already, 2 to train (1 of them begun)"
     assert second == "to train: cifar/resnet-20, cifar/resnet-14"
