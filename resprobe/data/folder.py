@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -168,20 +169,24 @@ def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:
     return FolderSet(tuple(files), torch.tensor(labels))
 
 
-def _is_small(path: Path) -> bool:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The image file, not yet decoded. Raises `UsageError` for what is none, also while it is decoded."""
     try:
         with Image.open(path) as image:
-            return max(image.size) <= 64
+            yield image
     except OSError as error:
         raise UsageError(f"image {path} cannot be read: {error}") from error
+
+
+def _is_small(path: Path) -> bool:
+    with _opened(path) as image:
+        return max(image.size) <= 64
 
 
 def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UsageError(f"image {path} cannot be read: {error}") from error
+    with _opened(path) as image:
+        return image.convert("RGB")
 
 
 def _pixels(image: Image.Image) -> Tensor:
