@@ -88,9 +88,9 @@ class RayCluster:
         concurrency: int | None,
         plugins: Sequence[str],
         board: Board,
-        failures: list[str],
+        failures: dict[str, str],
     ) -> None:
-        """Trains `jobs` on the nodes, with a line in `failures` for each that failed.
+        """Trains `jobs` on the nodes, with a line in `failures` for each that failed, by its key.
 
         A lost node or a killed process is no failure: its run begins again from its last checkpoint. Raises
         `UsageError` if a node cannot train as this machine would.
@@ -139,7 +139,7 @@ class RayCluster:
                         elif isinstance(failure, UsageError):
                             raise failure from None
                         else:
-                            failures.append(str(failure))
+                            failures[job.config.key] = str(failure)
                             board.failed(job, str(failure))
             except BaseException:
                 for left in reversed(pending):  # first what waits for its turn, else it would be begun
@@ -318,3 +318,5 @@ def _train_on_node(place: _Place, key: str, packed: bytes, news: Any) -> dict[st
             return train_job(job, store, torch.device(place.device), tell)
         except UsageError as error:
             raise type(error)(f"{error} (on node {platform.node()})") from error
+        except Exception as error:  # here, where it is known in which line it arose
+            raise RuntimeError(one_line(error)) from error

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+
+_OURS = [Path(__file__).resolve().parent.parent / package for package in ("resprobe", "plugins", "studies")]
+_NOT_THEIRS = (*_OURS, Path(sysconfig.get_path("stdlib")).resolve())
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 class UsageError(ValueError):
@@ -15,12 +22,16 @@ class TrainingDiverged(RuntimeError):
 
 
 class SweepFailed(RuntimeError):
-    """Some runs of a sweep failed; the others went on. The text names each failure and what is kept."""
+    """Some runs of a sweep failed; the others went on. The text names each failure and what is kept, `keys` the runs."""
+
+    def __init__(self, text: str, keys: Iterable[str] = ()):
+        super().__init__(text)
+        self.keys = frozenset(keys)
 
 
 def one_line(error: BaseException, named: bool = False) -> str:
     """What an error says, on one line, after its type if `named`; its type if it says nothing, and both if it says just a
-    key.
+    key. Behind it, the line of a user's own file that it arose in or below, if any.
 
     Of a fault on a card, what it is: torch goes on with advice on how to look for it.
     """
@@ -29,7 +40,20 @@ def one_line(error: BaseException, named: bool = False) -> str:
         text = text.splitlines()[0]
     text, kind = " ".join(text.split()), type(error).__name__
     named = named or isinstance(error, KeyError)
-    return f"{kind}: {text}" if named and text else text or kind
+    return (f"{kind}: {text}" if named and text else text or kind) + _place(error)
+
+
+def _place(error: BaseException) -> str:
+    """In the words that Python has for mistakes of syntax, which name the place themselves."""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    theirs = next((frame for frame in frames if _is_a_users(Path(frame.filename))), None)
+    return f" ({Path(theirs.filename).name}, line {theirs.lineno})" if theirs else ""
+
+
+def _is_a_users(file: Path) -> bool:
+    """Whether a file is neither resprobe's, nor an installed package's, nor Python's own. A cell of a notebook is none."""
+    file = file.resolve()
+    return file.is_file() and not _INSTALLED.intersection(file.parts) and not any(map(file.is_relative_to, _NOT_THEIRS))
 
 
 def last_words(stderr: str) -> str:

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -52,6 +53,8 @@ FORMAT = 1
 """Raised when the meaning of a stored run changes, so that runs of another meaning are not found."""
 UNFINISHED = "history.unfinished.csv"
 """The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
+TRACEBACK = "traceback.txt"
+"""Where in the code a run failed, in its folder until it is begun again: what is said of it is one line."""
 _CHECKPOINT_SECONDS = 30.0
 
 
@@ -329,9 +332,12 @@ def train(
     if found is None:
         with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
             # It may have been finished while another command held the lock.
-            found = together.told(lambda: store.find(config, made)) or _train_in_store(
-                store, config, network, loaded, chosen_device, made, recompute, step, progress
-            )
+            found = together.told(lambda: store.find(config, made))
+            if found is None:
+                with _failures_kept(store.folder(config)):
+                    found = _train_in_store(
+                        store, config, network, loaded, chosen_device, made, recompute, step, progress
+                    )
     here = len(loaded.train)
     there = found.metrics.get("train_images", here)
     if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
@@ -346,6 +352,22 @@ def train(
             assert found.path is not None
             found._network = _read_weights(network, found.path)
     return found
+
+
+@contextlib.contextmanager
+def _failures_kept(path: Path) -> Iterator[None]:
+    """Writes down where in the code what fails inside has failed, unless its text says all that there is to say."""
+    file = path / TRACEBACK
+    if team().first:
+        file.unlink(missing_ok=True)
+    try:
+        yield
+    except (UsageError, TrainingDiverged):
+        raise
+    except Exception:
+        with contextlib.suppress(StorageError):  # which must not take the place of what went wrong
+            write_atomically(file, traceback.format_exc().encode())
+        raise
 
 
 def _train_in_store(

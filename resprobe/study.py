@@ -25,7 +25,7 @@ import tyro
 
 from resprobe.claims import Claim, Verdict
 from resprobe.commands import answer, called_as
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import SweepFailed, UsageError, not_accepted
 
 if TYPE_CHECKING:
     import pandas
@@ -360,9 +360,12 @@ def _gather_on(
                 labelled, fresh, runs, then = [], [], [], None  # what they end with is not known yet
             runs += [store.find(job.config, job.probes) for _, job in fresh]
         elif jobs:
-            runs += run_all(
-                jobs, store, device=device, concurrency=concurrency, plugins=options.plugin, cluster=cluster
-            )
+            try:
+                runs += run_all(
+                    jobs, store, device=device, concurrency=concurrency, plugins=options.plugin, cluster=cluster
+                )
+            except SweepFailed as error:
+                raise SweepFailed(f"{error}{_without(error.keys, options, fresh)}", error.keys) from error
         labelled += fresh
         results = _tables(options, labelled, runs, device=str(here), precision=precision)
         if then is None:
@@ -386,6 +389,17 @@ def _gather_on(
         results = dataclasses.replace(results, measurements=study.measure(results))
     recipes = list(dict.fromkeys(job.config.recipe for _, job in labelled))
     return results, recipes, made_with
+
+
+def _without(failed: frozenset[str], options: Options, labelled: Sequence[tuple[dict[str, Any], Job]]) -> str:
+    """How to have the report of what did not fail: the seeds, or else the depths, of which no run has."""
+    for name, label in (("seeds", "seed"), ("depths", "depth")):
+        ended = {labels.get(label) for labels, job in labelled if job.config.key in failed}
+        values = getattr(options, name)
+        left = [str(value) for value in values if value not in ended]
+        if 0 < len(left) < len(values) and name in offered(type(options)):
+            return f", or reports without the failed ones with --{name} {' '.join(left)}"
+    return ""
 
 
 def _too_few(study: Study, options: Options) -> Iterator[str]:

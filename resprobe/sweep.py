@@ -31,7 +31,7 @@ from resprobe.environment import device_name
 from resprobe.errors import SweepFailed, UsageError, one_line
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
-from resprobe.runs import Run, RunConfig, RunStore, train
+from resprobe.runs import TRACEBACK, Run, RunConfig, RunStore, train
 from resprobe.sharing import sharing
 from resprobe.training import Progress
 from resprobe.workers import Lost, Perform, side_by_side
@@ -234,8 +234,9 @@ def run_all(
     ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
-    failures: list[str] = []  # texts: an error itself would keep its run in memory, and on a GPU that of all others
-    with Board(ahead) as board:
+    # Texts by the runs' keys: an error itself would keep its run in memory, and on a GPU that of all others.
+    failures: dict[str, str] = {}
+    with Board(ahead, store) as board:
         ordered, workers = ahead.missing, ahead.workers
         if ordered and cluster is not None:
             cluster.train(ordered, store, concurrency, plugins, board, failures)
@@ -248,9 +249,12 @@ def run_all(
         kept = len(jobs) - len(failures)
         raise SweepFailed(
             f"{len(failures)} of {len(jobs)} runs failed: "
-            + "; ".join(text if count == 1 else f"{text} ({count} runs)" for text, count in Counter(failures).items())
+            + "; ".join(
+                text if count == 1 else f"{text} ({count} runs)" for text, count in Counter(failures.values()).items()
+            )
             + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; "
-            "the same command goes on from there"
+            "the same command goes on from there",
+            failures,
         )
     found = []
     for job in jobs:
@@ -291,7 +295,7 @@ def _train_here(
     device: torch.device,
     threads: int,
     board: Board,
-    failures: list[str],
+    failures: dict[str, str],
 ) -> Sequence[Job]:
     """Trains jobs one after the other. Gives those that are left where one leaves the device unable to go on."""
     # Not more threads than a process of several would have: short runs come out the same here and there.
@@ -304,7 +308,7 @@ def _train_here(
                 raise
             except Exception as error:
                 why = one_line(error)
-                failures.append(why)
+                failures[job.config.key] = why
                 board.failed(job, why)
                 if not usable(device):
                     return jobs[done + 1 :]
@@ -322,7 +326,7 @@ def _train_in_processes(
     threads: int,
     plugins: Sequence[str],
     board: Board,
-    failures: list[str],
+    failures: dict[str, str],
 ) -> None:
     with sharing(device) as variables:
         start = partial(_start, variables, threads, tuple(plugins), store.root, device)
@@ -344,7 +348,7 @@ def _train_in_processes(
                     )
                 else:
                     text = f"{name}: {what}, twice" if word == "lost" else what
-                    failures.append(text)
+                    failures[job.config.key] = text
                     board.failed(job, text)
 
 
@@ -396,8 +400,8 @@ def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
 class Board:
     """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone."""
 
-    def __init__(self, ahead: Survey):
-        self.total, self.found = ahead.total, ahead.found
+    def __init__(self, ahead: Survey, store: RunStore):
+        self.store, self.total, self.found = store, ahead.total, ahead.found
         self.work = {job.config.key: job.work for job in ahead.missing}
         self.share = dict.fromkeys(self.work, 0.0)
         self.names = _names([job.config for job in ahead.missing])
@@ -442,8 +446,9 @@ class Board:
         )
 
     def failed(self, job: Job, why: str) -> None:
-        """Says that a run failed; the others go on."""
-        self._end(job, f"failed: {why}")
+        """Says that a run failed, and where to look; the others go on."""
+        traceback = self.store.folder(job.config) / TRACEBACK
+        self._end(job, f"failed: {why}" + (f"; {traceback}" if traceback.is_file() else ""))
 
     def _end(self, job: Job, outcome: str) -> None:
         with self.lock:

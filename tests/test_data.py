@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -426,14 +427,17 @@ def test_a_function_that_fails_is_one_line(clean_registries):
     def broken(path):
         raise ValueError(f"no header in\n{path}")
 
-    with pytest.raises(rp.UsageError, match=r"^data \(='broken:here'\) cannot be read: ValueError: no header in here$"):
+    with pytest.raises(
+        rp.UsageError,
+        match=r"^data \(='broken:here'\) cannot be read: ValueError: no header in here \(test_data.py, line \d+\)$",
+    ):
         rp.load_data("broken:here")
 
 
 def test_parts_of_other_channels_or_without_images_are_said():
     grey, colour = random_images(8), random_images(8, channels=3)
     classes = tuple("01234567")
-    with pytest.raises(rp.UsageError, match="^data 'mine': test's images have other channels than train's: {1, 3}$"):
+    with pytest.raises(rp.UsageError, match=r"^data 'mine': test's images have other channels than train's: {1, 3}$"):
         rp.Data("mine", "mine", grey, colour, classes)
     for empty in ({"train": grey.select([])}, {"test": grey.select([])}):
         data = rp.Data(**{"name": "mine", "identity": "mine", "train": grey, "test": grey, "classes": classes} | empty)
@@ -745,7 +749,8 @@ class TestCifar:
         with pytest.raises(rp.UsageError) as error:
             rp.load_data(name)
         archive, md5, _ = datasets._CIFAR[name]
-        assert str(error.value) == (
+        said = re.sub(r" \(test_data.py, line \d+\)", "", str(error.value))  # where `fail` is
+        assert said == (
             f"{name} is not here and its download failed (URLError: <urlopen error no route to host>); put {archive} "
             f"(MD5 {md5}) into {nowhere} or ./data, or name its place with --data {name}:PATH"
         )

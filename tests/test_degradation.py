@@ -436,6 +436,30 @@ def test_a_run_that_diverges_exits_with_1_and_the_others_go_on(tmp_path, monkeyp
     assert "2 runs: 1 finished already, 1 to train" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("failing", "hint"),
+    [
+        (lambda config: config.seed == 1, ", or reports without the failed ones with --seeds 0 2\n"),
+        (lambda config: config.network.depth == 8, ", or reports without the failed ones with --depths 14\n"),
+        (lambda config: config.network.depth == 8 + 6 * config.seed, "goes on from there\n"),
+    ],
+    ids=["seed", "depth", "neither"],
+)
+def test_after_failures_the_line_says_how_to_have_the_rest(failing, hint, tmp_path, monkeypatch, capsys):
+    from resprobe import sweep
+
+    def fail(job, *_):
+        if failing(job.config):
+            raise RuntimeError("no")
+        return dict.fromkeys(job.config.metrics, 0.0)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "train_job", fail)
+    seeds = ["0", "1", "2"] if "seeds" in hint or "depths" in hint else ["0", "1"]
+    assert study.main(["--depths", "8", "14", "--seeds", *seeds, "--iterations", "4", "--concurrency", "1"]) == 1
+    assert capsys.readouterr().err.endswith(hint)
+
+
 def test_the_setting_is_the_presets_only_if_what_is_measured_is():
     quick, paper = study.presets["quick"], study.presets["paper"]
     assert study.setting(quick) == "quick"

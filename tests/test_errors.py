@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from resprobe.blocks import BLOCKS
 from resprobe.errors import last_words, one_line
 
 
@@ -24,6 +26,28 @@ from resprobe.errors import last_words, one_line
 )
 def test_an_error_is_one_line(error, plain, named):
     assert (one_line(error), one_line(error, named=True)) == (plain, named)
+
+
+def test_an_error_in_a_users_file_names_the_line(tmp_path):
+    """The innermost of theirs, though the error arises in torch; and none of ours or of a cell that is no file."""
+    file = tmp_path / "my_block.py"
+    file.write_text("import torch\n\ndef forward(x):\n    return torch.relu(x) @ x\n\ndef call(other):\n    other()\n")
+    module = {}
+    exec(compile(file.read_text(), str(file), "exec"), module)
+    with pytest.raises(RuntimeError) as caught:
+        module["forward"](torch.zeros(2, 3))
+    assert one_line(caught.value).endswith(" (my_block.py, line 4)")
+
+    cell = {}
+    exec(compile("def fail():\n    raise ValueError('no')", "/tmp/ipykernel_1/2.py", "exec"), cell)
+    with pytest.raises(ValueError, match="no") as caught:
+        module["call"](cell["fail"])
+    assert one_line(caught.value, named=True) == "ValueError: no (my_block.py, line 7)"
+
+    with pytest.raises(ValueError, match="without spaces") as caught:
+        BLOCKS.register("a name")
+    error = caught.value.with_traceback(caught.tb.tb_next)  # as resprobe sees it: without the line of this file
+    assert one_line(error) == str(error)
 
 
 @pytest.mark.parametrize(

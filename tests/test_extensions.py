@@ -113,22 +113,27 @@ def test_syntax_error_names_its_line(write):
 def test_import_error_inside(write):
     file = write("bad_import", "import no_such_module_here")
     assert refusal(file) == (
-        f"plugin (={str(file)!r}) does not import: ModuleNotFoundError: No module named 'no_such_module_here'"
+        f"plugin (={str(file)!r}) does not import: ModuleNotFoundError: No module named 'no_such_module_here' "
+        "(bad_import.py, line 1)"
     )
 
 
 def test_exception_inside_is_one_line_and_keeps_its_cause(write):
     file = write("bad_start", "raise KeyError('two\\nlines')")
-    assert refusal(file) == f"plugin (={str(file)!r}) does not import: KeyError: 'two\\nlines'"
+    assert refusal(file) == f"plugin (={str(file)!r}) does not import: KeyError: 'two\\nlines' (bad_start.py, line 1)"
     file = write("bad_value", "raise ValueError('two\\n  lines')")
-    with pytest.raises(rp.UsageError, match=r"does not import: ValueError: two lines$") as error:
+    with pytest.raises(
+        rp.UsageError, match=r"does not import: ValueError: two lines \(bad_value.py, line 1\)$"
+    ) as error:
         rp.load_plugin(str(file))
     assert isinstance(error.value.__cause__, ValueError)
 
 
 def test_module_that_raises(write):
     write("bad_module", "1 / 0")
-    assert refusal("bad_module") == "plugin (='bad_module') does not import: ZeroDivisionError: division by zero"
+    assert refusal("bad_module") == (
+        "plugin (='bad_module') does not import: ZeroDivisionError: division by zero (bad_module.py, line 1)"
+    )
 
 
 @pytest.mark.usefixtures("clean_registries")

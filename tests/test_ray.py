@@ -328,7 +328,9 @@ def test_a_run_that_goes_wrong_leaves_the_others(nodes, tmp_path):
         r"cifar/resnet-8, block explodes, seed 0: failed: cifar/resnet-8, seed 0: the loss is not finite at iteration 1, ",
         out,
     )
-    assert re.search(r"cifar/resnet-8, block raises, seed 0: failed: of the user's own$", out, re.MULTILINE)
+    assert re.search(
+        r"block raises, seed 0: failed: of the user's own \(bad_blocks.py, line \d+\); \S+/traceback.txt$", out, re.M
+    )
     assert re.search(
         r"cifar/resnet-8, block dies, seed 0: failed: cifar/resnet-8, seed 0: lost 3 times at iteration 0: ", out
     )

@@ -138,6 +138,42 @@ def test_a_failed_run_does_not_take_the_others_down(bad, plugin, tmp_path, capsy
     assert "first in stage1.0.branch.1" in said
 
 
+RAISES = """
+import resprobe as rp
+
+@rp.register_block("raises")
+class Raises(rp.BLOCKS["basic"]):
+    def forward(self, x):
+        if self.training:
+            return self.branch(x) + missing
+        return super().forward(x)
+"""
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_where_a_strangers_block_fails_is_kept(concurrency, tmp_path, capsys, clean_registries):
+    """The line says which line of whose file, and where the rest is; the rest goes when the run is begun again."""
+    file = tmp_path / "raises.py"
+    file.write_text(RAISES)
+    rp.load_plugin(str(file))
+    recipe = rp.default_recipe(rp.load_data("digits"), 4)
+    bad = Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="raises"))
+    store = rp.RunStore(tmp_path / "runs")
+    with pytest.raises(SweepFailed, match="name 'missing' is not defined") as caught:
+        run_all([bad, *jobs(8)], store, device=CPU, concurrency=concurrency, plugins=[str(file)])
+    assert caught.value.keys == {bad.config.key}
+    kept = store.folder(bad.config) / "traceback.txt"
+    assert f"failed: name 'missing' is not defined (raises.py, line 8); {kept}\n" in capsys.readouterr().out
+    text = kept.read_text()
+    assert f'File "{file}", line 8, in forward' in text
+    assert text.endswith("NameError: name 'missing' is not defined\n")
+    assert not (store.folder(jobs(8)[0].config) / "traceback.txt").exists()
+
+    rp.BLOCKS["raises"].forward = rp.BLOCKS["basic"].forward  # it was the machine's fault, say
+    run_all([bad], store, device=CPU)
+    assert not kept.exists()
+
+
 DIES = """
 import multiprocessing, os, signal
 import resprobe as rp
@@ -347,7 +383,9 @@ def test_what_fails_alike_is_said_once(tmp_path, monkeypatch):
         raise MemoryError("out of memory")
 
     monkeypatch.setattr(sweep, "train_job", train_job)
-    with pytest.raises(SweepFailed, match=r"^2 of 2 runs failed: out of memory \(2 runs\); 0 finished runs"):
+    with pytest.raises(
+        SweepFailed, match=r"^2 of 2 runs failed: out of memory \(test_sweep.py, line \d+\) \(2 runs\); 0 finished runs"
+    ):
         run_all(jobs(8, 14), rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=1)
 
 
