@@ -41,6 +41,11 @@ def write_report(
     out = Path(results.options.out)
     drawings = study.draw(results)
     table = study.tabulate(results)
+    # Where nothing was trained, what was measured is the result.
+    measured = {"results": results.table if len(results.table) else results.measurements}
+    measured["measurements"] = results.measurements
+    tables = {name: content for name, content in measured.items() if content is not None and len(content)}
+    tables |= {f"probe-{name}": content for name, content in results.probed.items()}
     record = {
         "study": study.name,
         "setting": setting,
@@ -68,24 +73,22 @@ def write_report(
         },
         "environment": environment,
         "figures": {name: drawing.alt for name, drawing in drawings.items()},
+        "tables": list(tables),
     }
-    for name in _drawn_before(out) - set(drawings):  # by the report that this one replaces
+    # What the report that this one replaces had beside it, and this one has not.
+    for name in _written_before(out, "figures") - set(drawings):
         for kind in ("png", "svg"):
             (out / f"{name}.{kind}").unlink(missing_ok=True)
+    for name in (_written_before(out, "tables") | set(measured)) - set(tables):
+        (out / f"{name}.csv").unlink(missing_ok=True)
     images = {}
     for name, drawing in drawings.items():
         write_atomically(out / f"{name}.png", render(drawing.figure, "png"))
         write_atomically(out / f"{name}.svg", render(drawing.figure, "svg"))
         light, dark = map(base64.b64encode, render_for_page(drawing.figure))
         images[name] = {"light": light.decode(), "dark": dark.decode()}
-    # Where nothing was trained, what was measured is the result.
-    tables = {"results": results.table if len(results.table) else results.measurements}
-    tables["measurements"] = results.measurements
     for name, content in tables.items():
-        if content is not None and len(content):
-            write_atomically(out / f"{name}.csv", content.to_csv(index=False).encode())
-        else:  # another study's may be there, whose report this one replaces
-            (out / f"{name}.csv").unlink(missing_ok=True)
+        write_atomically(out / f"{name}.csv", content.to_csv(index=False).encode())
     page = {
         "study": study,
         "record": record,
@@ -108,14 +111,15 @@ def write_report(
     print(
         f"\n{page['summary']}\n\nreport:  {out / 'report.html'}\nfigures: "
         + ", ".join(f"{out / name}.png" for name in drawings)
+        + "".join(f"\nprobe:   {out}/probe-{name}.csv" for name in results.probed)
     )
     return record
 
 
-def _drawn_before(out: Path) -> set[str]:
-    """Names of the figures of a report that is there already."""
+def _written_before(out: Path, kind: str) -> set[str]:
+    """Names of the "figures" or "tables" of a report that is there already."""
     try:
-        return set(json.loads((out / "verdict.json").read_text())["figures"])
+        return set(json.loads((out / "verdict.json").read_text())[kind])
     except (OSError, ValueError, KeyError, TypeError):  # there is none, or it cannot be read
         return set()
 
@@ -148,6 +152,7 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
         "time": time,
         "device": f"{rest.pop('device')}; {rest.pop('precision')}, {threads} thread{'s' if threads != '1' else ''}",
         "processes": f"{processes}" if processes > 1 else "",
+        "probes": ", ".join(f"{name}.csv" for name in record["tables"] if name.startswith("probe-")),
         "platform": rest.pop("platform"),
         "commit": commit,
         "versions": ", ".join(f"{name} {version}" for name, version in rest.items()),

@@ -76,6 +76,8 @@ class Options:
     """Ray cluster, HOST:PORT; by default RAY_ADDRESS, the cluster that runs on this machine, or a new one of it alone"""
     plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE|MODULE")] = ()
     """plugin to load first: a file (my_block.py) or a module (package.module)"""
+    probe: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
+    """probe to watch every training with: gradient-norms, or one that a plugin registers; its table is put beside the report"""
     dry_run: bool = False
     """say what would be trained, how much of it is there, and how long the rest will take; then stop"""
     out: str = ""
@@ -105,6 +107,7 @@ _NOT_THE_SETTING = {
     "address",
     "dry_run",
     "plugin",
+    "probe",
     "out",
     "runs",
 }
@@ -133,7 +136,8 @@ class Results:
 
     `table`: one row a run: the labels, seed, the run's metrics (errors in percent), its folder. `histories`: one row a
     log point of a run, with the same labels. `runs` are in the order of `table`. `measurements`: what the study's
-    `measure` gave, if it has one. `device` and `precision` are those to measure with.
+    `measure` gave, if it has one. `probed`: for each probe that the user asked for, by its name, one table of all runs, with
+    the runs' labels. `device` and `precision` are those to measure with.
     """
 
     options: Options
@@ -141,6 +145,7 @@ class Results:
     histories: pandas.DataFrame
     runs: Sequence[Run]
     measurements: pandas.DataFrame | None = None
+    probed: Mapping[str, pandas.DataFrame] = field(default_factory=dict)
     device: str = "cpu"
     precision: str = "fp32"
 
@@ -308,6 +313,7 @@ def _gather_on(
     from resprobe.environment import environment
     from resprobe.extensions import load_plugin
     from resprobe.networks import resolve
+    from resprobe.probes import make_probe
     from resprobe.runs import RunStore, check_seed
     from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency, run_all, survey
@@ -327,7 +333,11 @@ def _gather_on(
             raise UsageError(f"{name} (={' '.join(map(str, values))}) must be given, each once")
     for seed in options.seeds:
         check_seed(seed)
+    for name in options.probe:
+        make_probe(name)
     planned = study.plan(options)
+    if options.probe and not planned:
+        raise UsageError(f"probe (={options.probe[0]!r}) watches a training, and nothing is trained here")
     if options.shortcut == "none" and "shortcut" in study.built_of(options):
         raise UsageError(
             "shortcut (='none') makes plain networks, which are there anyway; name one of residual networks"
@@ -437,7 +447,8 @@ def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: s
             recipe = default_recipe(data, options.iterations, config.network.depth)
             recipe = recipe if one.recipe is None else one.recipe(recipe)
             config = dataclasses.replace(config, data=options.data, recipe=recipe)
-            job = Job(config, one.probes, built, options.recompute, options.step)
+            probes = tuple(dict.fromkeys((*one.probes, *options.probe)))
+            job = Job(config, probes, built, options.recompute, options.step)
             labels = dict(one.labels) | {"seed": seed}
             if any(labels == other for other, _ in labelled):  # it would count as one more seed
                 said = ", ".join(f"{name} {value}" for name, value in one.labels.items())
@@ -456,12 +467,28 @@ def _tables(
 ) -> Results:
     import pandas
 
+    from resprobe.probes import make_probe
+
     rows, histories = [], [pandas.DataFrame()]
+    probes = dict.fromkeys(make_probe(name).name for name in options.probe)
+    probed: dict[str, list[pandas.DataFrame]] = {name: [] for name in probes}
     for (labels, job), run in zip(labelled, runs, strict=True):
-        rows.append(labels | run.metrics | {"network": job.config.network.name, "run": job.config.folder_name})
+        which = {"network": job.config.network.name, "run": job.config.folder_name}
+        rows.append(labels | run.metrics | which)
         histories.append(run.history.assign(**labels))
+        for name, tables in probed.items():
+            tables.append(_with_labels(run.tables[name], labels | which))
     table, history = pandas.DataFrame(rows), pandas.concat(histories, ignore_index=True)
-    return Results(options, table, history, tuple(runs), device=device, precision=precision)
+    watched = {name: pandas.concat(tables, ignore_index=True) for name, tables in probed.items() if tables}
+    return Results(options, table, history, tuple(runs), probed=watched, device=device, precision=precision)
+
+
+def _with_labels(table: pandas.DataFrame, labels: Mapping[str, Any]) -> pandas.DataFrame:
+    """A probe's table behind its run's labels; of a name that both have, a layer's `kind` say, the run's is network_kind."""
+    for column, value in reversed(labels.items()):
+        own = f"network_{column}" if column in table else column
+        table = table.assign(**{own: value})[[own, *table.columns]]
+    return table
 
 
 def _check_networks(specs: set[NetworkSpec]) -> None:

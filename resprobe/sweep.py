@@ -78,7 +78,8 @@ class Survey:
     """What is there of a sweep's runs, and what is not: how it will be trained, and about how long that takes.
 
     `missing` is in the order of training, `seconds` in that of `missing`, each as if it had its device for itself.
-    `reason` says why they are not known. `one_card`: all workers train on one.
+    `reason` says why they are not known. `one_card`: all workers train on one. `unwatched`: how many are missing for the
+    table of a probe alone.
     """
 
     total: int
@@ -90,6 +91,7 @@ class Survey:
     seconds: tuple[float, ...]
     reason: str = ""
     one_card: bool = False
+    unwatched: int = 0
 
     @property
     def found(self) -> int:
@@ -109,8 +111,10 @@ class Survey:
         return max(busy)
 
     def __str__(self) -> str:
-        begun = f" ({self.begun} of them begun)" if self.begun else ""
-        todo = f"{len(self.missing)} to train{begun}" if self.missing else "nothing to train"
+        of_them = [f"{self.begun} of them begun"] if self.begun else []
+        of_them += [f"{self.unwatched} of them anew, for a probe's table"] if self.unwatched else []
+        aside = f" ({', '.join(of_them)})" if of_them else ""
+        todo = f"{len(self.missing)} to train{aside}" if self.missing else "nothing to train"
         lines = [f"{self.total} runs: {self.found} finished already, {todo}"]
         if self.missing:
             names = Counter(job.config.network.name for job in self.missing)
@@ -189,9 +193,10 @@ def survey(
         with suppress(RuntimeError):  # of a card that a step has left unable
             torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
+    unwatched = sum(store.find(job.config) is not None for job in ordered if job.probes)
     name = device_name(device) if cluster is None else cluster.name
     one_card = cluster is None and device.type != "cpu"
-    ahead = Survey(len(asked), ordered, begun, workers, threads, name, seconds, reason, one_card)
+    ahead = Survey(len(asked), ordered, begun, workers, threads, name, seconds, reason, one_card, unwatched)
     automatic = cluster is None and concurrency is None and workers > 1
     if automatic and ahead.duration is not None and sum(seconds) - ahead.duration < _STARTING:
         return replace(ahead, workers=1)

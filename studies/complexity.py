@@ -95,6 +95,7 @@ class Options(rp.Options):
     executor: tyro.conf.Suppress[str] = "local"
     address: tyro.conf.Suppress[str] = ""
     runs: tyro.conf.Suppress[str] = "runs"
+    probe: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:

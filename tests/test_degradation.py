@@ -436,6 +436,73 @@ def test_a_run_that_diverges_exits_with_1_and_the_others_go_on(tmp_path, monkeyp
     assert "2 runs: 1 finished already, 1 to train" in capsys.readouterr().out
 
 
+PROBE = """
+import pandas
+import resprobe as rp
+
+@rp.register_probe("iterations-seen")
+class IterationsSeen(rp.Probe):
+    name = "seen"
+    schedule = staticmethod(rp.probes.at([0, 2]))
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def after_backward(self, network, iteration):
+        self.seen.append(iteration)
+
+    def table(self):
+        return pandas.DataFrame({"iteration": self.seen, "kind": "seen"})
+
+    def state(self):
+        return list(self.seen)
+
+    def load_state(self, state):
+        self.seen = list(state)
+"""
+
+
+def test_any_probe_watches_any_study(tmp_path, monkeypatch, capsys, clean_registries):
+    """Its tables of all runs lie beside the report; runs that had been finished without it are trained again, and told so."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(PROBE)
+    arguments = ["--depths", "8", "--seeds", "0", "1", "--iterations", "4", "--concurrency", "1"]
+    assert study.main(arguments) == 0
+    before = pandas.read_csv("results/degradation/results.csv")
+    capsys.readouterr()
+    assert study.main([*arguments, "--plugin", "mine.py", "--probe", "iterations-seen", "--dry-run"]) == 0
+    assert "0 finished already, 4 to train (4 of them anew, for a probe's table)" in capsys.readouterr().out
+    assert study.main([*arguments, "--plugin", "mine.py", "--probe", "iterations-seen"]) == 0
+    said = capsys.readouterr().out
+    assert said.endswith("probe:   results/degradation/probe-seen.csv\n")
+    table = pandas.read_csv("results/degradation/probe-seen.csv")
+    assert list(table) == ["network_kind", "depth", "seed", "network", "run", "iteration", "kind"]
+    assert set(table["network_kind"]) == {"plain", "residual"}
+    assert set(table["kind"]) == {"seen"}
+    assert table.groupby("run")["iteration"].apply(list).tolist() == [[0, 2]] * 4
+    after = pandas.read_csv("results/degradation/results.csv")
+    assert set(after["run"]) == set(table["run"]) == set(before["run"])
+    pandas.testing.assert_series_equal(after["train_loss"], before["train_loss"])
+    assert "probe-seen.csv" in Path("results/degradation/report.md").read_text()
+    record = json.loads(Path("results/degradation/verdict.json").read_text())
+    assert record["tables"] == ["results", "probe-seen"]
+    assert record["setting"] == "custom"  # for the depths, not for the probe
+
+    assert study.main(arguments) == 0
+    assert "4 finished already, nothing to train" in capsys.readouterr().out
+    assert not Path("results/degradation/probe-seen.csv").exists()  # this report has none
+
+
+def test_a_probe_that_is_not_there_is_said_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["--probe", "gradient-norm"]) == 2
+    assert "probe (='gradient-norm') is unknown; accepted: " in (said := capsys.readouterr().err)
+    assert said.endswith("; nearest: gradient-norms\n")
+    assert list(tmp_path.iterdir()) == []
+    assert study.setting(study.parse(["--probe", "flops", "--probe", "gradient-norms"])) == "quick"
+
+
 @pytest.mark.parametrize(
     ("failing", "hint"),
     [
