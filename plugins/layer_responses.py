@@ -8,7 +8,8 @@
     probe.channels()
 
 A response is, as in Fig. 7, the output of a convolution after batch normalization and before the nonlinearity or the
-addition; where no normalization follows, the convolution's own output. Figures are over all images seen while attached,
+addition; where no normalization follows, the convolution's own output. What a branch does behind its last normalization,
+as a gate does, is not in it. Figures are over all images seen while attached,
 in training or evaluation mode as the network is, and equal those of all responses put together, however these were
 split into batches. `table()` has a row a layer, over all its channels; `channels()` a row a channel:
 

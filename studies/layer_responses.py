@@ -306,6 +306,27 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     return pandas.DataFrame(rows)
 
 
+def departs(options: Options) -> list[str]:
+    """What a branch of a stranger's block or shortcut does behind its last layer is in no layer's response."""
+    import torch
+    from torch.nn.modules.conv import _ConvNd
+
+    from plugins.layer_responses import NORMALIZATIONS
+
+    if options.weights:
+        return []
+    with torch.device("meta"):
+        network = rp.build(f"cifar/resnet-{options.depth}", block=options.block, shortcut=options.shortcut)
+    _, block = network.blocks()[0]
+    *_, last = block.branch.modules()
+    if isinstance(last, (_ConvNd, *NORMALIZATIONS)) and not hasattr(block.shortcut, "gate_branch"):
+        return []
+    return [
+        "responses are measured before what a branch does to them behind its last layer (a gate, say), which the paper's blocks "
+        "do not; what is added in the end is measured by studies.branch_contribution"
+    ]
+
+
 _QUICK = Options(preset="quick", data="digits", depths=(20, 56), seeds=(0, 1, 2), iterations=400)
 
 study = rp.Study(
@@ -321,6 +342,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    departs=departs,
     how_sure=(
         "A claim of order holds if a one-sided Welch test over seeds has p < 0.05; it fails if the same test excludes a "
         f"difference of {MARGIN:.0%} of the larger mean; else it is inconclusive, as is a comparison on which test images and "

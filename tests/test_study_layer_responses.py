@@ -41,6 +41,31 @@ def verdict(stds) -> rp.Verdict:
     return only
 
 
+@pytest.mark.parametrize(
+    ("built_of", "told"),
+    [
+        ({}, 0),
+        ({"block": "bottleneck", "depth": 29}, 0),
+        ({"block": "single", "depth": 8}, 0),
+        ({"shortcut": "C"}, 0),
+        ({"shortcut": "highway"}, 1),
+        ({"block": "ends-in-elu"}, 1),
+        ({"block": "ends-in-elu", "weights": ("resnet20.th",)}, 0),
+    ],
+)
+def test_what_no_layers_response_shows_is_told(built_of, told, clean_registries):
+    """A gate scales what the branch adds, behind the last normalization."""
+
+    @rp.register_block("ends-in-elu")
+    class EndsInElu(rp.BLOCKS["basic"]):
+        def make_branch(self, in_channels, width, stride, layers):
+            return torch.nn.Sequential(super().make_branch(in_channels, width, stride, layers), torch.nn.ELU())
+
+    options = dataclasses.replace(study.presets["quick"], **built_of)
+    assert len(said := study.departs(options)) == told
+    assert all("studies.branch_contribution" in line for line in said)
+
+
 def test_curves_as_in_the_paper_confirm_the_claim():
     found = verdict(FIG_7)
     assert found.verdict == "holds"
