@@ -61,9 +61,8 @@ def check_writable(folder: Path, option: str) -> None:
         (folder / ".writable").unlink(missing_ok=True)
     except StorageError as error:
         cause = error.__cause__
-        raise StorageError(
-            f"{option} (={str(folder)!r}) cannot be written to: {getattr(cause, 'strerror', cause)}"
-        ) from cause
+        why = "it is a file, not a folder" if folder.is_file() else getattr(cause, "strerror", cause)
+        raise StorageError(f"{option} (={str(folder)!r}) cannot be written to: {why}") from cause
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
 from resprobe.data.folder import resized
 from resprobe.devices import autocast, resolve_device, resolve_precision
 from resprobe.errors import UsageError, check_whole, not_accepted
-from resprobe.networks import NetworkSpec, check_fit
+from resprobe.networks import NetworkSpec, check_fit, check_logits
 
 PROTOCOLS = ("single-view", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)
@@ -142,6 +142,8 @@ def _scoring(
     # Small images are padded after normalization, as in training, so that their crops are cut there.
     crops = _padded_crops if protocol == "ten-crop" and isinstance(images, ImageSet) else _whole
 
+    classes = int(images.labels.max()) + 1 if len(images) else 0
+
     def score(batch: Sequence[Tensor]) -> Tensor:
         """Mean softmax over members and views: log-probabilities [N, classes]."""
         total, count = None, 0
@@ -149,6 +151,7 @@ def _scoring(
             for view in (crop for whole in batch for crop in crops(normalize(whole.to(device)))):
                 with autocast(device, precision):
                     logits = member(view.contiguous(memory_format=torch.channels_last))
+                check_logits(member, logits, len(view), classes)
                 probabilities = logits.double().softmax(1) if device.type != "mps" else logits.float().softmax(1)
                 total = probabilities if total is None else total + probabilities
                 count += 1

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from resprobe.blocks import BLOCKS, Block
 from resprobe.errors import UsageError, check_whole, not_accepted, one_line, short
@@ -180,6 +180,17 @@ def check_fit(spec: NetworkSpec, data: Data) -> None:
             raise UsageError(
                 f"{name} (={spec.get(name)}) of {spec.name} does not fit data {data.name!r}, which has {needed}"
             )
+
+
+def check_logits(network: nn.Module, given: object, images: int, classes: int) -> None:
+    """Raises `UsageError` unless what a network gave for so many images is one logit a class for each, or more."""
+    if isinstance(given, Tensor) and given.ndim == 2 and len(given) == images and given.shape[1] >= classes:
+        return
+    what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+    raise UsageError(
+        f"{type(network).__name__} gives {what} for {images} images of {classes} classes; a tensor of shape "
+        f"({images}, {classes}) is needed"
+    )
 
 
 def _parse_name(name: str) -> tuple[str, int | None]:

@@ -139,6 +139,12 @@ class Run:
     path: Path | None = None
     _network: nn.Module | None = None
 
+    def __repr__(self) -> str:
+        config, errors = self.config, {"training": "train_error", "test": "test_error"}
+        said = ", ".join(f"{name} error {self.metrics[column]:.2f} %" for name, column in errors.items())
+        what = f"{config.network.name} on {config.data}, {config.recipe.iterations} iterations, seed {config.seed}"
+        return f"Run({what}: {said}" + (f", {self.path})" if self.path else ")")
+
     @property
     def environment(self) -> dict[str, Any]:
         """What it was trained with: device, threads, versions. Empty for a run that is not kept."""
@@ -324,7 +330,9 @@ def train(
         training = _prepare(config, network, loaded, chosen_device, made, recompute, step)
         with _watching(progress, config) as watch:
             training.run(lambda _, news: watch(news))
-        return _finish(training, config, None)[0]
+        run, _ = _finish(training, config, None)
+        run.tables |= {probe.name: _table_of(probe) for probe in made}
+        return run
 
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
     together = team()
@@ -428,6 +436,12 @@ def _train_in_store(
                 raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
             raise
     run, running = _finish(training, config, path)
+    broken: Exception | None = None
+    for probe in probes:
+        try:
+            run.tables[probe.name] = _table_of(probe)
+        except Exception as error:  # of a stranger's probe; what it watched must not be lost with it
+            broken = error
 
     def keep() -> None:
         _write_network(training, running, path)
@@ -443,7 +457,18 @@ def _train_in_store(
         (path / UNFINISHED).unlink(missing_ok=True)
 
     together.told(keep)
+    if broken is not None:
+        raise broken
     return run
+
+
+def _table_of(probe: Probe) -> pandas.DataFrame:
+    import pandas
+
+    table = probe.table()
+    if not isinstance(table, pandas.DataFrame):
+        raise UsageError(f"probe {probe.name}: table() must give a pandas.DataFrame, not {short(table)}")
+    return table
 
 
 def _prepare(
@@ -467,7 +492,7 @@ def _prepare(
 
 
 def _finish(training: Training, config: RunConfig, path: Path | None) -> tuple[Run, dict[str, torch.Tensor]]:
-    """The finished run, and the running statistics that precise ones have replaced."""
+    """The finished run, without tables, and the running statistics that precise ones have replaced."""
     import pandas
 
     metrics, running = training.finish()
@@ -475,8 +500,7 @@ def _finish(training: Training, config: RunConfig, path: Path | None) -> tuple[R
     training.network.eval()  # as it is when it is read from its folder
     if config.start is None:
         training.network.cpu()
-    tables = {probe.name: probe.table() for probe in training.probes}
-    return Run(config, metrics, pandas.DataFrame(training.rows), tables, path, training.network), running
+    return Run(config, metrics, pandas.DataFrame(training.rows), {}, path, training.network), running
 
 
 def _write_json(path: Path, content: object) -> None:

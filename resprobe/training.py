@@ -28,6 +28,7 @@ from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import subsampling
+from resprobe.networks import check_logits
 from resprobe.probes import Probe, attach
 from resprobe.randomness import host_random_state
 from resprobe.recipes import Recipe, learning_rate, plateaus
@@ -251,6 +252,7 @@ class Training:
             with gathering(self.parallel, last=left == 0), calling(self.instead):
                 with autocast(self.device, self.precision):
                     logits = forward(part)
+                check_logits(self.network, logits, len(part), self.data.num_classes)
                 logits = logits.float()
                 part_loss = F.cross_entropy(logits, part_labels) * (len(part_labels) / len(labels))
                 part_loss.backward()

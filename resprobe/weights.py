@@ -125,8 +125,10 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         raise UsageError(
             f"weights (={str(path)!r}) cannot be read without running code: {one_line(error)[:200]}"
         ) from error
-    except Exception as error:  # safetensors has an exception of its own
-        raise UsageError(f"weights (={str(path)!r}) cannot be read: {one_line(error)[:200]}") from error
+    except Exception as error:  # safetensors has an exception of its own; of what is no file of weights, torch has any
+        raise UsageError(
+            f"weights (={str(path)!r}) are damaged, or no file of weights: {one_line(error, named=True)[:200]}"
+        ) from error
 
 
 def _unwrap(given: object) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -143,6 +144,47 @@ def test_a_network_that_does_not_fit_the_data(changes, text):
         assert str(caught.value) == text
 
 
+class Answers(nn.Module):
+    """Gives for images whatever `answer` makes of their number."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.weight = answer, nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.answer(len(x))
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [
+        (lambda count: torch.zeros(count, 7), "a tensor of shape ({}, 7)"),
+        (lambda count: torch.zeros(count, 10, 1, 1), "a tensor of shape ({}, 10, 1, 1)"),
+        (lambda count: torch.zeros(1, 10), "a tensor of shape (1, 10)"),
+        (lambda count: (torch.zeros(count, 10),), "a tuple"),
+    ],
+    ids=["classes", "pixels", "images", "tuple"],
+)
+def test_what_is_no_logit_a_class_is_said(answer, text):
+    network = Answers(answer)
+    recipe = rp.recipes.digits_quick(iterations=2)
+    for count, ask in (
+        (250, lambda: rp.evaluate(network, "digits", device="cpu")),
+        (250, lambda: rp.evaluate(network, rp.load_data("digits").test, normalization=PLAIN, device="cpu")),
+        (recipe.batch_size, lambda: rp.train(network, "digits", recipe, device="cpu", progress=False)),
+    ):
+        with pytest.raises(UsageError) as caught:
+            ask()
+        assert str(caught.value) == (
+            f"Answers gives {text.format(count)} for {count} images of 10 classes; a tensor of shape ({count}, 10) is needed"
+        )
+
+
+def test_more_logits_than_classes_are_none_of_our_business():
+    """A network of 1,000 outputs may be asked about ten of them."""
+    assert rp.evaluate(Answers(lambda count: torch.eye(1000)[:count]), "digits", device="cpu").images == 360
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "text"),
     [
@@ -176,7 +218,9 @@ def test_scores_are_what_errors_are_counted_of(protocol):
     options = {"normalization": PLAIN, "device": "cpu", "batch_size": 13}
     both, labels = rp.scores(members, data, protocol, **options)
     assert both.shape == (len(data.test), 10) and torch.equal(labels, data.test.labels)
-    assert rp.tally([(both, labels)]) == rp.evaluate(members, data, protocol, **options)
+    tallied, evaluated = rp.tally([(both, labels)]), rp.evaluate(members, data, protocol, **options)
+    assert tallied == dataclasses.replace(evaluated, loss=tallied.loss)
+    assert tallied.loss == pytest.approx(evaluated.loss, rel=1e-12)  # summed over batches, or at once
     each = [rp.scores(member, data, protocol, **options)[0].exp() for member in members]
     torch.testing.assert_close(both.exp(), (each[0] + each[1]) / 2)
     both += 1  # a tensor like others

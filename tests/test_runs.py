@@ -496,6 +496,35 @@ def test_tables_of_probes_are_kept_and_found(tmp_path, no_training):
     assert train(tmp_path).tables == {}, "who asks for no table gets none"
 
 
+@pytest.mark.parametrize(
+    ("table", "error", "said"),
+    [
+        (lambda: [1, 2], UsageError, r"^probe norms: table\(\) must give a pandas.DataFrame, not \[1, 2\]$"),
+        (lambda: 1 / 0, ZeroDivisionError, "division by zero"),
+    ],
+)
+def test_a_table_that_fails_does_not_take_the_run_with_it(tmp_path, no_training, monkeypatch, table, error, said):
+    probe, seen = Norms(), Norms()
+    monkeypatch.setattr(probe, "table", table)
+    with pytest.raises(error, match=said):
+        train(tmp_path, probes=[probe])
+    with pytest.raises(error, match=said):
+        rp.train("cifar/resnet-8", "digits", RECIPE, probes=[probe], progress=False, device="cpu")
+    no_training()
+    found = train(tmp_path)
+    assert found.metrics["iterations"] == RECIPE.iterations
+    assert rp.RunStore(tmp_path).find(found.config, [seen]) is None  # its table is not there
+
+
+def test_a_run_is_shown_in_a_line(tmp_path):
+    run = train(tmp_path)
+    start = "Run(cifar/resnet-8 on digits, 12 iterations, seed 0: training error "
+    assert repr(run).startswith(start)
+    assert repr(run).endswith(f" %, {run.path})")
+    shown = repr(rp.load_data("digits"))
+    assert "train=ImageSet(1437 images of 1×8×8), test=ImageSet(360 images of 1×8×8)" in shown
+
+
 def test_a_table_that_is_found_has_the_kinds_of_the_fresh_one(tmp_path, no_training):
     class Kinds(Norms):
         name = "kinds"
@@ -705,7 +734,8 @@ def test_a_folder_that_cannot_be_is_said_before_training(tmp_path, no_training, 
     no_training()
     with pytest.raises(StorageError) as caught:
         train(tmp_path / below)
-    assert str(caught.value).startswith(f"runs (={str(tmp_path / below)!r}) cannot be written to: ")
+    why = "it is a file, not a folder" if below == "file" else ""
+    assert str(caught.value).startswith(f"runs (={str(tmp_path / below)!r}) cannot be written to: {why}")
     assert "\n" not in str(caught.value)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -41,6 +41,9 @@ class FolderSet:
     def __len__(self) -> int:
         return len(self.files)
 
+    def __repr__(self) -> str:
+        return f"FolderSet({len(self)} files, crop {self.size})"
+
     def to(self, device: torch.device) -> FolderSet:
         return self
 

@@ -93,6 +93,9 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    def __repr__(self) -> str:
+        return f"ImageSet({len(self)} images of {'×'.join(map(str, self.images.shape[1:]))})"
+
     def to(self, device: torch.device) -> ImageSet:
         return ImageSet(self.images.to(device), self.labels.to(device))
 
