@@ -45,7 +45,7 @@ def one_line(error: BaseException, named: bool = False) -> str:
 
 def _place(error: BaseException) -> str:
     """In the words that Python has for mistakes of syntax, which name the place themselves."""
-    frames = reversed(traceback.extract_tb(error.__traceback__))
+    frames = reversed(traceback.extract_tb(None if isinstance(error, SyntaxError) else error.__traceback__))
     theirs = next((frame for frame in frames if _is_a_users(Path(frame.filename))), None)
     return f" ({Path(theirs.filename).name}, line {theirs.lineno})" if theirs else ""
 

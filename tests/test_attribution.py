@@ -346,7 +346,8 @@ def test_what_cannot_be_measured_is_named():
         ),
         (
             Uncopied(*tail),
-            "attribution works on a copy of the network, and Uncopied cannot be copied: no copies",
+            "attribution works on a copy of the network, and Uncopied cannot be copied: no copies (test_attribution.py, "
+            f"line {Uncopied.__deepcopy__.__code__.co_firstlineno + 1})",
         ),
         (
             nn.Sequential(rp.BLOCKS["basic"](1, 1, shortcut="A")),

@@ -44,6 +44,10 @@ def test_an_error_in_a_users_file_names_the_line(tmp_path):
         module["call"](cell["fail"])
     assert one_line(caught.value, named=True) == "ValueError: no (my_block.py, line 7)"
 
+    with pytest.raises(SyntaxError) as caught:
+        exec(compile("import does_not(parse", "half.py", "exec"))
+    assert one_line(caught.value).endswith("(half.py, line 1)")  # once
+
     with pytest.raises(ValueError, match="without spaces") as caught:
         BLOCKS.register("a name")
     error = caught.value.with_traceback(caught.tb.tb_next)  # as resprobe sees it: without the line of this file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -52,8 +53,12 @@ def do(task: tuple, tell) -> Any:
 
 
 def heard(tasks, count=1, begin=start):
+    """What is said, without the line of `do` that an error names."""
     with closing(side_by_side(tasks, count, begin)) as said:
-        return list(said)
+        return [
+            (index, word, re.sub(r" \(test_workers.py, line \d+\)$", "", what) if isinstance(what, str) else what)
+            for index, word, what in said
+        ]
 
 
 def test_tasks_are_done_in_order_by_processes_that_stay():
