@@ -31,7 +31,7 @@ class SweepFailed(RuntimeError):
 
 def one_line(error: BaseException, named: bool = False) -> str:
     """What an error says, on one line, after its type if `named`; its type if it says nothing, and both if it says just a
-    key. Behind it, the line of a user's own file that it arose in or below, if any.
+    key. Behind it, of what is no mistake of use, the line of a user's own file that it arose in or below, if any.
 
     Of a fault on a card, what it is: torch goes on with advice on how to look for it.
     """
@@ -45,7 +45,9 @@ def one_line(error: BaseException, named: bool = False) -> str:
 
 def _place(error: BaseException) -> str:
     """In the words that Python has for mistakes of syntax, which name the place themselves."""
-    frames = reversed(traceback.extract_tb(None if isinstance(error, SyntaxError) else error.__traceback__))
+    if isinstance(error, UsageError | SyntaxError):
+        return ""
+    frames = reversed(traceback.extract_tb(error.__traceback__))
     theirs = next((frame for frame in frames if _is_a_users(Path(frame.filename))), None)
     return f" ({Path(theirs.filename).name}, line {theirs.lineno})" if theirs else ""
 

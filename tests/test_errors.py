@@ -1,5 +1,6 @@
 """What is made of errors, for people to read: one line."""
 
+import json
 import subprocess
 import sys
 
@@ -48,10 +49,15 @@ def test_an_error_in_a_users_file_names_the_line(tmp_path):
         exec(compile("import does_not(parse", "half.py", "exec"))
     assert one_line(caught.value).endswith("(half.py, line 1)")  # once
 
+    with pytest.raises(ValueError, match="Expecting") as caught:
+        json.loads("{")
+    assert one_line(caught.value).endswith(f" (test_errors.py, line {caught.tb.tb_lineno})")
+    error = caught.value.with_traceback(caught.tb.tb_next)  # as who is below this file sees it
+    assert one_line(error) == str(error)
+
     with pytest.raises(ValueError, match="without spaces") as caught:
         BLOCKS.register("a name")
-    error = caught.value.with_traceback(caught.tb.tb_next)  # as resprobe sees it: without the line of this file
-    assert one_line(error) == str(error)
+    assert one_line(caught.value) == str(caught.value)  # which says all
 
 
 @pytest.mark.parametrize(
