@@ -155,8 +155,8 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     drawings = {
         "figure": rp.Drawing(
             figure,
-            f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of several "
-            f"depths; {over}. Dashed: training error; bold: test error{at_the_edge}.",
+            f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of each "
+            f"depth; {over}. Dashed: training error; bold: test error{at_the_edge}.",
             "Error over iterations, one line a depth. " + _in_words(results.table),
         )
     }
@@ -173,6 +173,8 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     )
 
     extremes = [min(options.depths), _deep_plain(options.depths)]
+    if extremes[0] == extremes[1]:  # none is the deeper one
+        return drawings
     chosen, ends = (
         each[(each["kind"] == "plain") & each["depth"].isin(extremes)] for each in (histories, results.table)
     )

@@ -146,6 +146,8 @@ def test_figures_and_table_from_the_results():
         "8.75 (CIFAR-10)",
         "6.97 (CIFAR-10)",
     ]
+    alone = results({("plain", 20): [9.4, 9.6], ("residual", 20): [8.7, 8.8]})
+    assert set(study.draw(alone)) == {"figure", "figure-depth"}  # no plain network is the deeper one
 
 
 def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
