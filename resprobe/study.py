@@ -172,8 +172,9 @@ class Study:
     what came out, `measure` looks at them where their training is not the whole story, `judge` says what that means,
     `draw` shows it, and `tabulate` puts it beside the paper's numbers. `main` does the rest. `how_sure` replaces the
     report's words on seeds where a study does not rest on them. `paper_data`: what the paper's experiment ran on, from
-    which departures are told; `departs` tells those that are in neither data nor recipe. `ahead` says what `measure` is
-    going to train, if it trains; its results have no runs while those are still to be trained.
+    which departures are told; `departs` tells those that are in neither data nor recipe. `leaves_open` says what a claim
+    lacks with these options. `ahead` says what `measure` is going to train, if it trains; its results have no runs while those
+    are still to be trained.
     """
 
     name: str
@@ -189,6 +190,7 @@ class Study:
     measure: Callable[[Results], pandas.DataFrame] | None = None
     how_sure: str = ""
     paper_data: Literal["CIFAR-10", "ImageNet"] = "CIFAR-10"
+    leaves_open: Callable[[Options], Sequence[str]] | None = None
     departs: Callable[[Options], Sequence[str]] | None = None
     ahead: Callable[[Results], Outlook] | None = None
 
@@ -413,10 +415,12 @@ def _without(failed: frozenset[str], options: Options, labelled: Sequence[tuple[
 
 
 def _too_few(study: Study, options: Options) -> Iterator[str]:
-    """What cannot be told from one depth or one seed, if the study usually has more."""
+    """What cannot be told from one depth or one seed, if the study usually has more, or without what a claim needs."""
     usual = study.presets[options.preset]
     if len(options.depths) == 1 < len(usual.depths):
         yield f"one depth only (--depths {options.depths[0]}): what compares depths will be 'not tested'"
+    for reason in study.leaves_open(options) if study.leaves_open else ():
+        yield f"{reason}: a claim will be 'not tested'"
     if len(options.seeds) == 1 < len(usual.seeds) and not study.how_sure:
         yield f"one seed only (--seeds {options.seeds[0]}): without a spread, comparisons will be 'inconclusive'"
 

@@ -86,6 +86,14 @@ def test_without_option_a_or_a_second_one_it_is_not_tested():
         assert found.evidence == "option A and one of B and C are needed to compare"
 
 
+def test_it_is_said_before_the_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for shortcuts, said in (["B", "C"], True), (["A", "highway"], True), (["A", "C"], False):
+        assert study.main(["--shortcuts", *shortcuts, "--depths", "8", "14", "--iterations", "4", "--dry-run"]) == 0
+        note = "note: option A and one of B and C are needed to compare: a claim will be 'not tested'\n"
+        assert (note in capsys.readouterr().err) == said
+
+
 def test_a_strangers_shortcut_is_shown_but_does_not_decide():
     found = verdict(TABLE_3 | {("highway", 20): [9.0, 9.0, 9.0], ("highway", 56): [40.0, 41.0, 42.0]})
     assert found.verdict == "holds"
