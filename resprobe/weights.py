@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from resprobe.data import Normalization
 from resprobe.errors import UsageError, one_line, short
-from resprobe.networks import Network, NetworkSpec, build
+from resprobe.networks import Network, NetworkSpec, Option, build, resolve
 from resprobe.shortcuts import ZeroPadding
 
 _RUN_FILE = "network.safetensors"
@@ -73,15 +74,69 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     return network
 
 
-def load_network(run: str | Path) -> Network:
-    """The network of a finished run, built as the run's folder says, with its weights.
+def load_network(weights: str | Path) -> Network:
+    """The network that these are the weights of, with its weights: a finished run's folder, or a file.
 
-    A stranger's block must be registered (`load_plugin`). Raises `UsageError` for a folder that is no finished run.
+    A run's folder says how its network was built; a stranger's block must be registered (`load_plugin`). Of a file of
+    torchvision's ResNets and VGGs, or in the common CIFAR layout, names and shapes say it. Of resprobe's own layout they do
+    not say whether there are shortcuts that hold no weights, so the file's name must: plain-56.pth, resnet-56.pth.
+
+    Raises `UsageError` for what is neither, and for a file whose network is not known.
     """
-    spec = _run_spec(Path(run))
-    if spec is None:
-        raise UsageError(f"run (={str(run)!r}) must be the folder of a finished run, with config.json in it")
-    return load_weights(build(spec), run)
+    path = Path(weights)
+    if path.is_dir() or path.name == _RUN_FILE:
+        spec = _run_spec(path if path.is_dir() else path.parent)
+        if spec is None:
+            raise UsageError(f"weights (={str(path)!r}) must be the folder of a finished run, with config.json in it")
+        return load_weights(build(spec), path)
+    given = _unwrap(_read(path))
+    return load_weights(build(_spec_of(given, path)), given)
+
+
+def _spec_of(given: Mapping[str, Tensor], path: Path) -> NetworkSpec:
+    """What network these weights are of."""
+    named = {_resnet_name(name): value for name, value in given.items()}
+    norm = "batch" if any(name.endswith("running_mean") for name in given) else "none"
+    vgg = [name for name in given if re.fullmatch(r"features\.\d+\.weight|stage\d+\.conv\d+\.weight", name)]
+    convolutions = [name for name in vgg if given[name].ndim == 4]
+    blocks = Counter(
+        found[1] for name in named if (found := re.match(r"(stage\d+\.\d+)\.branch\.conv\d+\.weight", name))
+    )
+    stem = convolutions[0] if convolutions else "stem.conv.weight"
+    head = "classifier.6.weight" if "classifier.6.weight" in given else "fc.weight"
+    if not (convolutions or blocks) or not {stem, head} <= {*given, *named}:
+        some = ", ".join(sorted(given)[:3])
+        raise UsageError(
+            f"weights (={str(path)!r}): what network they are of is not known (first keys: {some}); accepted: torchvision's "
+            "ResNets and VGGs, CIFAR ResNets, a run's folder; else build the network, and load_weights into it"
+        )
+    width, in_channels = named[stem].shape[:2]
+    options: dict[str, Option] = {"width": width, "in_channels": in_channels, "norm": norm}
+    options["num_classes"] = named[head].shape[0]
+    if convolutions:
+        return resolve(f"imagenet/vgg-{len(convolutions) + 3}", **options)
+    layers = blocks["stage1.0"]
+    theirs = "fc.weight" in given and "conv1.weight" in given  # torchvision's stride is in the 3×3 layer
+    options |= {
+        "block": "bottleneck" if layers == 3 else "basic",
+        "stride_in": "3x3" if theirs and layers == 3 else "1x1",
+    }
+    projections = sum(name.endswith(".shortcut.0.weight") for name in named)
+    kind = "resnet" if projections or named.keys() != given.keys() else _kind_by_name(path)
+    if kind == "resnet":
+        options["shortcut"] = "A" if not projections else "C" if projections == len(blocks) else "B"
+    family = "cifar" if len({block.partition(".")[0] for block in blocks}) == 3 else "imagenet"
+    return resolve(f"{family}/{kind}-{layers * len(blocks) + 2}", **options)
+
+
+def _kind_by_name(path: Path) -> str:
+    named = re.search(r"plain|resnet", path.name)
+    if named is None:
+        raise UsageError(
+            f"weights (={str(path)!r}) may be a plain or a residual network's; give the file its network's name, as plain-56.pth "
+            "or resnet-56.pth"
+        )
+    return named[0]
 
 
 def check_weights_there(path: Path, there: bool) -> None:

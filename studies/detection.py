@@ -309,21 +309,11 @@ def _backbones(results: rp.Results) -> Iterator[tuple[str, int, Any]]:
     for row, run in zip(results.table.itertuples(), results.runs, strict=True):
         yield row.backbone, row.seed, run.network
     for name, path in zip(options.backbones, options.weights, strict=bool(options.weights)):
-        network = _published(name, path, options.width)
-        for seed in options.seeds:
-            yield name, seed, network
-
-
-def _published(name: str, path: str, width: int) -> rp.Network:
-    """A backbone with the weights of a run's folder, or of a file of torchvision's."""
-    if Path(path).is_dir():
         network = rp.load_network(path)
         if network.spec.name != name:
             raise rp.UsageError(f"weights (={path!r}) are those of {network.spec.name}, not of {name} in --backbones")
-        return network
-    # Torchvision's files: the stride is in the 3×3 layer, shortcuts are option B, VGG has biases.
-    shape = {"shortcut": "B", "stride_in": "3x3"} if name.startswith("imagenet/resnet") else {}
-    return rp.load_weights(rp.build(name, width=width, **shape), path)
+        for seed in options.seeds:
+            yield name, seed, network
 
 
 def _train(results: rp.Results, data: DetectionData, network: Any, seed: int, bn: str, **more: Any) -> rcnn.DetectorRun:

@@ -29,7 +29,6 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; records in d
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -197,30 +196,14 @@ def _networks(results: rp.Results, data: rp.Data) -> Iterator[tuple[dict, rp.Net
     for row, run in zip(results.table.itertuples(), results.runs, strict=True):
         yield {"kind": row.kind, "shortcut": row.shortcut, "depth": row.depth, "seed": row.seed}, run.network
     for seed, path in enumerate(results.options.weights):  # files are told apart as seeds are
-        network = _published(path, data)
+        network = rp.load_network(path)
+        if not network.spec.family.startswith("imagenet/"):
+            raise rp.UsageError(
+                f"weights (={path!r}) are those of {network.spec.name}, which is none of ImageNet's networks"
+            )
         shortcut = network.spec.get("shortcut", "none")
         kind = "VGG" if network.spec.family.endswith("vgg") else "plain" if shortcut == "none" else "residual"
         yield {"kind": kind, "shortcut": shortcut, "depth": network.depth, "seed": seed}, network
-
-
-def _published(path: str, data: rp.Data) -> rp.Network:
-    """The network that a run's folder, or the name of a file, says it is, with its weights.
-
-    Torchvision's stride is in the 3×3 layer.
-    """
-    if Path(path).is_dir():
-        return rp.load_network(path)
-    named = re.search(r"(resnet|vgg)[-_]?(\d+)(_bn)?", Path(path).name)
-    if named is None:
-        raise rp.UsageError(
-            f"weights (={path!r}) must be a run's folder or a file named for its network, as resnet50-….pth or vgg16-….pth"
-        )
-    family, depth, with_norm = named.groups()
-    if family == "resnet":
-        shape = {"shortcut": "B", "stride_in": "3x3"}
-    else:
-        shape = {"norm": "batch" if with_norm else "none"}
-    return rp.load_weights(rp.build(f"imagenet/{family}-{depth}", num_classes=data.num_classes, **shape), path)
 
 
 def judge(results: rp.Results) -> list[rp.Verdict]:

@@ -33,12 +33,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-import re
 import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import resprobe as rp
@@ -125,27 +123,11 @@ def _networks(results: rp.Results, data: rp.Data):
         yield {"kind": row.kind, "depth": row.depth, "seed": row.seed}, run.network
     of_a_kind: Counter[tuple[str, int]] = Counter()  # files of one network are told apart as seeds are
     for path in results.options.weights:
-        network = _published(path, data)
+        network = rp.load_network(path)
+        rp.networks.check_fit(network.spec, data)
         kind = "plain" if network.spec.family.endswith("plain") else "residual"
         yield {"kind": kind, "depth": network.depth, "seed": of_a_kind[kind, network.depth]}, network
         of_a_kind[kind, network.depth] += 1
-
-
-def _published(path: str, data: rp.Data) -> rp.Network:
-    """The network that a run's folder, or the name of a file ("resnet56-…"), says it is, with its weights."""
-    if Path(path).is_dir():
-        network = rp.load_network(path)
-        rp.networks.check_fit(network.spec, data)
-        return network
-    named = re.search(r"(plain|resnet)[-_]?(\d+)", Path(path).name)
-    if named is None:
-        raise rp.UsageError(
-            f"weights (={path!r}) must be a run's folder or a file named for its network, as resnet56.th"
-        )
-    network = rp.build(
-        f"cifar/{named.group(1)}-{named.group(2)}", in_channels=data.in_channels, num_classes=data.num_classes
-    )
-    return rp.load_weights(network, path)
 
 
 def _readings(network: nn.Module, data: rp.Data, results: rp.Results) -> list[pandas.DataFrame]:

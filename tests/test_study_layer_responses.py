@@ -246,12 +246,14 @@ def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch):
     assert again == pytest.approx(first, rel=1e-4)
 
 
-def test_weights_without_a_name_are_refused(tmp_path, monkeypatch, capsys):
+def test_weights_that_may_be_two_networks_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.pth").write_bytes(b"")
+    network = rp.build("cifar/plain-8", width=4, in_channels=1)
+    torch.save(network.state_dict(), "mine.pth")
     assert study.main(["--weights", "mine.pth"]) == 2
     assert capsys.readouterr().err == (
-        "error: weights (='mine.pth') must be a run's folder or a file named for its network, as resnet56.th\n"
+        "error: weights (='mine.pth') may be a plain or a residual network's; give the file its network's name, as "
+        "plain-56.pth or resnet-56.pth\n"
     )
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -406,10 +407,17 @@ class TestRuns:
 
     def test_a_folder_that_is_no_run_gets_one_line(self, tmp_path):
         (tmp_path / "config.json").write_text('{"network": "cifar/resnet-20"}')
-        for folder in (tmp_path, tmp_path / "absent"):
+        for folder, why in (
+            (tmp_path, "must be the folder of a finished run, with config.json in it"),
+            (tmp_path / "absent", "are not there; accepted: .pth"),
+        ):
             with pytest.raises(rp.UsageError) as error:
                 rp.load_network(folder)
-            assert str(error.value).startswith(f"run (={str(folder)!r}) must be the folder of a finished run")
+            assert str(error.value).startswith(f"weights (={str(folder)!r}) {why}")
+
+    def test_a_runs_file_is_the_run(self, tmp_path):
+        network, folder = finished(tmp_path, "cifar/plain-8", width=4)
+        assert rp.load_network(folder / "network.safetensors").spec == network.spec
 
     def test_a_file_beside_anothers_configuration_is_read(self, tmp_path):
         network = lively(rp.build("cifar/plain-8", width=4))
@@ -419,6 +427,16 @@ class TestRuns:
             rp.load_weights(rp.build("cifar/plain-8", width=4), tmp_path / "mine.safetensors").fc.weight,
             network.fc.weight,
         )
+
+
+def published(shared_data: Path, depth: int) -> Path:
+    """A file of published CIFAR weights."""
+    files = sorted((shared_data / "weights" / "akamaster").glob(f"resnet{depth}*.th"))
+    if not files:
+        pytest.skip(
+            f"needs the published weights: there is no {shared_data / 'weights' / 'akamaster'}/resnet{depth}*.th"
+        )
+    return files[0]
 
 
 @pytest.mark.slow
@@ -433,11 +451,80 @@ class TestRuns:
     ],
 )
 def test_published_weights_make_exactly_their_errors(shared_data, cifar10_folder, depth, shortcut, errors):
-    files = sorted((shared_data / "weights" / "akamaster").glob(f"resnet{depth}*.th"))
-    if not files:
-        pytest.skip(
-            f"needs the published weights: there is no {shared_data / 'weights' / 'akamaster'}/resnet{depth}*.th"
-        )
-    network = rp.load_weights(rp.build(f"cifar/resnet-{depth}", shortcut=shortcut), files[0])
+    file = published(shared_data, depth)
+    network = rp.load_weights(rp.build(f"cifar/resnet-{depth}", shortcut=shortcut), file)
     result = evaluate(network, f"cifar10:{cifar10_folder}", device="cpu")
     assert (result.images, result.errors, result.error) == (10_000, errors, errors / 100)
+
+
+class TestWhatNetworkAFileIsOf:
+    """`load_network` of a file: the network is built to fit, and computes what its weights computed."""
+
+    @pytest.mark.parametrize("depth", [20, 56])
+    def test_published_cifar_weights(self, shared_data, tmp_path, depth):
+        file = published(shared_data, depth)
+        shutil.copy(file, tmp_path / "any.th")
+        network = rp.load_network(tmp_path / "any.th")
+        assert network.spec == rp.build(f"cifar/resnet-{depth}").spec
+        by_hand = rp.load_weights(rp.build(f"cifar/resnet-{depth}"), file)
+        images = torch.rand(2, 3, 32, 32)
+        assert torch.equal(network.eval()(images), by_hand.eval()(images))
+
+    @pytest.mark.parametrize(
+        ("make", "name", "options"),
+        [
+            ("resnet18", "imagenet/resnet-18", {"block": "basic", "shortcut": "B", "stride_in": "1x1"}),
+            ("resnet34", "imagenet/resnet-34", {"block": "basic", "shortcut": "B", "stride_in": "1x1"}),
+            ("resnet50", "imagenet/resnet-50", {"block": "bottleneck", "shortcut": "B", "stride_in": "3x3"}),
+            ("resnet101", "imagenet/resnet-101", {"block": "bottleneck", "shortcut": "B", "stride_in": "3x3"}),
+            ("vgg16", "imagenet/vgg-16", {"norm": "none"}),
+            ("vgg19_bn", "imagenet/vgg-19", {"norm": "batch"}),
+        ],
+    )
+    def test_torchvisions(self, tmp_path, make, name, options):
+        theirs = getattr(torchvision.models, make)(num_classes=7).eval()
+        torch.save(theirs.state_dict(), tmp_path / "any.pth")
+        ours = rp.load_network(tmp_path / "any.pth").eval()
+        assert ours.spec.name == name
+        assert dict(ours.spec.options).items() >= (options | {"num_classes": 7}).items()
+        images = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [
+            ("cifar/resnet-8", {"width": 4, "in_channels": 1, "num_classes": 3}),
+            ("cifar/resnet-14", {"width": 4, "shortcut": "B"}),
+            ("cifar/resnet-14", {"width": 4, "shortcut": "C", "norm": "none"}),
+            ("cifar/resnet-20", {"width": 4, "block": "bottleneck", "shortcut": "B"}),
+            ("cifar/plain-8", {"width": 4}),
+            ("imagenet/resnet-18", {"width": 4, "num_classes": 10}),
+            ("imagenet/plain-34", {"width": 4, "num_classes": 10}),
+            ("imagenet/vgg-16", {"width": 1, "num_classes": 10}),
+        ],
+    )
+    def test_our_own(self, tmp_path, name, options):
+        network = rp.build(name, **options)
+        file = tmp_path / f"{name.replace('/', '-')}.pth"
+        torch.save(network.state_dict(), file)
+        again = rp.load_network(file)
+        assert again.spec == network.spec
+        assert all(map(torch.equal, again.state_dict().values(), network.state_dict().values()))
+
+    def test_whether_it_is_plain_must_be_said(self, tmp_path):
+        torch.save(rp.build("cifar/plain-8", width=4).state_dict(), tmp_path / "mine.pth")
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_network(tmp_path / "mine.pth")
+        assert str(error.value) == (
+            f"weights (={str(tmp_path / 'mine.pth')!r}) may be a plain or a residual network's; give the file its network's "
+            "name, as plain-56.pth or resnet-56.pth"
+        )
+
+    @pytest.mark.parametrize("state", [{"a.weight": torch.ones(1)}, {"features.0.weight": torch.ones(1, 1, 3, 3)}])
+    def test_what_is_not_known_is_said(self, tmp_path, state):
+        torch.save(state, tmp_path / "mine.pth")
+        with pytest.raises(
+            rp.UsageError, match=r"what network they are of is not known \(first keys: \S+\); accepted: "
+        ):
+            rp.load_network(tmp_path / "mine.pth")
