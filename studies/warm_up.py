@@ -11,8 +11,9 @@ The paper finds a learning rate of 0.1 "slightly too large to start converging" 
 twice, with and without the warm-up: at a tenth of the recipe's rate, until the training error is below 80 %.
 
 The training error is the running one, averaged over the recipe's window (100 iterations; 10 on the digits). A network
-that only guesses is below 90 % at half of all log points, so "starts converging" is read as below 90 % for good, by a
-network that later comes below 80 %. What would refute each part stands with the claims below.
+that only guesses is below 90 % at half of all log points, and one that has not started on CIFAR-10 stays a hair below for
+epochs (89.1 to 89.8 %). So "starts converging" is read as below 85 % for good, half-way to where the warm-up ends. What
+would refute each part stands with the claims below.
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16, n = 3; record in
 docs/measurements/2026-11-21-warm-up-quick):
@@ -45,6 +46,8 @@ EPOCH = 1.0
 """The paper says "several epochs", so a start that is less than one epoch later does not count as late."""
 SIMILAR = 0.5
 """Points of test error. Accuracies are similar if a difference of this much is excluded in both directions."""
+STARTED = 85.0
+"""Percent of training error below which a network that stays there has started converging."""
 ABOUT_400 = 800
 """Iterations. "About 400" stands unless the warm-up takes more than twice as long."""
 
@@ -53,7 +56,7 @@ STARTS_LATE = rp.Claim(
     statement="From the full learning rate the 110-layer network starts converging, but late",
     section="§4.2, footnote 5",
     paper="0.1 is “slightly too large to start converging”: below 90 % error “after several epochs”",
-    falsifier="without the warm-up it never leaves 90 % training error, or less than an epoch later than with it",
+    falsifier="without the warm-up it never leaves guessing, or less than an epoch later than with it",
 )
 WARM_UP_IS_SHORT = rp.Claim(
     id="C3b",
@@ -92,15 +95,14 @@ def plan(options: Options) -> list[rp.Planned]:
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:
-    """One row a run: iterations until first below 90 and 80 %, and below 90 % for good (also in epochs). NaN: never."""
+    """One row a run: iterations until first below 90 and 80 %, and below 85 % for good (also in epochs). NaN: never."""
     import pandas
 
     rows = []
     for (start, seed), history in results.histories.groupby(["start", "seed"], sort=False):
         error = history["train_error"]
         below = {f"below_{level}": history["iteration"][error < level].min() for level in (90, 80)}
-        # Chance is 90 %, so the last log points of a network that never learned may lie below it too.
-        stays = history[(error[::-1].cummax()[::-1] < 90) & (error.min() < 80)]
+        stays = history[error[::-1].cummax()[::-1] < STARTED]
         for_good = {"for_good": stays["iteration"].min(), "for_good_epochs": stays["epoch"].min()}
         rows.append({"start": start, "seed": seed} | below | for_good)
     return pandas.DataFrame(rows)
@@ -112,13 +114,13 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def _starts_late(results: rp.Results) -> rp.Verdict:
     warm, cold = (_seeds(results, start, "for_good_epochs") for start in (WARM, COLD))
-    measured = "iterations until below 90 % for good: " + ", ".join(
+    measured = f"iterations until below {STARTED:g} % for good: " + ", ".join(
         f"{_in_words(_seeds(results, start, 'for_good'))} {start}" for start in (COLD, WARM)
     )
     if _never(cold) or _never(warm):
         word = "fails" if _never(cold) == len(cold) > 1 else "inconclusive"
         stuck = ", ".join(f"{_never(seeds)} of {len(seeds)} {start}" for start, seeds in ((COLD, cold), (WARM, warm)))
-        return rp.Verdict(STARTS_LATE, word, measured, f"seeds that never leave 90 %: {stuck}")
+        return rp.Verdict(STARTS_LATE, word, measured, f"seeds that never start: {stuck}")
     later = rp.compare(cold, warm, margin=EPOCH, unit="epochs")
     return rp.Verdict(
         STARTS_LATE, later.exceeds, measured, f"without against with the warm-up: {later}; above {EPOCH:g} is needed"
@@ -218,7 +220,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         {
             f"ResNet-{results.options.depth}": start,
             "iterations to 90 %": _in_words(_seeds(results, start, "below_90")),
-            "… for good": _in_words(_seeds(results, start, "for_good")),
+            "to 85 % for good": _in_words(_seeds(results, start, "for_good")),
             "iterations to 80 %": _in_words(_seeds(results, start, "below_80")),
             "training error (%)": rp.mean_std(results.values("train_error", start=start)),
             "test error (%)": rp.mean_std(results.values("test_error", start=start)),
@@ -249,7 +251,8 @@ study = rp.Study(
         "one-sided Welch test over seeds at the level 0.05: it holds if the delay is certainly above one epoch, and fails if "
         f"it is certainly below. C3b is that test against {ABOUT_400} iterations. C3c holds if differences of {SIMILAR} "
         "points are excluded in both directions, and fails if there is certainly one. All else is inconclusive, as is "
-        "one seed. These numbers were fixed beforehand."
+        f"one seed. These numbers were fixed beforehand, but for the {STARTED:g} %, which were chosen when the first starts on "
+        "CIFAR-10 were seen to stay a hair below 90 % for epochs."
     ),
 )
 

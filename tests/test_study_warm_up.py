@@ -10,8 +10,8 @@ import resprobe as rp
 from studies.warm_up import COLD, WARM, Options, judge, plan, study, without_warm_up
 
 # Running training error (%) at 100, 200, … iterations, and the final test error, one seed each.
-SOON = [88.0, 85.0, 82.0, 79.0, 60.0, 40.0, 20.0, 10.0]
-LATE = [90.1, 89.9, 90.2, 90.0, 90.1, 89.0, 70.0, 10.0]
+SOON = [84.0, 83.0, 82.0, 79.0, 60.0, 40.0, 20.0, 10.0]
+LATE = [90.1, 89.5, 89.8, 89.8, 89.1, 89.6, 70.0, 10.0]  # a hair below guessing, as on CIFAR-10, and then away from it
 STUCK = [90.1, 89.9, 90.2, 90.0, 90.1, 89.9, 90.1, 89.9]
 PAPER_LIKE = {WARM: [(SOON, 6.6), (SOON, 6.7), (SOON, 6.5)], COLD: [(LATE, 6.6), (LATE, 6.7), (LATE, 6.6)]}
 
@@ -47,17 +47,17 @@ def test_trainings_as_in_the_paper_confirm_all_three_parts():
         "C3c": "holds",
     }
     assert found["C3a"].measured == (
-        "iterations until below 90 % for good: 600 ± 0 without warm-up, 100 ± 0 with warm-up"
+        "iterations until below 85 % for good: 700 ± 0 without warm-up, 100 ± 0 with warm-up"
     )
-    assert "difference +1.28 epochs" in found["C3a"].evidence
+    assert "difference +1.54 epochs" in found["C3a"].evidence
     assert found["C3b"].measured == "iterations until below 80 %: 400 ± 0"
     assert "Training error: 10.00 ± 0.00 % without warm-up" in found["C3c"].evidence
 
 
-def test_what_is_measured_is_below_90_for_good_not_by_chance():
+def test_what_is_measured_is_a_start_and_not_chance():
     measured = results(PAPER_LIKE | {COLD: [(LATE, 6.6), (STUCK, 90.0)]}).measurements.set_index(["start", "seed"])
     late, stuck = measured.loc[(COLD, 0)], measured.loc[(COLD, 1)]
-    assert late[["below_90", "below_80", "for_good"]].tolist() == [200, 700, 600]
+    assert late[["below_90", "below_80", "for_good"]].tolist() == [200, 700, 700]
     assert stuck["below_90"] == 200  # by chance, as its last log point, 89.9 %
     assert math.isnan(stuck["below_80"])
     assert math.isnan(stuck["for_good"])
@@ -80,7 +80,7 @@ def test_a_start_that_is_no_later_refutes_the_first_part():
 def test_seeds_that_disagree_are_inconclusive():
     mixed = verdicts(PAPER_LIKE | {COLD: [(STUCK, 90.0), (LATE, 6.6), (LATE, 6.6)]})
     assert mixed["C3a"].verdict == "inconclusive"
-    assert "600 ± 0 (never in 1 of 3 seeds) without warm-up" in mixed["C3a"].measured
+    assert "700 ± 0 (never in 1 of 3 seeds) without warm-up" in mixed["C3a"].measured
     assert mixed["C3c"].verdict == "inconclusive"
 
 
@@ -127,14 +127,14 @@ def test_the_recipes_differ_in_the_warm_up_alone():
 def test_figure_and_table_from_the_results():
     ours = results(PAPER_LIKE)
     whole, early = study.draw(ours)["figure"].figure.axes
-    assert whole.lines[0].get_ydata() == pytest.approx([86.0, 80.0, 41.0, 11.0])  # where it was tested
+    assert whole.lines[0].get_ydata() == pytest.approx([84.0, 80.0, 41.0, 11.0])  # where it was tested
     assert early.lines[0].get_ydata() == pytest.approx(SOON)
     assert [text.get_text() for text in early.get_legend().get_texts()] == [WARM, COLD]
     assert len({line.get_linestyle() for line in whole.lines}) == 2
     assert "iterations until below 80 %: 400 ± 0" in study.draw(ours)["figure"].alt
     table = study.tabulate(ours).set_index("ResNet-110")
     assert table["iterations to 90 %"].tolist() == ["100 ± 0", "200 ± 0"]
-    assert table["… for good"].tolist() == ["100 ± 0", "600 ± 0"]
+    assert table["to 85 % for good"].tolist() == ["100 ± 0", "700 ± 0"]
     assert table["paper (%)"].tolist() == ["6.61 ± 0.16", "“similar”"]
 
 
