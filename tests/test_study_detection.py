@@ -322,10 +322,22 @@ def published(tmp_path):
 
 
 def test_a_runs_folder_is_a_backbone_as_it_was_trained(published):
-    network = detection._published("cifar/resnet-11", published[1], 8)
-    assert network.spec["stride_in"] == "1x1" and network.spec["width"] == 4
+    def backbones(*weights):
+        names = ("cifar/plain-8", "cifar/resnet-11")
+        options = replace(QUICK, backbones=names, weights=weights, seeds=(0, 1))
+        return list(detection._backbones(rp.Results(options, pandas.DataFrame(), pandas.DataFrame(), [])))
+
+    found = backbones(*published)
+    assert [(name, seed) for name, seed, _ in found] == [
+        ("cifar/plain-8", 0),
+        ("cifar/plain-8", 1),
+        ("cifar/resnet-11", 0),
+        ("cifar/resnet-11", 1),
+    ]
+    bottleneck = found[-1][2]
+    assert bottleneck.spec["stride_in"] == "1x1" and bottleneck.spec["width"] == 4
     with pytest.raises(rp.UsageError, match="are those of cifar/plain-8, not of cifar/resnet-11 in --backbones"):
-        detection._published("cifar/resnet-11", published[0], 8)
+        backbones(published[0], published[0])
 
 
 def test_weights_need_no_data_to_pretrain_on(tmp_path, monkeypatch, capsys):

@@ -332,24 +332,6 @@ def test_published_weights_give_torchvisions_answers(weights, generated, tmp_pat
     assert [claim["verdict"] for claim in record["claims"]] == ["not tested", "not tested"]
 
 
-@pytest.mark.parametrize(
-    ("file", "network", "options"),
-    [
-        ("resnet152-394f9c45.pth", "imagenet/resnet-152", {"shortcut": "B", "stride_in": "3x3"}),
-        ("vgg16-397923af.pth", "imagenet/vgg-16", {"norm": "none"}),
-        ("some/where/vgg19_bn-c79401a0.pth", "imagenet/vgg-19", {"norm": "batch"}),
-    ],
-)
-def test_the_name_of_a_file_tells_the_network(file, network, options, monkeypatch):
-    from studies.imagenet import _published
-
-    asked = []
-    monkeypatch.setattr(rp, "build", lambda name, **options: asked.append((name, options)))
-    monkeypatch.setattr(rp, "load_weights", lambda built, path: path)
-    assert _published(file, rp.load_data("digits")) == file
-    assert asked == [(network, {"num_classes": 10} | options)]
-
-
 MISTAKES = [
     (("--preset", "paper"), "data (='folder') needs a path: folder:PATH"),
     (

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import resprobe as rp
+from resprobe import weights
 from resprobe.evaluation import evaluate
 
 
@@ -487,6 +488,23 @@ class TestWhatNetworkAFileIsOf:
         images = torch.rand(1, 3, 64, 64)
         with torch.no_grad():
             torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("make", "name", "options"),
+        [
+            ("resnet34", "imagenet/resnet-34", {"block": "basic", "shortcut": "B", "stride_in": "1x1"}),
+            ("resnet101", "imagenet/resnet-101", {"block": "bottleneck", "shortcut": "B", "stride_in": "3x3"}),
+            ("resnet152", "imagenet/resnet-152", {"block": "bottleneck", "shortcut": "B", "stride_in": "3x3"}),
+            ("vgg16", "imagenet/vgg-16", {"norm": "none"}),
+            ("vgg19_bn", "imagenet/vgg-19", {"norm": "batch"}),
+        ],
+    )
+    def test_torchvisions_larger_ones(self, make, name, options):
+        with torch.device("meta"):
+            theirs = getattr(torchvision.models, make)(weights=None).state_dict()
+        spec = weights._spec_of(theirs, Path("any.pth"))
+        with torch.device("meta"):
+            assert rp.build(name, **options).spec == spec
 
     @pytest.mark.parametrize(
         ("name", "options"),
