@@ -88,9 +88,8 @@ class RayCluster:
         concurrency: int | None,
         plugins: Sequence[str],
         board: Board,
-        failures: dict[str, str],
     ) -> None:
-        """Trains `jobs` on the nodes, with a line in `failures` for each that failed, by its key.
+        """Trains `jobs` on the nodes; `board` is told of each.
 
         A lost node or a killed process is no failure: its run begins again from its last checkpoint. Raises
         `UsageError` if a node cannot train as this machine would.
@@ -139,7 +138,6 @@ class RayCluster:
                         elif isinstance(failure, UsageError):
                             raise failure from None
                         else:
-                            failures[job.config.key] = str(failure)
                             board.failed(job, str(failure))
             except BaseException:
                 for left in reversed(pending):  # first what waits for its turn, else it would be begun

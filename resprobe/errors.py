@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-_OURS = [Path(__file__).resolve().parent.parent / package for package in ("resprobe", "plugins", "studies")]
-_NOT_THEIRS = (*_OURS, Path(sysconfig.get_path("stdlib")).resolve())
+_ROOT = Path(__file__).resolve().parent.parent
+_NOT_THEIRS = (_ROOT / "resprobe", _ROOT / "plugins", _ROOT / "studies", Path(sysconfig.get_path("stdlib")).resolve())
 _INSTALLED = {"site-packages", "dist-packages"}
 
 

@@ -140,10 +140,9 @@ class Run:
     _network: nn.Module | None = None
 
     def __repr__(self) -> str:
-        config, errors = self.config, {"training": "train_error", "test": "test_error"}
-        said = ", ".join(f"{name} error {self.metrics[column]:.2f} %" for name, column in errors.items())
+        config, where = self.config, f", {self.path}" if self.path else ""
         what = f"{config.network.name} on {config.data}, {config.recipe.iterations} iterations, seed {config.seed}"
-        return f"Run({what}: {said}" + (f", {self.path})" if self.path else ")")
+        return f"Run({what}: {errors_in_words(self.metrics)}{where})"
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -159,6 +158,11 @@ class Run:
             assert self.path is not None
             self._network = _load_network(self.config, self.path)
         return self._network
+
+
+def errors_in_words(metrics: Mapping[str, float]) -> str:
+    """Both final errors of a run."""
+    return f"training error {metrics['train_error']:.2f} %, test error {metrics['test_error']:.2f} %"
 
 
 def check_seed(seed: int) -> int:

@@ -31,7 +31,7 @@ from resprobe.environment import device_name
 from resprobe.errors import SweepFailed, UsageError, one_line
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
-from resprobe.runs import TRACEBACK, Run, RunConfig, RunStore, train
+from resprobe.runs import TRACEBACK, Run, RunConfig, RunStore, errors_in_words, train
 from resprobe.sharing import sharing
 from resprobe.training import Progress
 from resprobe.workers import Lost, Perform, side_by_side
@@ -239,18 +239,16 @@ def run_all(
     ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
-    # Texts by the runs' keys: an error itself would keep its run in memory, and on a GPU that of all others.
-    failures: dict[str, str] = {}
     with Board(ahead, store) as board:
         ordered, workers = ahead.missing, ahead.workers
         if ordered and cluster is not None:
-            cluster.train(ordered, store, concurrency, plugins, board, failures)
+            cluster.train(ordered, store, concurrency, plugins, board)
         elif ordered:
             here = workers <= 1 and usable(device)  # the survey may have left it unable
-            left = _train_here(ordered, store, device, ahead.threads, board, failures) if here else ordered
+            left = _train_here(ordered, store, device, ahead.threads, board) if here else ordered
             if left and together.size == 1:
-                _train_in_processes(left, store, device, workers, ahead.threads, plugins, board, failures)
-    if failures:
+                _train_in_processes(left, store, device, workers, ahead.threads, plugins, board)
+    if failures := board.failures:
         kept = len(jobs) - len(failures)
         raise SweepFailed(
             f"{len(failures)} of {len(jobs)} runs failed: "
@@ -300,7 +298,6 @@ def _train_here(
     device: torch.device,
     threads: int,
     board: Board,
-    failures: dict[str, str],
 ) -> Sequence[Job]:
     """Trains jobs one after the other. Gives those that are left where one leaves the device unable to go on."""
     # Not more threads than a process of several would have: short runs come out the same here and there.
@@ -313,7 +310,6 @@ def _train_here(
                 raise
             except Exception as error:
                 why = one_line(error)
-                failures[job.config.key] = why
                 board.failed(job, why)
                 if not usable(device):
                     return jobs[done + 1 :]
@@ -331,7 +327,6 @@ def _train_in_processes(
     threads: int,
     plugins: Sequence[str],
     board: Board,
-    failures: dict[str, str],
 ) -> None:
     with sharing(device) as variables:
         start = partial(_start, variables, threads, tuple(plugins), store.root, device)
@@ -353,7 +348,6 @@ def _train_in_processes(
                     )
                 else:
                     text = f"{name}: {what}, twice" if word == "lost" else what
-                    failures[job.config.key] = text
                     board.failed(job, text)
 
 
@@ -403,7 +397,11 @@ def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
 
 
 class Board:
-    """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone."""
+    """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone.
+
+    `failures`: what was said of those that failed, by their keys. Texts: an error itself would keep its run in memory, and on
+    a GPU that of all others.
+    """
 
     def __init__(self, ahead: Survey, store: RunStore):
         self.store, self.total, self.found = store, ahead.total, ahead.found
@@ -411,6 +409,7 @@ class Board:
         self.share = dict.fromkeys(self.work, 0.0)
         self.names = _names([job.config for job in ahead.missing])
         self.latest: dict[str, Progress] = {}
+        self.failures: dict[str, str] = {}
         self.done, self.lock = 0, threading.Lock()
         self.bar: Any = None
 
@@ -446,12 +445,12 @@ class Board:
         """Says that a run is finished and with what."""
         self._end(
             job,
-            f"training error {metrics['train_error']:.2f} %, test error {metrics['test_error']:.2f} %, "
-            f"{metrics['seconds']:,.0f} s",
+            f"{errors_in_words(metrics)}, {metrics['seconds']:,.0f} s",
         )
 
     def failed(self, job: Job, why: str) -> None:
         """Says that a run failed, and where to look; the others go on."""
+        self.failures[job.config.key] = why
         traceback = self.store.folder(job.config) / TRACEBACK
         self._end(job, f"failed: {why}" + (f"; {traceback}" if traceback.is_file() else ""))
 

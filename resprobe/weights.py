@@ -85,7 +85,7 @@ def load_network(weights: str | Path) -> Network:
     """
     path = Path(weights)
     if path.is_dir() or path.name == _RUN_FILE:
-        spec = _run_spec(path if path.is_dir() else path.parent)
+        spec = _run_spec(path)
         if spec is None:
             raise UsageError(f"weights (={str(path)!r}) must be the folder of a finished run, with config.json in it")
         return load_weights(build(spec), path)
@@ -147,15 +147,15 @@ def check_weights_there(path: Path, there: bool) -> None:
         )
 
 
-def _run_spec(folder: Path) -> NetworkSpec | None:
-    """What the network of a run's folder is; None for what is no such folder."""
-    config = folder / "config.json"
+def _run_spec(path: Path) -> NetworkSpec | None:
+    """What the network of a run is, by its folder or the weights in it; None for what is neither."""
+    config = (path.parent if path.name == _RUN_FILE else path) / "config.json"
     network = json.loads(config.read_text()).get("network") if config.is_file() else None
     return NetworkSpec(**network) if isinstance(network, dict) else None  # a detector's has the name of its backbone
 
 
 def _check_run(network: Network, path: Path) -> None:
-    theirs = _run_spec(path.parent if path.name == _RUN_FILE else path)
+    theirs = _run_spec(path)
     if theirs is None:
         return
     ours = network.spec
