@@ -111,7 +111,7 @@ class Options(rp.Options):
     protocols: tuple[str, ...] = PROTOCOLS
     """tests of finished networks: single-view, ten-crop, multi-scale; the last two need image files"""
     weights: tuple[str, ...] = ()
-    """what to test instead of training: files named for their networks (resnet50-….pth, vgg16-….pth), or folders of runs"""
+    """what to test instead of training: weight files of torchvision's ResNets and VGGs, or folders of runs"""
     shortcut: tyro.conf.Suppress[str] = "A"
 
 
