@@ -159,6 +159,13 @@ def test_more_than_the_margin():
     assert rp.compare([3.0], [1.0]).exceeds == "inconclusive"
 
 
+def test_networks_that_fit_every_training_image_refute_no_gain():
+    none = rp.compare([1.9, 1.6, 2.2], [2.2, 2.5, 1.9], margin=2.0)
+    assert none.verdict == none.gain([0.0, 0.0, 0.1, 0.0, 0.0, 0.0]) == none.gain([]) == "fails"
+    assert none.gain([0.0] * 6) == "not tested"
+    assert rp.compare([2.2, 2.5, 1.9], [0.9, 0.6, 1.2]).gain([0.0] * 6) == "holds"
+
+
 @pytest.mark.parametrize(
     ("words", "word"),
     [
@@ -166,6 +173,8 @@ def test_more_than_the_margin():
         (["holds", "inconclusive", "fails"], "fails"),
         (["holds", "inconclusive"], "inconclusive"),
         (["holds", "not tested"], "inconclusive"),
+        (["inconclusive", "not tested"], "inconclusive"),
+        (["not tested", "not tested"], "not tested"),
         ([], "not tested"),
     ],
 )
