@@ -5,10 +5,11 @@ Every choice that the paper leaves open is a field with its default; the reasons
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from resprobe.errors import UsageError, check_whole, is_whole, not_accepted
 
@@ -130,6 +131,12 @@ class Recipe:
                 raise UsageError(f"{name} (={values}) must rise")
         if len(self.scale) != 2:
             raise UsageError(f"scale (={self.scale}) must be two numbers, such as {_EXAMPLES['scale']}")
+        if self.warm_up_iterations is not None and self.warm_up_rate is None:
+            raise UsageError(f"warm_up_iterations (={self.warm_up_iterations}) needs a warm_up_rate, such as 0.01")
+        if self.colour != "none" and self.augmentation != "scale-crop":
+            raise UsageError(
+                f"colour (={self.colour!r}) goes with augmentation 'scale-crop' alone, not {self.augmentation!r}"
+            )
         if self.augmentation == "scale-crop" and self.crop > self.scale[0]:
             raise UsageError(f"crop (={self.crop}) must not be larger than the smallest scale (={self.scale[0]})")
 
@@ -232,6 +239,33 @@ def digits_quick(iterations: int = 400) -> Recipe:
         window=10,
         evaluations=20,
     ).with_iterations(iterations)
+
+
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Fields of a recipe and their values, from `NAME=VALUE` as on a command line: `bn_batch=64`, `milestones=100,200`.
+
+    Raises `UsageError` for what is no field. Whether a value makes sense the recipe says itself.
+    """
+    usual = {field.name: field.default for field in fields(Recipe) if field.name not in ("name", "iterations")}
+    changes: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.replace("-", "_")
+        if name == "iterations":
+            raise UsageError(f"recipe (={text!r}): the number of iterations is an option of its own, --iterations")
+        if name not in usual:
+            raise not_accepted("recipe", name, usual)
+        if not equals:
+            raise UsageError(f"recipe (={text!r}) must be NAME=VALUE, such as {name}={usual[name]}")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            changes[name] = value
+        if isinstance(usual[name], float) and type(changes[name]) is int:  # else 1 and 1.0 would be two runs
+            changes[name] = float(changes[name])
+        if isinstance(changes[name], list):
+            changes[name] = tuple(changes[name])
+    return changes
 
 
 def departures(recipe: Recipe, paper: Recipe | None = None) -> list[str]:

@@ -60,6 +60,8 @@ class Options:
     """one run for each; verdicts rest on the spread over them"""
     iterations: int = 64_000
     """training iterations (mini-batches); the whole schedule is scaled, and printed as a departure"""
+    recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """fields of the recipe to be trained by instead, as bn_batch=64 learning_rate=0.05; printed as departures"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -312,10 +314,11 @@ def _gather_on(
     from resprobe.data import load_data
     from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
     from resprobe.distributed import join, leave, team
-    from resprobe.environment import environment
+    from resprobe.environment import environment, pooled
     from resprobe.extensions import load_plugin
     from resprobe.networks import resolve
     from resprobe.probes import make_probe
+    from resprobe.recipes import parse_changes
     from resprobe.runs import RunStore, check_seed
     from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency, run_all, survey
@@ -337,9 +340,12 @@ def _gather_on(
         check_seed(seed)
     for name in options.probe:
         make_probe(name)
+    changes = parse_changes(options.recipe)
     planned = study.plan(options)
     if options.probe and not planned:
         raise UsageError(f"probe (={options.probe[0]!r}) watches a training, and nothing is trained here")
+    if changes and not planned:
+        raise UsageError(f"recipe (={options.recipe[0]!r}) is that of a training, and nothing is trained here")
     if options.shortcut == "none" and "shortcut" in study.built_of(options):
         raise UsageError(
             "shortcut (='none') makes plain networks, which are there anyway; name one of residual networks"
@@ -386,12 +392,11 @@ def _gather_on(
     if ahead is not None:
         ahead += [] if study.ahead is None else [study.ahead(results)]
         return None
-    made_with, first = environment(here) | {"precision": precision}, team().first
-    if cluster is not None:
-        made_with["device"] = cluster.name
-    if runs:  # which were trained with their own, perhaps in processes of their own
-        made_with["threads"] = sorted({run.environment.get("threads", made_with["threads"]) for run in runs})
-        made_with["processes"] = max(run.environment.get("processes", 1) for run in runs)
+    made_with, first = environment(here), team().first
+    if runs:  # trained on another day, perhaps, and on another machine; what is measured is measured here
+        parts = [run.environment or made_with for run in runs] + ([made_with] if study.measure else [])
+        made_with = pooled(parts) | {"date": made_with["date"]}
+    made_with["precision"] = precision
     leave()
     if not first:  # what is left to do is to measure and to write
         return None
@@ -440,16 +445,22 @@ def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: s
     """One job for each planned network and seed, with the labels of its row."""
     from torch import nn
 
+    from resprobe.recipes import parse_changes
     from resprobe.runs import configure, default_recipe
     from resprobe.sweep import Job
 
-    labelled = []
+    labelled, changes = [], parse_changes(options.recipe)
     for one in planned:
         built = one.network if isinstance(one.network, nn.Module) else None
         for seed in options.seeds if one.seeds is None else one.seeds:
             config = configure(one.network, data, seed=seed, precision=precision, **one.options)
-            recipe = default_recipe(data, options.iterations, config.network.depth)
+            recipe = dataclasses.replace(default_recipe(data, options.iterations, config.network.depth), **changes)
             recipe = recipe if one.recipe is None else one.recipe(recipe)
+            for name, value in changes.items():
+                if getattr(recipe, name) != value:
+                    raise UsageError(
+                        f"recipe (='{name}={value}') cannot be changed here: {name} is what the study compares or sets itself"
+                    )
             config = dataclasses.replace(config, data=options.data, recipe=recipe)
             probes = tuple(dict.fromkeys((*one.probes, *options.probe)))
             job = Job(config, probes, built, options.recompute, options.step)

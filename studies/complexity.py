@@ -9,7 +9,7 @@ Claims C10, C11, C12 and C22 (§3.2, §3.3, §4.1, §4.2; Table 1, Table 6).
 The paper prints multiply-adds and calls them FLOPs. Here they are `macs`: multiply-adds of convolutions and fully
 connected layers for one image. An audit rests on no seed: what would refute it is a single unequal digit.
 
-Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0; record in docs/measurements/2026-11-21-complexity):
+Measured (2026-11-22, two cores of an AMD EPYC, torch 2.15.0; record in docs/measurements/2026-11-21-complexity):
 - quick, 36 CPU seconds: 10 of 10 pairs equal; ResNet-18 to -152 1.79, 3.64, 3.86, 7.57, 11.28 × 10⁹ multiply-adds, VGG-16
   and -19 15.35 and 19.63; a 256-d block 69,632 → 135,168 weights. C10 to C12 hold; C22 fails,
   since one of the three networks that Table 6 prints beside ResNet-110 is smaller. One thread's forward pass takes
@@ -96,6 +96,7 @@ class Options(rp.Options):
     address: tyro.conf.Suppress[str] = ""
     runs: tyro.conf.Suppress[str] = "runs"
     probe: tyro.conf.Suppress[tuple[str, ...]] = ()
+    recipe: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:

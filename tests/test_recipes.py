@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import resprobe as rp
-from resprobe.recipes import Recipe, cifar_paper, departures, digits_quick, imagenet_paper, learning_rate, plateaus
+from resprobe.recipes import (
+    Recipe,
+    cifar_paper,
+    departures,
+    digits_quick,
+    imagenet_paper,
+    learning_rate,
+    parse_changes,
+    plateaus,
+)
 
 
 @st.composite
@@ -189,6 +198,44 @@ def test_departures_are_from_the_recipe_one_names():
     assert departures(dataclasses.replace(imagenet_paper(), colour="none")) == ["colour: none instead of pca"]
 
 
+def test_changes_as_on_a_command_line():
+    asked = ["bn_batch=64", "learning-rate=1", "milestones=10,20", "scale=[20, 30]", "pad_value=black", "nesterov=True"]
+    changes = parse_changes([*asked, "bn_batch=None", "warm_up_rate=1e-3"])
+    assert changes == {
+        "bn_batch": None,
+        "learning_rate": 1.0,
+        "milestones": (10, 20),
+        "scale": (20, 30),
+        "pad_value": "black",
+        "nesterov": True,
+        "warm_up_rate": 0.001,
+    }
+    assert isinstance(changes["learning_rate"], float)  # a recipe with 1 would be another run
+    assert dataclasses.replace(cifar_paper(), **changes).milestones == (10, 20)
+
+
+@given(st.sampled_from([cifar_paper(depth=110), imagenet_paper(), digits_quick()]), st.data())
+def test_any_value_of_a_recipe_can_be_written(recipe, data):
+    name = data.draw(st.sampled_from([field.name for field in dataclasses.fields(Recipe)][2:]))
+    assert parse_changes([f"{name}={getattr(recipe, name)}"]) == {name: getattr(recipe, name)}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bn_bach=64", "recipe (='bn_bach') is unknown; accepted: batch_size, learning_rate, "),
+        ("bn_batch", "recipe (='bn_batch') must be NAME=VALUE, such as bn_batch=None"),
+        ("iterations=10", "recipe (='iterations=10'): the number of iterations is an option of its own, --iterations"),
+        ("name=mine", "recipe (='name') is unknown; accepted: "),
+        ("", "recipe (='') is unknown; accepted: "),
+    ],
+)
+def test_a_change_that_is_none(text, said):
+    with pytest.raises(rp.UsageError) as error:
+        parse_changes([text])
+    assert str(error.value).startswith(said)
+
+
 def test_recipes_are_frozen_and_hashable():
     recipe = cifar_paper()
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -230,6 +277,8 @@ def test_recipes_are_frozen_and_hashable():
             {"augmentation": "scale-crop", "crop": 64, "scale": (48, 80)},
             "crop (=64) must not be larger than the smallest scale (=48)",
         ),
+        ({"warm_up_iterations": 400}, "warm_up_iterations (=400) needs a warm_up_rate, such as 0.01"),
+        ({"colour": "pca"}, "colour (='pca') goes with augmentation 'scale-crop' alone, not 'pad-crop'"),
         ({"flip": 1.5}, "flip (=1.5) must be ≥ 0 and ≤ 1"),
         ({"validation_fraction": 0.95}, "validation_fraction (=0.95) must be ≥ 0 and ≤ 0.9"),
         ({"momentum": -0.1}, "momentum (=-0.1) must be ≥ 0 and ≤ 1"),

@@ -159,6 +159,14 @@ MISTAKES = [
 ]
 
 
+def test_what_the_study_compares_cannot_be_changed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main(["--dry-run", "--recipe", "warm_up_rate=0.02"]) == 2
+    assert capsys.readouterr().err == (
+        "error: recipe (='warm_up_rate=0.02') cannot be changed here: warm_up_rate is what the study compares or sets itself\n"
+    )
+
+
 @pytest.mark.parametrize(("arguments", "text"), MISTAKES)
 def test_a_mistake_gets_one_line(arguments, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
