@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from resprobe.distributed import team
 _PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "scikit-learn")
 
 
-def environment(device: torch.device) -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, Any]:
     """Versions, machine, device and git commit of resprobe's checkout, if it is one."""
     return {
         "resprobe": resprobe.__version__,
@@ -31,6 +33,18 @@ def environment(device: torch.device) -> dict[str, object]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **git_commit(),
     }
+
+
+def pooled(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What several runs were made with: each entry's value, or where they differ a list of all, in order. Of processes the
+    most, and local changes where any had them."""
+    found: dict[str, Any] = {}
+    for name in dict.fromkeys(name for each in environments for name in each):
+        values = list(dict.fromkeys(each[name] for each in environments if each.get(name) is not None))
+        if values and name in ("processes", "local_changes"):
+            values = [max(values)]
+        found[name] = values[0] if len(values) == 1 else values or None
+    return found
 
 
 def device_name(device: torch.device) -> str:

@@ -139,18 +139,24 @@ def _what(study: Study, results: Results) -> str:
 
 def _made(record: dict[str, Any]) -> dict[str, str]:
     """How it was made, beside the command: when, in what time, on what, by which versions and commit."""
-    rest = {name: value for name, value in record["environment"].items() if value is not None}
+    rest = {
+        name: " or ".join(map(str, value)) if isinstance(value, list) else value
+        for name, value in record["environment"].items()
+        if value is not None
+    }
     time = f"{in_words(record['config']['seconds_of_study'])} for the command"
     if trained := record["config"]["seconds_of_training"]:
         time = f"{in_words(trained)} of training, summed over all runs; {time}"
     commit = rest.pop("commit", "") + (", with local changes" if rest.pop("local_changes", False) else "")
     processes = rest.pop("processes", 1)
     threads = rest.pop("threads")
-    threads = " or ".join(map(str, threads)) if isinstance(threads, list) else str(threads)
+    computed = [rest.pop("precision"), "1 thread" if threads == 1 else f"{threads} threads"]
+    if "step" in rest:
+        computed.append(f"{rest.pop('step')} step")
     made = {
         "date": rest.pop("date"),
         "time": time,
-        "device": f"{rest.pop('device')}; {rest.pop('precision')}, {threads} thread{'s' if threads != '1' else ''}",
+        "device": f"{rest.pop('device')}; {', '.join(computed)}",
         "processes": f"{processes}" if processes > 1 else "",
         "probes": ", ".join(f"{name}.csv" for name in record["tables"] if name.startswith("probe-")),
         "platform": rest.pop("platform"),

@@ -13,6 +13,7 @@ import pages
 import pytest
 
 from resprobe.claims import VERDICTS
+from resprobe.environment import pooled
 from resprobe.figures import DARK_PAGE, TEXT_CONTRAST, contrast
 
 STYLE = (Path(__file__).parent.parent / "resprobe" / "templates" / "_style.html").read_text()
@@ -165,6 +166,17 @@ def test_how_it_was_made_by_several_processes_outside_a_checkout(tmp_path):
     said = (tmp_path / "report.md").read_text()
     assert "\n- processes: 2\n" in said
     assert "commit" not in said
+
+
+def test_how_it_was_made_on_several_machines(tmp_path):
+    one = {"device": "a card", "threads": 1, "step": "graph", "processes": 1, "local_changes": False, "torch": "2.11.0"}
+    other = one | {"threads": 2, "processes": 2, "local_changes": True, "commit": "def"}
+    pages.write(tmp_path, environment=pages.ENVIRONMENT | pooled([one, other, one]))
+    said = (tmp_path / "report.md").read_text()
+    assert "\n- device: a card; fp32, 1 or 2 threads, graph step\n" in said
+    assert "\n- processes: 2\n" in said
+    assert "\n- commit: def, with local changes\n" in said
+    assert "torch 2.11.0\n" in said
 
 
 def test_departures_and_evidence_are_said(html):
