@@ -152,7 +152,7 @@ def step_rounds(network: nn.Module, images: Tensor, rounds: int, precision: str)
         optimizer.zero_grad(set_to_none=True)
         iteration += 1
 
-    norms, responses = GradientNorms(rp.probes.every(1)), LayerResponses()
+    norms, responses = GradientNorms(rp.probes.every(1)), LayerResponses(rp.probes.every(1))
     variants = {"bare": [], "gradient-norms": [norms], "layer-responses": [responses]}
     network.train()
     return in_turns({name: partial(step, probes) for name, probes in variants.items()}, rounds, images.device)

@@ -11,10 +11,12 @@ A response is, as in Fig. 7, the output of a convolution after batch normalizati
 addition; where no normalization follows, the convolution's own output. What a branch does behind its last normalization,
 as a gate does, is not in it. Figures are over all images seen while attached,
 in training or evaluation mode as the network is, and equal those of all responses put together, however these were
-split into batches. `table()` has a row a layer, over all its channels; `channels()` a row a channel:
+split into batches. In a training they are those of an iteration, at the iterations of the probe's schedule. `table()` has
+a row a layer, over all its channels; `channels()` a row a channel:
 
 | column | meaning | unit |
 | --- | --- | --- |
+| `iteration` | of the training, from 0; there is no such column where there was none | |
 | `layer` | name of the convolution in the network | |
 | `call` | 0; for a convolution that is used several times in one pass, which use | |
 | `stage` | n where the name says `stageN` or, in torchvision's ResNets, `layerN`; 0 outside the stages | |
@@ -95,6 +97,9 @@ _SMALL_VARIANCE, _SMALL_MEAN, _LARGE_VARIANCE = 1e-30, 1e-8, 1e36
 Use = tuple[str, int]
 """A module's name and which call to it in the pass, from 0."""
 
+_Figures = tuple[int, Tensor, Tensor, Tensor]
+"""An iteration of a training, and the counts, means and sums of squared deviations of all layers' channels in it."""
+
 
 class _Response:
     """A convolution's response until its normalization is met. Does not keep the tensor alive."""
@@ -138,20 +143,24 @@ class _Candidate:
 class LayerResponses(rp.Probe):
     """Mean and standard deviation of every convolution's response; the module's docstring says of what exactly.
 
-    `schedule`: the iterations of a training to measure at (`rp.probes.every`, `logarithmic`, `at`).
+    `schedule`: the iterations of a training to measure at (`rp.probes.every`, `logarithmic`, `at`); by default ten in
+    every decade.
     """
 
     name = "layer-responses"
 
     def __init__(self, schedule: rp.probes.Schedule | None = None):
         super().__init__()
-        if schedule is not None:
-            self.schedule = schedule
+        self.schedule = schedule or rp.probes.logarithmic()
         self._network: weakref.ref[nn.Module] | None = None
         self._layers: dict[Use, dict[str, Any]] = {}
-        self._count = self._mean = self._squares = torch.zeros(0, dtype=torch.float64)
+        self._filed: list[_Figures] = []
+        self._begin_figures()
         self._counts_of_pass: tuple[Any, Tensor] | None = None
         self._relearn()
+
+    def _begin_figures(self) -> None:
+        self._count = self._mean = self._squares = torch.zeros(0, dtype=torch.float64)
 
     def _relearn(self) -> None:
         """Forgets what was seen of the network's structure, not the figures."""
@@ -332,6 +341,12 @@ class LayerResponses(rp.Probe):
         if known != channels:
             raise rp.UsageError(f"{self.name} has figures of {known} channels for {use[0]!r}, which now has {channels}")
 
+    def after_backward(self, network: nn.Module, iteration: int) -> None:
+        """Files the iteration's figures under its number; the next begins anew."""
+        if len(self._count):
+            self._filed.append((iteration, self._count, self._mean, self._squares))
+            self._begin_figures()
+
     # -- results -------------------------------------------------------------------------------------------------
 
     def table(self) -> pandas.DataFrame:
@@ -342,7 +357,7 @@ class LayerResponses(rp.Probe):
             total = squares.sum() + count * numpy.square(means - mean).sum()
             size = count * len(means)
             rows.append((*place, len(means), float(mean), _std(total, size), size))
-        return pandas.DataFrame(rows, columns=list(COLUMNS))
+        return self._tidy(rows, COLUMNS)
 
     def channels(self) -> pandas.DataFrame:
         """One row a channel; the module's docstring explains the columns. Empty if no pass was seen."""
@@ -350,18 +365,26 @@ class LayerResponses(rp.Probe):
         for place, count, means, squares in self._figures():
             for channel, (mean, square) in enumerate(zip(means, squares, strict=True)):
                 rows.append((*place, channel, float(mean), _std(square, count), count))
-        return pandas.DataFrame(rows, columns=list(CHANNEL_COLUMNS))
+        return self._tidy(rows, CHANNEL_COLUMNS)
+
+    def _tidy(self, rows: list[tuple[Any, ...]], columns: tuple[str, ...]) -> pandas.DataFrame:
+        table = pandas.DataFrame(rows, columns=["iteration", *columns])
+        return table if self._filed else table.drop(columns="iteration")
 
     def _figures(self) -> Iterator[tuple[tuple[Any, ...], int, numpy.ndarray, numpy.ndarray]]:
-        """Of each layer its place, count per channel, and the channels' means and sums of squared deviations."""
-        count, mean, squares = (each.double().cpu().numpy() for each in (self._count, self._mean, self._squares))
-        start = 0
-        for position, ((layer, call), about) in enumerate(self._layers.items(), start=1):
-            end = start + about["channels"]
-            known = {"layer": layer, "call": call, "position": position} | about
-            place = tuple(known[column] for column in _PLACE)
-            yield place, round(count[start]), mean[start:end], squares[start:end]
-            start = end
+        """Of each iteration and layer its place, count per channel, and the channels' means and sums of squared deviations.
+        What was seen after a training, or without one, goes by the number after the last."""
+        since = (self._filed[-1][0] + 1 if self._filed else 0, self._count, self._mean, self._squares)
+        for iteration, *figures in (*self._filed, since):
+            count, mean, squares = (figure.double().cpu().numpy() for figure in figures)
+            start = 0
+            for position, ((layer, call), about) in enumerate(self._layers.items(), start=1):
+                end = start + about["channels"]
+                if end <= len(count) and count[start]:  # the iteration used it
+                    known = {"layer": layer, "call": call, "position": position} | about
+                    place = (iteration, *(known[column] for column in _PLACE))
+                    yield place, round(count[start]), mean[start:end], squares[start:end]
+                start = end
 
     def state(self) -> dict[str, Any]:
         return {
@@ -369,11 +392,13 @@ class LayerResponses(rp.Probe):
             "count": self._count,
             "mean": self._mean,
             "squares": self._squares,
+            "filed": [list(figures) for figures in self._filed],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         # Tensors need no copy: merging makes new ones.
         self._count, self._mean, self._squares = state["count"], state["mean"], state["squares"]
+        self._filed = [tuple(figures) for figures in state["filed"]]
         layers = [dict(layer) for layer in state["layers"]]
         self._layers = {(layer.pop("layer"), layer.pop("call")): layer for layer in layers}
 

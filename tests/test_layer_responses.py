@@ -646,8 +646,8 @@ def test_a_training_that_is_watched_ends_the_same(options):
     assert_same(bare.network.state_dict(), watched.network.state_dict())
     assert_same(bare.metrics, watched.metrics)
     table = watched.tables["layer-responses"]
-    assert len(table) == 7
-    assert table["count"][0] == 3 * 16 * 4 * 64, "of iterations 0, 5 and 10"
+    assert table.groupby("iteration").size().to_dict() == {0: 7, 5: 7, 10: 7}
+    assert table["count"][0] == 16 * 4 * 64, "of one iteration"
     assert hook_count(watched.network) == 0
 
 
@@ -688,6 +688,47 @@ def test_a_resumed_training_goes_on_with_the_table(tmp_path):
     for table in ("table", "channels"):
         one, other = (getattr(each.probes[0], table)() for each in (whole, resumed))
         pandas.testing.assert_frame_equal(one, other, rtol=0, atol=0)
+
+
+def test_figures_of_a_training_are_those_of_each_iteration():
+    """Beside a probe that is made for one iteration alone."""
+    watching = training(probes=[LayerResponses()])
+    watching.run()
+    for figures in ("table", "channels"):
+        watched = getattr(watching.probes[0], figures)()
+        assert watched.columns[0] == "iteration"
+        assert set(watched["iteration"]) == {0, 1, 2, 3, 4, 5, 6, 8, 10} & set(range(watching.recipe.iterations))
+        for iteration in (0, 5):
+            alone = training(probes=[LayerResponses(rp.probes.at([iteration]))])
+            alone.run()
+            one = watched[watched["iteration"] == iteration].reset_index(drop=True)
+            pandas.testing.assert_frame_equal(one, getattr(alone.probes[0], figures)(), rtol=0, atol=0)
+
+
+def test_passes_after_a_training_are_told_apart():
+    watching = training(probes=[LayerResponses(rp.probes.at([3]))])
+    watching.run()
+    with rp.attach(watching.network, probe := watching.probes[0]):
+        watching.network(images())
+    assert probe.table().groupby("iteration").size().to_dict() == {3: 7, 4: 7}
+
+
+def test_a_layer_that_an_iteration_does_not_use_has_no_row_there():
+    class Alternating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.often, self.seldom, self.passes = nn.Conv2d(1, 2, 3), nn.Conv2d(1, 3, 3), 0
+
+        def forward(self, x):
+            self.passes += 1
+            return self.often(x).sum() + (self.seldom(x).sum() if self.passes == 2 else 0)
+
+    with rp.attach(net := Alternating(), LayerResponses()) as probe:
+        for iteration in range(3):
+            net(images())
+            probe.after_backward(net, iteration)
+    rows = list(zip(probe.table()["iteration"], probe.table()["layer"], strict=True))
+    assert rows == [(0, "often"), (1, "often"), (1, "seldom"), (2, "often")]
 
 
 def test_figures_of_another_shape_are_refused():
