@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from resprobe.errors import SweepFailed, TrainingDiverged, UsageError, not_accepted
+from resprobe.errors import ProcessFailed, SweepFailed, TrainingDiverged, UsageError, not_accepted
 
-EXPECTED = (UsageError, SweepFailed, TrainingDiverged)
+EXPECTED = (UsageError, SweepFailed, ProcessFailed, TrainingDiverged)
 """Errors whose text says all that a user needs. Any other is a bug, and a bug's traceback is wanted."""
 
 
@@ -32,7 +32,7 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
             code = work() or 0
             sys.stdout.flush()
         except EXPECTED as error:
-            return _say(str(error), 2 if isinstance(error, UsageError) else 1)
+            return _say(str(error), 2 if isinstance(error, UsageError) else 1, isinstance(error, ProcessFailed))
         except KeyboardInterrupt:
             return _say(f"interrupted{kept}", 1)
         except BrokenPipeError:
@@ -42,8 +42,9 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
     return code
 
 
-def _say(text: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, which all find the same, one says so
+def _say(text: str, code: int, alone: bool = False) -> int:
+    # Of torchrun's processes, which all find the same, one says so; each what it is alone with.
+    if alone or os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(BrokenPipeError):  # of a reader of both streams who has left
             print(f"error: {text}", file=sys.stderr)
     return code
@@ -54,7 +55,7 @@ def notes_on_one_line() -> Iterator[None]:
     """Shows warnings as notes: where in our code they arise is nothing to a user."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"note: {message}", file=sys.stderr, flush=True)
+        print("note:", *str(message).split(), file=sys.stderr, flush=True)
 
     before, warnings.showwarning = warnings.showwarning, show
     try:

@@ -64,6 +64,7 @@ class Team:
             try:
                 message[0] = say()
             except Exception as error:
+                error.known_to_all = True  # type: ignore[attr-defined]
                 message[1] = error
         dist.broadcast_object_list(message, device=torch.device("cpu"))
         if message[1] is not None:

@@ -29,6 +29,10 @@ class SweepFailed(RuntimeError):
         self.keys = frozenset(keys)
 
 
+class ProcessFailed(RuntimeError):
+    """A training of several processes ends by what one of them met, which the others cannot know."""
+
+
 def one_line(error: BaseException, named: bool = False) -> str:
     """What an error says, on one line, after its type if `named`; its type if it says nothing, and both if it says just a
     key. Behind it, of what is no mistake of use, the line of a user's own file that it arose in or below, if any.

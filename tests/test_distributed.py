@@ -132,6 +132,58 @@ def test_a_study_of_two_processes_speaks_with_one_voice(tmp_path):
     assert mistake.stderr.count("error: shortcut (='Z')") == 1
 
 
+LONELY = """
+import os
+import resprobe as rp
+from torch import nn
+
+
+@rp.register_block("lonely")
+class Lonely(rp.Block):
+    weighted_layers = 2
+    passes = 0
+
+    def make_branch(self, in_channels, width, stride, layers):
+        return nn.Sequential(
+            layers.conv(in_channels, width, kernel=3, stride=stride),
+            layers.norm(width),
+            nn.ReLU(),
+            layers.conv(width, width, kernel=3),
+            layers.norm(width),
+        )
+
+    def forward(self, x):
+        Lonely.passes += x.requires_grad
+        if os.environ["RANK"] == "1" and Lonely.passes > 40:
+            raise MemoryError("no room left")
+        return super().forward(x)
+"""
+
+
+def test_what_one_process_is_alone_with_ends_all(tmp_path):
+    """The other one waits for its gradients, and would for a day."""
+    (tmp_path / "lonely.py").write_text(LONELY)
+    asked = (
+        "-m",
+        "studies.degradation",
+        "--depths",
+        "8",
+        "14",
+        "--seeds",
+        "0",
+        "--iterations",
+        "60",
+        "--precision",
+        "fp32",
+    )
+    failed = launch(2, *asked, "--plugin", "lonely.py", "--block", "lonely", cwd=tmp_path)
+    assert failed.returncode != 0
+    assert (
+        ", in process 1: no room left (lonely.py, line 24); finished runs and the last checkpoint are kept"
+        in failed.stderr
+    )
+
+
 def test_class_folders_of_two_processes(tmp_path):
     """The path of ImageNet: files read by each process's loaders."""
     generator = torch.Generator().manual_seed(0)
