@@ -578,6 +578,19 @@ class TestFolder:
         with pytest.raises(rp.UsageError, match=rf"^image {file} cannot be read: "):
             next(iter(views))
 
+    @pytest.mark.parametrize("processes", [0, 2])
+    def test_unreadable_image_among_those_that_other_processes_read(self, large, monkeypatch, processes):
+        """A loader's process hands its whole traceback on."""
+        monkeypatch.setattr("resprobe.data.folder.loader_processes", lambda items: processes)
+        file = large / "train" / "cat" / "2.jpg"
+        file.write_bytes(b"no image")
+        train = rp.load_data(f"folder:{large}").train
+        recipe = dataclasses.replace(imagenet_paper(), batch_size=2, crop=16, scale=(20, 30), iterations=9)
+        for batches in (train.views(8), tiny.batches(train, recipe, 0, NO_CHANGE, CPU, 0)):
+            with pytest.raises(rp.UsageError) as error:
+                list(batches)
+            assert str(error.value) == f"image {file} cannot be read: cannot identify image file {str(file)!r}"
+
     def test_small_images_of_two_sizes(self, small):
         file = small / "train" / "dog" / "1.png"
         Image.new("RGB", (9, 6)).save(file)
@@ -604,6 +617,8 @@ class TestFolder:
         assert identity == identity_of(moved)
         assert identity.startswith("folder:")
         (moved / "notes.txt").write_text("no image")
+        (moved / "results").mkdir()
+        (moved / "results" / "figure.png").write_bytes(b"not of the data")
         assert identity_of(moved) == identity
 
     def test_identity_changes_with_a_files_size_name_and_number(self, small):

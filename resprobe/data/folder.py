@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from resprobe.data.images import Data, ImageSet, Normalization, generator
 from resprobe.devices import cores
-from resprobe.errors import UsageError
+from resprobe.errors import UsageError, last_words
 from resprobe.recipes import Recipe
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -65,12 +65,13 @@ class FolderSet:
 
         The shorter side is resized to 256/224 of the crop, as in testing at 256 and cropping 224 (§3.4).
         """
-        yield from DataLoader(
+        loader = DataLoader(
             _Views(self, size or self.size),
             batch_size,
             num_workers=loader_processes(len(self)),
             generator=torch.Generator(),  # else a loader draws one of the caller's random numbers
         )
+        yield from _read_by(loader)
 
     def training_batches(
         self,
@@ -94,7 +95,7 @@ class FolderSet:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else a resumed run's network would draw other random numbers
         )
-        for crops, labels, light in loader:
+        for crops, labels, light in _read_by(loader):
             images = normalization(crops.to(device, non_blocking=True))
             if recipe.colour == "pca":
                 images = images + light.to(device, non_blocking=True)[:, :, None, None] / normalization.std
@@ -150,7 +151,9 @@ def folder_identity(path: str | None) -> str:
     """A folder is what its files are: a digest of their relative paths and sizes. Where it stands does not matter."""
     root = _given(path)
     digest = hashlib.sha256()
-    for file in sorted(entry for entry in root.rglob("*") if entry.suffix.lower() in EXTENSIONS):
+    parts = [root / name for name in ("train", "val", "test") if (root / name).is_dir()]
+    files = (entry for part in parts for entry in part.rglob("*") if entry.suffix.lower() in EXTENSIONS)
+    for file in sorted(files):
         digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\n".encode())
     return f"folder:{digest.hexdigest()[:16]}"
 
@@ -216,6 +219,15 @@ def _centre_view(path: Path, size: int) -> Tensor:
     scale = shorter / min(image.size)
     top, left = (image.height * scale - size) / 2, (image.width * scale - size) / 2
     return _pixels(_crop(image, shorter, top, left, size))
+
+
+def _read_by(loader: DataLoader) -> Iterator[list[Tensor]]:
+    """Its batches. A mistake that a loader's process meets comes with that process's traceback, which says nothing to a user."""
+    try:
+        yield from loader
+    except UsageError as error:
+        said = last_words(str(error)).removeprefix(f"{UsageError.__module__}.{UsageError.__name__}: ")
+        raise UsageError(said) from None
 
 
 def loader_processes(items: int) -> int:
