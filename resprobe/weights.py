@@ -20,17 +20,23 @@ from resprobe.shortcuts import ZeroPadding
 _RUN_FILE = "network.safetensors"
 # With what the published ImageNet models, and the common CIFAR weights, were trained.
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Those of chenyaofo/pytorch-cifar-models, by the number of classes: CIFAR-10's and CIFAR-100's.
+_CIFAR_STATISTICS = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
+}
 
 
 def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -> Network:
     """Loads weights into `network`, in place, and returns it.
 
     `weights` is a file (.pth, .th, .pt, .safetensors), a finished run's folder, or a state dict. Layouts: resprobe's
-    own, torchvision's ResNets and VGGs, and the common CIFAR one (`layer1.0.conv1`, …, `linear`), with or without a
-    `module.` prefix. The input normalization that belongs to a layout is set as `network.normalization`.
+    own, torchvision's ResNets and VGGs, and the two common CIFAR ones (`layer1.0.conv1`, …, with option A and `linear`, or
+    with projections and `fc`), with or without a `module.` prefix. The input normalization that belongs to a layout is set as
+    `network.normalization`.
 
-    The common CIFAR weights were trained with option A's zeros on both sides; a network with trailing zeros (option A
-    as in the paper) gets the same function, its channels permuted. Raises `UsageError` with how many tensors do not
+    The CIFAR weights that end in `linear` were trained with option A's zeros on both sides; a network with trailing zeros
+    (option A as in the paper) gets the same function, its channels permuted. Raises `UsageError` with how many tensors do not
     fit, and the first of them; of a run also for mismatches that no shape tells of, such as which convolution of a bottleneck
     takes the stride.
     """
@@ -48,6 +54,7 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
         given = {name.removeprefix("network."): value for name, value in given.items() if name.startswith("network.")}
     head = {"fc.weight", "fc.bias"}  # torchvision's ResNets call their last layer as we do
     if not (set(own) & set(given)) - head:
+        statistics = _statistics(given)
         if "features.0.weight" in given:
             given = _from_torchvision_vgg(network, given)
         elif "conv1.weight" in given and "layer1.0.conv1.weight" in given:
@@ -65,13 +72,20 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
             raise UsageError(
                 f"the layout of the weights is not known (first keys: {some}); accepted: resprobe, torchvision, CIFAR"
             )
-        normalization = Normalization.channels(*_IMAGENET_STATISTICS)
+        normalization = None if statistics is None else Normalization.channels(*statistics)
     # Counters of batches seen are bookkeeping of the framework; old files lack them.
     given = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | given
     _check(network, own, given)
     network.load_state_dict(_zeros_from_centred(network, given) if centred else given)
     network.normalization = normalization or network.normalization
     return network
+
+
+def _statistics(given: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of the pixels that published weights were trained on; None where they are not known."""
+    if "fc.weight" in given and not any(name.startswith("layer4.") for name in given):
+        return _CIFAR_STATISTICS.get(len(given["fc.weight"]))
+    return _IMAGENET_STATISTICS
 
 
 def load_network(weights: str | Path) -> Network:

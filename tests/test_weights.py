@@ -66,6 +66,28 @@ class CommonResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class ProjectionResNet(CommonResNet):
+    """The other common one: projections where the width changes, of torchvision's blocks, and a last layer called `fc`."""
+
+    def __init__(self, n: int, width: int, classes: int):
+        super().__init__(n, width)
+        for stage in range(1, 4):
+            blocks, out = [], width << (stage - 1)
+            for index in range(n):
+                before, stride = (out // 2, 2) if stage > 1 and index == 0 else (out, 1)
+                changed = nn.Sequential(nn.Conv2d(before, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+                blocks.append(
+                    torchvision.models.resnet.BasicBlock(before, out, stride, changed if stride == 2 else None)
+                )
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        del self.linear
+        self.fc = nn.Linear(4 * width, classes)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(self.bn1(self.conv1(x)).relu())))
+        return self.fc(x.mean((2, 3)))
+
+
 def refusal(network: rp.Network, weights: object) -> str:
     before = {name: value.clone() for name, value in network.state_dict().items()}
     with pytest.raises(rp.UsageError) as error:
@@ -470,6 +492,22 @@ class TestWhatNetworkAFileIsOf:
         by_hand = rp.load_weights(rp.build(f"cifar/resnet-{depth}"), file)
         images = torch.rand(2, 3, 32, 32)
         assert torch.equal(network.eval()(images), by_hand.eval()(images))
+
+    @pytest.mark.parametrize(
+        ("classes", "std"), [(10, [0.2023, 0.1994, 0.2010]), (100, [0.2009, 0.1984, 0.2023]), (7, None)]
+    )
+    def test_cifar_weights_with_projections(self, tmp_path, classes, std):
+        """They were trained on pixels normalized by CIFAR's own statistics, not by ImageNet's."""
+        theirs = lively(ProjectionResNet(2, 4, classes))
+        torch.save(theirs.state_dict(), tmp_path / "any.pt")
+        ours = rp.load_network(tmp_path / "any.pt").eval()
+        assert ours.spec.name == "cifar/resnet-14"
+        assert ours.spec.get("shortcut") == "B"
+        images = torch.rand(2, 3, 32, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-4)
+        known = ours.normalization and ours.normalization.std.view(-1).tolist()
+        assert known == (std and pytest.approx(std))
 
     @pytest.mark.parametrize(
         ("make", "name", "options"),
