@@ -35,9 +35,14 @@ def resolve_device(name: str | torch.device = "auto") -> torch.device:
         usable = ["auto", *(candidate for candidate, available in there.items() if available)]
         raise UsageError(f"device (={name!r}) is not available on this machine; accepted here: {', '.join(usable)}")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:  # "cpu:first"
         raise not_accepted("device", name, DEVICES) from None
+    if kind == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device (={name!r}) is not there; this machine has {torch.cuda.device_count()}, from cuda:0 on"
+        )
+    return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

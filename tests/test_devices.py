@@ -35,8 +35,11 @@ def test_auto_takes_the_fastest_there_is(monkeypatch, available, chosen):
 
 def test_a_named_device_is_taken(monkeypatch):
     there(monkeypatch, cuda=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert resolve_device("cpu") == CPU
     assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match=r"^device \(='cuda:2'\) is not there; this machine has 2, from cuda:0 on$"):
+        resolve_device("cuda:2")
     assert resolve_device(torch.device("meta")) == torch.device("meta")
 
 
