@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.claims import FITTED
 
 if TYPE_CHECKING:
     import pandas
@@ -78,7 +79,8 @@ PLAIN_DEGRADE = rp.Claim(
     statement="On ImageNet the deeper plain network is worse, the deeper residual network better",
     section="§4.1; Table 2, Fig. 4",
     paper="10-crop top-1 error at 18 → 34 layers: plain 27.94 → 28.54 %, residual 27.88 → 25.03 %; training errors likewise",
-    falsifier="plain-34 not above plain-18, or ResNet-34 not below ResNet-18, in training or in validation error",
+    falsifier="plain-34 not above plain-18, or ResNet-34 not below ResNet-18, in training or in validation error, unless both "
+    "ResNets fit every training image",
 )
 DEEPER_IS_BETTER = rp.Claim(
     id="C15",
@@ -86,7 +88,8 @@ DEEPER_IS_BETTER = rp.Claim(
     section="§4.1; Tables 3, 4",
     paper="10-crop top-1 error at 34 → 50 → 101 → 152 layers: 24.52 (B) → 22.85 → 21.75 → 21.43 %; at five scales 21.84 → "
     "20.74 → 19.87 → 19.38 %",
-    falsifier="a deeper network's validation error not below that of the next shallower one",
+    falsifier="a deeper network's validation error not below that of the next shallower one, unless both fit every training "
+    "image",
 )
 
 
@@ -172,6 +175,11 @@ def _recipe(options: Options):
         if recipe.augmentation == "scale-crop":
             low, high = (round(side * options.crop / CROP) for side in recipe.scale)
             recipe = replace(recipe, crop=options.crop, scale=(low, high))
+        elif "multi-scale" in options.protocols:
+            raise rp.UsageError(
+                f"protocols (={' '.join(options.protocols)}): small images of one size, as those of {options.data}, have no "
+                "other scales; accepted: single-view, ten-crop"
+            )
         return replace(recipe, batch_size=options.batch)
 
     return change
@@ -218,13 +226,17 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
         return rp.Verdict(PLAIN_DEGRADE, "not tested", "no plain and residual networks of two depths", reason)
     protocol, measured, parts, evidence = _protocol(results), [], [], []
     for kind, higher, lower in (("plain", deep, shallow), ("residual", shallow, deep)):
-        for part in ("training", "validation"):
-            errors = {depth: _errors(results, kind, depth, part == "training") for depth in (shallow, deep)}
+        training = {depth: _errors(results, kind, depth, training=True) for depth in (shallow, deep)}
+        validation = {depth: _errors(results, kind, depth) for depth in (shallow, deep)}
+        for part, errors in (("training", training), ("validation", validation)):
             comparison = rp.compare(errors[higher], errors[lower])
-            parts.append(comparison.verdict)
+            gains = comparison.gain(training[shallow] + training[deep])
+            parts.append(comparison.verdict if kind == "plain" else gains)
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
             name = "plain" if kind == "plain" else "ResNet"
             evidence.append(f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}")
+    if "not tested" in parts:
+        evidence.append(FITTED)
     return rp.Verdict(
         PLAIN_DEGRADE,
         rp.all_of(parts),
@@ -240,11 +252,17 @@ def _judge_gain(results: rp.Results) -> rp.Verdict:
     if len(depths) < 2:
         return rp.Verdict(DEEPER_IS_BETTER, "not tested", "one depth of 34 layers or more", "two depths are needed")
     errors = {depth: _errors(results, "residual", depth, option_b=True) for depth in depths}
+    training = {
+        depth: [] if results.options.weights else _errors(results, "residual", depth, training=True, option_b=True)
+        for depth in depths
+    }
     parts, evidence = [], []
     for shallow, deep in itertools.pairwise(depths):
         comparison = rp.compare(errors[shallow], errors[deep], margin=SMALLEST_STEP)
-        parts.append(comparison.verdict)
+        parts.append(comparison.gain(training[shallow] + training[deep]))
         evidence.append(f"ResNet-{shallow} above ResNet-{deep}: {comparison}")
+    if "not tested" in parts:
+        evidence.append(FITTED)
     if missing := [str(depth) for depth in (34, *DEPTHS[3]) if depth not in depths]:
         parts.append("inconclusive")
         evidence.append(f"not there: {', '.join(missing)} layers")

@@ -83,16 +83,19 @@ def plan(options: Options) -> list[rp.Planned]:
     if options.width < 0:
         raise rp.UsageError(f"width (={options.width}) must be a whole number ≥ 1, or 0 for the network's own")
     rp.check_whole("crop", options.crop, 32)
-    name, chosen = _network(options, rp.load_data(options.data))
-    return [] if options.weights else [rp.Planned({"name": name}, name, chosen, recipe=_recipe(options))]
+    data = rp.load_data(options.data)
+    name, chosen = _network(options, data)
+    return [] if options.weights else [rp.Planned({"name": name}, name, chosen, recipe=_recipe(options, data))]
 
 
-def _recipe(options: Options) -> Callable[[rp.Recipe], rp.Recipe]:
-    """The usual recipe, with the crop of `options` for image files and their scales in proportion."""
+def _recipe(options: Options, data: rp.Data) -> Callable[[rp.Recipe], rp.Recipe]:
+    """The usual recipe, trained on views as 10-crop shows them, as the paper's networks were: mirror images, and crops of
+    images in memory padded as for the test. For image files the crop is that of `options`, and their scales in proportion."""
+    from resprobe.evaluation import ten_crop_padding
 
     def change(recipe: rp.Recipe) -> rp.Recipe:
-        if recipe.augmentation != "scale-crop":
-            return recipe
+        if not isinstance(data.test, rp.FolderSet):
+            return replace(recipe, augmentation="pad-crop", pad=ten_crop_padding(data.test.images.shape[-1]))
         low, high = (round(side * options.crop / CROP) for side in recipe.scale)
         return replace(recipe, crop=options.crop, scale=(low, high))
 
@@ -177,8 +180,6 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     if "multi-scale" not in tested:
         evidence.append("multi-scale was not tested: it needs image files (--data folder:PATH)")
     evidence.append(_what_corners_show(results.options.data))
-    if any(run.config.recipe.augmentation == "none" for run in results.runs):
-        evidence.append("the networks were trained without crops and mirror images, which 10-crop shows them")
     errors = {protocol: _errors(measured, protocol)["error"].tolist() for protocol in tested}
     figures = ", ".join(f"{protocol} {rp.mean_std(values)} %" for protocol, values in errors.items())
     return [rp.Verdict(MORE_VIEWS_HELP, rp.all_of(words), f"test error: {figures}", "; ".join(evidence))]

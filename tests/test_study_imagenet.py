@@ -82,6 +82,18 @@ def test_training_errors_alone_can_refute_the_first_claim():
     assert judge(made)[0].verdict == "fails"
 
 
+def test_networks_that_fit_every_training_image_refute_no_gain():
+    """As on the embedded digits."""
+    made = results(
+        TABLES_2_AND_3 | {("residual", "A", 34): [28.0, 28.1, 28.0], ("residual", "B", 101): [24.0, 24.1, 24.0]}
+    )
+    made.table.loc[made.table["kind"] == "residual", "train_error"] = 0.0
+    assert [verdict.verdict for verdict in judge(made)] == ["inconclusive", "inconclusive"]
+    assert all("fit every training image" in verdict.evidence for verdict in judge(made))
+    made.table.loc[made.table["kind"] == "residual", "train_error"] = 0.1
+    assert [verdict.verdict for verdict in judge(made)] == ["fails", "fails"]
+
+
 @pytest.mark.parametrize("depth", [50, 101, 152])
 def test_a_deeper_network_that_is_not_better_refutes_the_second_claim(depth):
     assert verdicts(TABLES_2_AND_3 | {("residual", "B", depth): [26.0, 26.1, 26.0]})["C15"] == "fails"
@@ -172,6 +184,7 @@ def test_smaller_crops_and_batches_change_the_recipe():
     changed = one.recipe(rp.recipes.imagenet_paper())
     assert (changed.crop, changed.scale, changed.batch_size) == (112, (128, 240), 32)
     assert (changed.plateau, changed.colour) == (5, "pca")
+    (one, *_) = plan(Options(crop=112, batch=32, protocols=("single-view",)))
     on_digits = one.recipe(rp.recipes.digits_quick())
     assert on_digits == replace(rp.recipes.digits_quick(), batch_size=32)
 
@@ -242,6 +255,20 @@ def real(tmp_path, shared_data) -> Path:
             for image in sorted(source.iterdir())[:count]:
                 (folder / part / source.name / image.name).symlink_to(image)
     return folder
+
+
+def test_small_images_have_no_other_scales(generated, tmp_path, monkeypatch, capsys):
+    """They are kept in memory, and the study would find that out after the training."""
+    for file in generated.rglob("*.png"):
+        with Image.open(file) as image:
+            small = image.resize((16, 16))
+        small.save(file)
+    monkeypatch.chdir(tmp_path)
+    assert study.main([*SMALL, "--data", "folder:generated"]) == 2
+    assert capsys.readouterr().err == (
+        "error: protocols (=single-view ten-crop multi-scale): small images of one size, as those of folder:generated, have "
+        "no other scales; accepted: single-view, ten-crop\n"
+    )
 
 
 SMALL = ["--preset", "paper", "--depths", "18", "--deep", "50", "--shortcuts", "A", "--width", "4", "--batch", "8"]

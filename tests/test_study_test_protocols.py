@@ -89,13 +89,20 @@ def test_the_plan_follows_the_data_and_the_options(monkeypatch):
     assert one.network == "imagenet/resnet-50"
 
 
-def test_crops_of_another_size_take_the_scales_along():
-    (one,) = plan(Options(data="digits", crop=112))
+def test_crops_of_another_size_take_the_scales_along(monkeypatch):
+    monkeypatch.setattr(rp, "load_data", lambda name: files())
+    (one,) = plan(Options(data="folder:photographs", crop=112))
     changed = one.recipe(rp.recipes.imagenet_paper())
     assert (changed.crop, changed.scale) == (112, (128, 240))
-    assert one.recipe(rp.recipes.digits_quick()) == rp.recipes.digits_quick()  # images in memory are as they are
-    (usual,) = plan(Options(data="digits"))
+    (usual,) = plan(Options(data="folder:photographs"))
     assert usual.recipe(rp.recipes.imagenet_paper()) == rp.recipes.imagenet_paper()
+
+
+@pytest.mark.parametrize(("data", "pad"), [("digits", 1), ("digits-64", 4)])
+def test_networks_are_trained_on_the_views_that_ten_crop_shows(data, pad):
+    (one,) = plan(Options(data=data))
+    recipe = one.recipe(rp.recipes.digits_quick())
+    assert (recipe.augmentation, recipe.pad, recipe.flip) == ("pad-crop", pad, 0.5)
 
 
 def files() -> rp.Data:
