@@ -17,7 +17,7 @@ The quick setting exchanges plain-20 for ResNet-20, which differ in their shortc
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0; n = 3; records in docs/measurements/), on the drawn shapes:
 - mAP 49.86 ± 9.35 % on plain-20, 62.49 ± 1.77 % on ResNet-20 (p = 0.07): C18 inconclusive, as an analogue;
-- mAP@[.5, .95] 37.45 → 44.32 (box refinement) → 38.36 (context) → 42.63 % (multi-scale testing): C20 fails, at context;
+- mAP@.5 60.67 → 62.70 (box refinement) → 55.40 (context) → 61.25 % (multi-scale testing): C20 fails, at context;
 - fixed batch normalization keeps 43 % less for the backward pass (C24 holds), and detects worse: mAP 62.49 against
   73.65 ± 1.94 % (C24b fails);
 - PASCAL VOC, COCO and the paper preset: not tested.
