@@ -21,7 +21,12 @@ from .data import (
     register_dataset as register_dataset,
 )
 from .devices import cpu_threads as cpu_threads
-from .errors import TrainingDiverged as TrainingDiverged, UsageError as UsageError, check_whole as check_whole
+from .errors import (
+    StorageError as StorageError,
+    TrainingDiverged as TrainingDiverged,
+    UsageError as UsageError,
+    check_whole as check_whole,
+)
 from .evaluation import (
     Evaluation as Evaluation,
     evaluate as evaluate,

@@ -14,13 +14,9 @@ from typing import Any
 
 import torch
 
-from resprobe.errors import UsageError
+from resprobe.errors import StorageError, UsageError
 
 _MAGIC = b"resprobe checkpoint 1 sha256 "
-
-
-class StorageError(UsageError):
-    """The place for results cannot be written to: it is full, read-only, or not a folder."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -52,7 +48,7 @@ def remove_scratch(folder: Path) -> None:
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Raises `StorageError` naming `option` if nothing can be written to `folder`, which is made if it is not there.
+    """Raises `UsageError` naming `option` if nothing can be written to `folder`, which is made if it is not there.
 
     Asked before anything is trained: an hour's work must not end at a folder that takes nothing.
     """
@@ -62,7 +58,7 @@ def check_writable(folder: Path, option: str) -> None:
     except StorageError as error:
         cause = error.__cause__
         why = "it is a file, not a folder" if folder.is_file() else getattr(cause, "strerror", cause)
-        raise StorageError(f"{option} (={str(folder)!r}) cannot be written to: {why}") from cause
+        raise UsageError(f"{option} (={str(folder)!r}) cannot be written to: {why}") from cause
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

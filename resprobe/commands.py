@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from resprobe.errors import ProcessFailed, SweepFailed, TrainingDiverged, UsageError, not_accepted
+from resprobe.errors import ProcessFailed, StorageError, SweepFailed, TrainingDiverged, UsageError, not_accepted
 
-EXPECTED = (UsageError, SweepFailed, ProcessFailed, TrainingDiverged)
+EXPECTED = (UsageError, SweepFailed, ProcessFailed, StorageError, TrainingDiverged)
 """Errors whose text says all that a user needs. Any other is a bug, and a bug's traceback is wanted."""
 
 

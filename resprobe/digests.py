@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 _seen_sources: dict[tuple[str, str], tuple[Any, str]] = {}
 """Module and file → how the module was loaded, and its digest: the file may be edited later, and the process not know."""
 
+_texts: dict[str, dict[str, bytes]] = {}
+"""Digest → the files that it is of, by their names from the first one's folder."""
+
+
+def sources_of(digest: str) -> dict[str, bytes]:
+    """The files of a `source_digest` of this process, by their names; empty for what was typed in and is in no file."""
+    return dict(_texts.get(digest, {}))
+
 
 def source_digest(thing: Any) -> str | None:
     """SHA-256 of the source file that a class or function comes from, and of those beside it that it imports, as they were
@@ -42,20 +50,22 @@ def source_digest(thing: Any) -> str | None:
 
 
 def _files_digest(module: str, file: Path) -> str:
-    own = hashlib.sha256(file.read_bytes()).hexdigest()
-    helpers = sorted(_helpers(module, file, file.parent, {file}))
-    return hashlib.sha256("".join((own, *helpers)).encode()).hexdigest() if helpers else own
+    texts = {file: file.read_bytes()}
+    _add_helpers(module, file, file.parent, texts)
+    own, *helpers = (hashlib.sha256(text).hexdigest() for text in texts.values())
+    digest = hashlib.sha256("".join((own, *sorted(helpers))).encode()).hexdigest() if helpers else own
+    _texts[digest] = {path.relative_to(file.parent).as_posix(): text for path, text in texts.items()}
+    return digest
 
 
-def _helpers(module: str, file: Path, folder: Path, seen: set[Path]) -> Iterator[str]:
-    """Digests of files in `folder` and below that the source `file` of a module imports, and that those import."""
+def _add_helpers(module: str, file: Path, folder: Path, texts: dict[Path, bytes]) -> None:
+    """Adds the files in `folder` and below that the source `file` of a module imports, and that those import."""
     for name in _imports(module, file):
         path = _file_of(name, folder)
-        if path is None or path in seen or "site-packages" in path.parts:
+        if path is None or path in texts or "site-packages" in path.parts:
             continue
-        seen.add(path)
-        yield hashlib.sha256(path.read_bytes()).hexdigest()
-        yield from _helpers(name, path, folder, seen)
+        texts[path] = path.read_bytes()
+        _add_helpers(name, path, folder, texts)
 
 
 def _imports(module: str, file: Path) -> Iterator[str]:

@@ -17,6 +17,14 @@ class UsageError(ValueError):
     """Something the user asked for cannot be done as asked. Studies print it as one line and exit with code 2."""
 
 
+class DamagedFile(UsageError):
+    """A file of the data cannot be read."""
+
+
+class StorageError(RuntimeError):
+    """What was to be kept could not be written: the disk is full, read-only, or gone."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss stopped being finite. Names the iteration, the learning rate and the first layer concerned."""
 

@@ -24,7 +24,6 @@ from torch import nn
 
 from resprobe.blocks import BLOCKS
 from resprobe.checkpoints import (
-    StorageError,
     check_writable,
     load_checkpoint,
     remove_checkpoints,
@@ -34,10 +33,10 @@ from resprobe.checkpoints import (
 )
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, load_data
 from resprobe.devices import resolve_device, resolve_precision
-from resprobe.digests import network_digest
+from resprobe.digests import network_digest, sources_of
 from resprobe.distributed import team
 from resprobe.environment import environment
-from resprobe.errors import TrainingDiverged, UsageError, check_whole, short
+from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, short
 from resprobe.initialization import INITIALIZATIONS
 from resprobe.networks import NETWORKS, NetworkSpec, Option, build, check_fit, resolve
 from resprobe.normalization import NORMALIZATIONS
@@ -316,7 +315,8 @@ def train(
     same numbers with less memory. `step`: how steps are executed, "eager", "graph", "compile" or "compile-blocks" (see
     `resprobe.steps`). `progress`: a bar, or a function that is told at every log point.
 
-    Raises `UsageError` for what cannot be done as asked and `TrainingDiverged` when the loss stops being finite.
+    Raises `UsageError` for what cannot be done as asked, `TrainingDiverged` when the loss stops being finite, and
+    `StorageError` when the disk is full; what is done so far is kept.
     """
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
@@ -369,12 +369,12 @@ def train(
 @contextlib.contextmanager
 def _failures_kept(path: Path) -> Iterator[None]:
     """Writes down where in the code what fails inside has failed, unless its text says all that there is to say."""
-    file = path / TRACEBACK
-    if team().first:
-        file.unlink(missing_ok=True)
+    together = team()  # what ends one of several processes ends the others in its wake, each with another error
+    file = path / (TRACEBACK if together.size == 1 else f"traceback-{together.rank}.txt")
+    file.unlink(missing_ok=True)
     try:
         yield
-    except (UsageError, TrainingDiverged):
+    except (UsageError, StorageError, TrainingDiverged):
         raise
     except Exception:
         with contextlib.suppress(StorageError):  # which must not take the place of what went wrong
@@ -416,6 +416,9 @@ def _train_in_store(
             path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
         )
         write_environment()
+        for digest in config.identity()["sources"].values():  # a stranger's file may be edited, or lost, tomorrow
+            for name, text in sources_of(digest).items():
+                write_atomically(path / "sources" / digest[:8] / name, text)
     saved_at = time.monotonic()
 
     with _watching(progress if together.first else False, config) as watch:

@@ -24,12 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from resprobe.checkpoints import StorageError
 from resprobe.data import load_data
 from resprobe.devices import cores, cpu_threads, prepare_cpu, usable
 from resprobe.distributed import team
 from resprobe.environment import device_name
-from resprobe.errors import ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
+from resprobe.errors import DamagedFile, ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
 from resprobe.runs import TRACEBACK, Run, RunConfig, RunStore, errors_in_words, train
@@ -308,24 +307,21 @@ def _train_here(
                 metrics = train_job(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
                 board.finished(job, metrics)
             except Exception as error:
-                if team().size > 1 and not isinstance(error, TrainingDiverged) and not hasattr(error, "known_to_all"):
-                    # The others wait for this process in the middle of a step. When it ends, torchrun ends them.
+                # A mistake of use all processes find, but for a file that one of them reads.
+                alike = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
+                if team().size > 1 and not alike and not hasattr(error, "known_to_all"):
+                    # The others may wait for this process in the middle of a step. When it ends, torchrun ends them.
                     name, rank = board.names[job.config.key], team().rank
                     raise ProcessFailed(
                         f"{name}, in process {rank}: {one_line(error)}; finished runs and the last checkpoint are kept in "
                         f"{store.root}; the same command goes on from there"
                     ) from error
-                if _ends_the_sweep(error):
+                if isinstance(error, UsageError):
                     raise
                 board.failed(job, one_line(error))
                 if not usable(device):
                     return jobs[done + 1 :]
     return []
-
-
-def _ends_the_sweep(error: Exception) -> bool:
-    """Whether it is a mistake of use, which the other runs would make too. A disk that is full may have room for them."""
-    return isinstance(error, UsageError) and not isinstance(error, StorageError)
 
 
 # -- several processes ---------------------------------------------------------------------------------------------
@@ -381,9 +377,9 @@ def _start(
             raise _edited(job)
         try:
             return train_job(job, store, device, tell)
+        except UsageError:
+            raise
         except Exception as error:
-            if _ends_the_sweep(error):
-                raise
             if not usable(device):
                 raise Lost(one_line(error)) from error
             raise

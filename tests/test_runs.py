@@ -28,8 +28,7 @@ import resprobe as rp
 from resprobe import checkpoints
 from resprobe import runs as runs_module
 from resprobe.blocks import BLOCKS, BasicBlock
-from resprobe.checkpoints import StorageError
-from resprobe.errors import TrainingDiverged, UsageError
+from resprobe.errors import StorageError, TrainingDiverged, UsageError
 from resprobe.evaluation import evaluate
 from resprobe.runs import RunConfig, RunStore, configure, default_recipe
 from resprobe.training import Training
@@ -127,6 +126,24 @@ def test_what_is_in_a_runs_folder(tmp_path):
     assert told["network"]["options"] == [list(pair) for pair in run.config.network.options]
     assert json.loads((run.path / "environment.json").read_text())["torch"] in torch.__version__
     assert os.listdir(tmp_path) == [run.path.name]
+
+
+def test_a_strangers_source_is_kept_with_the_run(tmp_path, monkeypatch, clean_registries):
+    """As it was when it was loaded, with what it imports from beside it: it may be edited, or lost."""
+    (tmp_path / "mine").mkdir()
+    helper, file, block = "FACTOR = 2\n", tmp_path / "mine" / "strange.py", f"import beside_strange\n{BLOCK}"
+    (tmp_path / "mine" / "beside_strange.py").write_text(helper)
+    file.write_text(block)
+    monkeypatch.syspath_prepend(tmp_path / "mine")
+    monkeypatch.setitem(sys.modules, "beside_strange", None)  # so that it is forgotten after the test
+    del sys.modules["beside_strange"]
+    rp.load_plugin(str(file))
+    file.write_text("edited since")
+    run = train(tmp_path / "runs", spec(block="strange"))
+    assert {path.name: path.read_text() for path in run.path.glob("sources/*/*")} == {
+        "strange.py": block,
+        "beside_strange.py": helper,
+    }
 
 
 def test_the_environment_says_how_steps_ran_not_how_they_were_to(tmp_path, monkeypatch):
@@ -733,7 +750,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, whole,
 def test_a_folder_that_cannot_be_is_said_before_training(tmp_path, no_training, below):
     (tmp_path / "file").write_text("mine")
     no_training()
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(rp.UsageError) as caught:
         train(tmp_path / below)
     why = "it is a file, not a folder" if below == "file" else ""
     assert str(caught.value).startswith(f"runs (={str(tmp_path / below)!r}) cannot be written to: {why}")
@@ -751,7 +768,7 @@ def test_a_read_only_folder_is_said_before_training(tmp_path, no_training, monke
 
     no_training()
     monkeypatch.setattr(Path, "open", read_only)
-    with pytest.raises(StorageError) as caught:
+    with pytest.raises(rp.UsageError) as caught:
         train(tmp_path)
     assert str(caught.value) == f"runs (={str(tmp_path)!r}) cannot be written to: Read-only file system"
     monkeypatch.undo()
