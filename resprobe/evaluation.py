@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
-from resprobe.data.folder import resized
 from resprobe.devices import autocast, resolve_device, resolve_precision
 from resprobe.errors import UsageError, check_whole, not_accepted
-from resprobe.networks import NetworkSpec, check_fit, check_logits
+from resprobe.networks import Network, NetworkSpec, check_fit, check_logits
 
 PROTOCOLS = ("single-view", "ten-crop", "multi-scale")
 SCALES = (224, 256, 384, 480, 640)
@@ -65,7 +65,8 @@ def evaluate(
     `batch_size`: images at a time; None is 250, of small images on CUDA 2,000.
 
     Inputs are normalized by `normalization`, else as the network was trained (`network.normalization`), else by the
-    per-pixel mean of the training part of `data`. Raises `UsageError` for a network that does not fit the data.
+    per-pixel mean of the training part of `data`, with a warning if the network is not one that `rp.build` made.
+    Raises `UsageError` for a network that does not fit the data.
     """
     with _scoring(network, data, protocol, normalization, batch_size, device, precision) as scored:
         return tally(scored)
@@ -134,6 +135,11 @@ def _scoring(
         if not isinstance(chosen, Normalization):
             if fitted is None:
                 raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
+            if not isinstance(member, Network):  # it may well have been trained by another one
+                warnings.warn(
+                    f"{type(member).__name__} does not say how its inputs are normalized; the data's mean image is subtracted. "
+                    "evaluate takes normalization=…"
+                )
             chosen = Normalization.fit(fitted.sample(2000), "per-pixel-mean")
         members.append((member, chosen.to(device)))
     views = {"single-view": _single_view, "ten-crop": _ten_crop, "multi-scale": _multi_scale}[protocol](
@@ -239,10 +245,10 @@ def _ten_crop(images: ImageSet | FolderSet, batch_size: int) -> Views:
     if isinstance(images, ImageSet):
         yield from _single_view(images, batch_size)
         return
-    files = _files_at(images, images.size * 256 // 224)
+    files = images.whole([images.size * 256 // 224])
     while group := list(itertools.islice(files, max(1, batch_size // 10))):
-        crops = (ten_crops(image, images.size) for image, _ in group)
-        yield [torch.cat(views) for views in zip(*crops, strict=True)], torch.cat([label for _, label in group])
+        crops = (ten_crops(image[None], images.size) for (image,), _ in group)
+        yield [torch.cat(views) for views in zip(*crops, strict=True)], torch.tensor([label for _, label in group])
 
 
 def _padded_crops(images: Tensor) -> list[Tensor]:
@@ -275,15 +281,9 @@ def ten_crops(images: Tensor, size: int) -> list[Tensor]:
 def _multi_scale(images: ImageSet | FolderSet, batch_size: int) -> Views:
     if isinstance(images, ImageSet):
         raise UsageError("protocol (='multi-scale') needs image files (folder:PATH); small images have one scale")
-    streams = [_files_at(images, scale * images.size // 224) for scale in SCALES]
+    files = images.whole([scale * images.size // 224 for scale in SCALES])
     # Files of one shape that follow each other go through the network together; the largest scale has 8 times the pixels.
-    for _, alike in itertools.groupby(zip(*streams, strict=True), lambda scales: [each[0].shape for each in scales]):
+    for _, alike in itertools.groupby(files, lambda file: [view.shape for view in file[0]]):
         while group := list(itertools.islice(alike, max(1, batch_size // 25))):
-            views = [torch.cat([view for view, _ in at_scale]) for at_scale in zip(*group, strict=True)]
-            yield views, torch.cat([scales[0][1] for scales in group])
-
-
-def _files_at(images: FolderSet, shorter: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every file at one scale, one image a batch since shapes differ."""
-    for path, label in zip(images.files, images.labels, strict=True):
-        yield resized(path, shorter)[None], label[None]
+            at_scales = zip(*(views for views, _ in group), strict=True)
+            yield [torch.stack(views) for views in at_scales], torch.tensor([label for _, label in group])

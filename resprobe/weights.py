@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,10 +21,10 @@ from resprobe.shortcuts import ZeroPadding
 _RUN_FILE = "network.safetensors"
 # With what the published ImageNet models, and the common CIFAR weights, were trained.
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Those of chenyaofo/pytorch-cifar-models, by the number of classes: CIFAR-10's and CIFAR-100's.
+# Those of chenyaofo/pytorch-cifar-models (2021; by the logs of their training), by the number of classes of CIFAR-10 and -100.
 _CIFAR_STATISTICS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    100: ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
+    100: ((0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
 }
 
 
@@ -72,7 +73,13 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
             raise UsageError(
                 f"the layout of the weights is not known (first keys: {some}); accepted: resprobe, torchvision, CIFAR"
             )
-        normalization = None if statistics is None else Normalization.channels(*statistics)
+        if statistics is None:
+            warnings.warn(
+                f"how the inputs of weights of {len(given['fc.weight'])} classes were normalized is not known; set the network's "
+                "normalization"
+            )
+        else:
+            normalization = Normalization.channels(*statistics)
     # Counters of batches seen are bookkeeping of the framework; old files lack them.
     given = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | given
     _check(network, own, given)

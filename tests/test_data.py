@@ -632,6 +632,18 @@ class TestFolder:
         identities.append(identity_of(small))
         assert len(set(identities)) == 4
 
+    def test_identity_of_classes_that_lie_elsewhere(self, small, large, tmp_path):
+        """A part of a larger set is often a folder of links."""
+        identities = []
+        for number, source in enumerate((small, large)):
+            for part in ("train", "val"):
+                (tmp_path / f"linked-{number}" / part).mkdir(parents=True)
+                for each in (source / part).iterdir():
+                    (tmp_path / f"linked-{number}" / part / each.name).symlink_to(each)
+            identities.append(identity_of(tmp_path / f"linked-{number}"))
+        assert identities == [identity_of(small), identity_of(large)]
+        assert identities[0] != identities[1]
+
 
 class TestScaleCrop:
     """§3.4: the stream of a folder is a function of (seed, position)."""

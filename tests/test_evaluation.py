@@ -169,7 +169,7 @@ def test_what_is_no_logit_a_class_is_said(answer, text):
     network = Answers(answer)
     recipe = rp.recipes.digits_quick(iterations=2)
     for count, ask in (
-        (250, lambda: rp.evaluate(network, "digits", device="cpu")),
+        (250, lambda: rp.evaluate(network, "digits", normalization=PLAIN, device="cpu")),
         (250, lambda: rp.evaluate(network, rp.load_data("digits").test, normalization=PLAIN, device="cpu")),
         (recipe.batch_size, lambda: rp.train(network, "digits", recipe, device="cpu", progress=False)),
     ):
@@ -182,7 +182,20 @@ def test_what_is_no_logit_a_class_is_said(answer, text):
 
 def test_more_logits_than_classes_are_none_of_our_business():
     """A network of 1,000 outputs may be asked about ten of them."""
-    assert rp.evaluate(Answers(lambda count: torch.eye(1000)[:count]), "digits", device="cpu").images == 360
+    network = Answers(lambda count: torch.eye(1000)[:count])
+    assert rp.evaluate(network, "digits", normalization=PLAIN, device="cpu").images == 360
+
+
+def test_a_strangers_network_that_says_nothing_of_its_inputs_is_told_of():
+    """Published weights were trained on pixels of some mean and std; by another the error would be wrong, and plausible."""
+    network = Answers(lambda count: torch.eye(10).repeat(count, 1)[:count])
+    with pytest.warns(
+        UserWarning, match=r"^Answers does not say how its inputs are normalized; the data's mean image is subt"
+    ):
+        rp.evaluate(network, "digits", device="cpu")
+    network.normalization = PLAIN
+    rp.evaluate(network, "digits", device="cpu")
+    rp.evaluate(rp.build("cifar/plain-8", in_channels=1, width=4), "digits", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -377,6 +390,22 @@ def test_ten_crop_of_files_crops_at_256_of_224(tmp_path):
         assert torch.equal(seen, wanted)
 
 
+@pytest.mark.parametrize("protocol", ["ten-crop", "multi-scale"])
+def test_files_that_other_processes_read_are_the_same(tmp_path, monkeypatch, protocol):
+    random, paths = np.random.default_rng(0), []
+    for index, shape in enumerate([(40, 50, 3), (60, 40, 3), (45, 45, 3), (45, 45, 3)]):
+        paths.append(tmp_path / f"{index}.png")
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(paths[-1])
+    files, seen = FolderSet(tuple(paths), torch.tensor([0, 1, 0, 1]), size=28), []
+    for processes in (0, 2):
+        monkeypatch.setattr("resprobe.data.folder.loader_processes", lambda items, processes=processes: processes)
+        net = Recording()
+        result = on(net, files, protocol, normalization=COLOUR)
+        seen.append((result, net.seen))
+    assert seen[0][0] == seen[1][0]
+    assert all(map(torch.equal, seen[0][1], seen[1][1]))
+
+
 def test_ten_crop_of_many_files_comes_in_batches(tmp_path):
     random, paths = np.random.default_rng(0), []
     for index, shape in enumerate([(40, 50, 3), (60, 40, 3), (45, 45, 3)]):
@@ -521,7 +550,7 @@ def test_evaluate_restores_modes_after_an_exception(half_frozen):
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="^broken$"):
-        on([half_frozen, Breaks()], digits())
+        on([half_frozen, Breaks()], digits(), normalization=PLAIN)
     assert modes(half_frozen) == before
     assert torch.is_grad_enabled() is grad
     assert hook_count(half_frozen) == 0

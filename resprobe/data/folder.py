@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from resprobe.data.images import Data, ImageSet, Normalization, generator
 from resprobe.devices import cores
-from resprobe.errors import UsageError, last_words
+from resprobe.errors import DamagedFile, UsageError, last_words
 from resprobe.recipes import Recipe
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -73,6 +74,13 @@ class FolderSet:
         )
         yield from _read_by(loader)
 
+    def whole(self, sides: Sequence[int]) -> Iterator[tuple[list[Tensor], int]]:
+        """The files in order, each whole at several scales, the shorter side `sides` pixels: uint8 [3, H, W] each; the label."""
+        loader = DataLoader(
+            _Whole(self, sides), None, num_workers=loader_processes(len(self)), generator=torch.Generator()
+        )
+        yield from _read_by(loader)
+
     def training_batches(
         self,
         recipe: Recipe,
@@ -122,10 +130,7 @@ def open_folder(path: str | None) -> Data:
     root = _given(path)
     if not root.is_dir():
         raise UsageError(f"data folder (={str(root)!r}) is not there; expected train/ and val/ with a folder a class")
-    train, test = (
-        root / "train",
-        next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val"),
-    )
+    train, test = _parts(root)
     for part in (train, test):
         if not part.is_dir():
             raise UsageError(f"data folder (={str(root)!r}) has no {part.name}/; expected train/ and val/ (or test/)")
@@ -151,9 +156,8 @@ def folder_identity(path: str | None) -> str:
     """A folder is what its files are: a digest of their relative paths and sizes. Where it stands does not matter."""
     root = _given(path)
     digest = hashlib.sha256()
-    parts = [root / name for name in ("train", "val", "test") if (root / name).is_dir()]
-    files = (entry for part in parts for entry in part.rglob("*") if entry.suffix.lower() in EXTENSIONS)
-    for file in sorted(files):
+    classes = [entry for part in _parts(root) if part.is_dir() for entry in part.iterdir() if entry.is_dir()]
+    for file in sorted(file for each in classes for file in _images_in(each)):
         digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\n".encode())
     return f"folder:{digest.hexdigest()[:16]}"
 
@@ -164,10 +168,19 @@ def _given(path: str | None) -> Path:
     return Path(path)
 
 
+def _parts(root: Path) -> tuple[Path, Path]:
+    """The folders to train on and to test on."""
+    return root / "train", next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val")
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS)
+
+
 def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (part / name).glob("*") if path.suffix.lower() in EXTENSIONS)
+        found = _images_in(part / name)
         files += found
         labels += [label] * len(found)
     if not files:
@@ -177,12 +190,12 @@ def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image file, not yet decoded. Raises `UsageError` for what is none, also while it is decoded."""
+    """The image file, not yet decoded. Raises `DamagedFile` for what is none, also while it is decoded."""
     try:
         with Image.open(path) as image:
             yield image
     except OSError as error:
-        raise UsageError(f"image {path} cannot be read: {error}") from error
+        raise DamagedFile(f"image {path} cannot be read: {error}") from error
 
 
 def _is_small(path: Path) -> bool:
@@ -206,9 +219,8 @@ def _crop(image: Image.Image, shorter: float, top: float, left: float, size: int
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
-def resized(path: Path, shorter: int) -> Tensor:
+def _resized(image: Image.Image, shorter: int) -> Tensor:
     """The whole image, its shorter side `shorter` pixels: uint8 [3, H, W]."""
-    image = _open(path)
     ratio = shorter / min(image.size)
     size = (max(shorter, round(image.width * ratio)), max(shorter, round(image.height * ratio)))
     return _pixels(image.resize(size, Image.Resampling.BILINEAR))
@@ -221,13 +233,13 @@ def _centre_view(path: Path, size: int) -> Tensor:
     return _pixels(_crop(image, shorter, top, left, size))
 
 
-def _read_by(loader: DataLoader) -> Iterator[list[Tensor]]:
-    """Its batches. A mistake that a loader's process meets comes with that process's traceback, which says nothing to a user."""
+def _read_by(loader: DataLoader) -> Iterator[Any]:
+    """Its batches. What a loader's process meets comes with that process's traceback, which says nothing to a user."""
     try:
         yield from loader
-    except UsageError as error:
-        said = last_words(str(error)).removeprefix(f"{UsageError.__module__}.{UsageError.__name__}: ")
-        raise UsageError(said) from None
+    except DamagedFile as error:
+        said = last_words(str(error)).removeprefix(f"{DamagedFile.__module__}.{DamagedFile.__name__}: ")
+        raise DamagedFile(said) from None
 
 
 def loader_processes(items: int) -> int:
@@ -244,6 +256,20 @@ class _Views(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return _centre_view(self.images.files[index], self.size), self.images.labels[index]
+
+
+class _Whole(Dataset):
+    """Whole images, decoded once for all scales."""
+
+    def __init__(self, images: FolderSet, sides: Sequence[int]):
+        self.images, self.sides = images, sides
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        image = _open(self.images.files[index])
+        return [_resized(image, side) for side in self.sides], int(self.images.labels[index])
 
 
 class _Crops(Dataset):
