@@ -23,7 +23,7 @@ _EXAMPLES = {"milestones": (32_000, 48_000), "scale": (256, 480)}
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ class Recipe:
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= high):
                 raise UsageError(f"{name} (={value!r}) must be ≥ 0" + (f" and ≤ {high}" if high < math.inf else ""))
-        if self.nesterov not in (True, False) or (self.nesterov and not self.momentum):
+        if not (_is_number(self.warm_up_until) and 0 < self.warm_up_until <= 100):
+            raise UsageError(f"warm_up_until (={self.warm_up_until!r}) must be > 0 and ≤ 100, in percent")
+        if not isinstance(self.nesterov, bool) or (self.nesterov and not self.momentum):
             raise UsageError(f"nesterov (={self.nesterov!r}) must be True or False, and False without momentum")
         for name, accepted in (
             ("momentum_form", ("torch", "caffe")),
@@ -200,6 +202,11 @@ def with_warm_up(recipe: Recipe) -> Recipe:
     return replace(recipe, name=name, warm_up_rate=recipe.learning_rate / 10, warm_up_until=80.0)
 
 
+def without_warm_up(recipe: Recipe) -> Recipe:
+    """A recipe that begins with its full rate."""
+    return replace(recipe, warm_up_rate=None, warm_up_iterations=None)
+
+
 def cifar_paper(iterations: int = 64_000, *, depth: int | None = None) -> Recipe:
     """The CIFAR-10 recipe of §4.2. `iterations` scales the whole schedule.
 
@@ -259,9 +266,10 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"recipe (={text!r}) must be NAME=VALUE, such as {name}={usual[name]}")
         try:
             changes[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):  # a word
+        except (ValueError, SyntaxError, TypeError):  # a word
             changes[name] = value
-        if isinstance(usual[name], float) and type(changes[name]) is int:  # else 1 and 1.0 would be two runs
+        real = isinstance(usual[name], float) or name == "warm_up_rate"
+        if real and type(changes[name]) is int:  # else 1 and 1.0 would be two runs
             changes[name] = float(changes[name])
         if isinstance(changes[name], list):
             changes[name] = tuple(changes[name])

@@ -388,7 +388,7 @@ def _gather_on(
         results = _tables(options, labelled, runs, device=str(here), precision=precision)
         if then is None:
             break
-        fresh = _jobs(then(results), options, data, precision) if data else []
+        fresh = _jobs(then(results), options, data, precision, later=True) if data else []
     if ahead is not None:
         ahead += [] if study.ahead is None else [study.ahead(results)]
         return None
@@ -432,17 +432,22 @@ def _too_few(study: Study, options: Options) -> Iterator[str]:
 
 def _replaced(options: Options) -> Iterator[str]:
     """Says that a report of something else stands where this one is going to."""
-    ours = json.loads(json.dumps(dataclasses.asdict(options)))
+    ours, usual = (json.loads(json.dumps(dataclasses.asdict(each))) for each in (options, type(options)()))
     try:
         made = json.loads((Path(options.out) / "verdict.json").read_text())["config"]
-        if any(made["options"].get(name) != ours[name] for name in ours if name not in _NOT_THE_SETTING):
+        # An option that was not there yet is as if it had not been given.
+        theirs = usual | made["options"]
+        if any(theirs[name] != ours[name] for name in ours if name not in _NOT_THE_SETTING):
             yield f"{options.out} holds the report of `{made['command']}`, which this one replaces; --out keeps both"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it cannot be read
         return
 
 
-def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: str) -> list[tuple[dict[str, Any], Job]]:
-    """One job for each planned network and seed, with the labels of its row."""
+def _jobs(
+    planned: Sequence[Planned], options: Options, data: Data, precision: str, *, later: bool = False
+) -> list[tuple[dict[str, Any], Job]]:
+    """One job for each planned network and seed, with the labels of its row. Raises `UsageError` for a field of the recipe
+    that is asked for and that the study sets itself, but not `later`, when something is trained already."""
     from torch import nn
 
     from resprobe.recipes import parse_changes
@@ -454,13 +459,17 @@ def _jobs(planned: Sequence[Planned], options: Options, data: Data, precision: s
         built = one.network if isinstance(one.network, nn.Module) else None
         for seed in options.seeds if one.seeds is None else one.seeds:
             config = configure(one.network, data, seed=seed, precision=precision, **one.options)
-            recipe = dataclasses.replace(default_recipe(data, options.iterations, config.network.depth), **changes)
-            recipe = recipe if one.recipe is None else one.recipe(recipe)
-            for name, value in changes.items():
-                if getattr(recipe, name) != value:
-                    raise UsageError(
-                        f"recipe (='{name}={value}') cannot be changed here: {name} is what the study compares or sets itself"
-                    )
+            usual = default_recipe(data, options.iterations, config.network.depth)
+            recipe = dataclasses.replace(usual, **changes)
+            if one.recipe is not None:
+                unchanged, recipe = one.recipe(usual), one.recipe(recipe)
+                for name, value in changes.items():
+                    # What the study makes of it may be another value (a schedule three times as long), but not the usual one.
+                    deaf = value != getattr(recipe, name) == getattr(unchanged, name) and value != getattr(usual, name)
+                    if deaf and not later:
+                        raise UsageError(
+                            f"recipe (='{name}={value}') cannot be changed here: {name} is what the study compares or sets itself"
+                        )
             config = dataclasses.replace(config, data=options.data, recipe=recipe)
             probes = tuple(dict.fromkeys((*one.probes, *options.probe)))
             job = Job(config, probes, built, options.recompute, options.step)

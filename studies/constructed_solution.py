@@ -165,7 +165,7 @@ def then(results: rp.Results) -> list[rp.Planned]:
 def _at_last_rate(recipe: rp.Recipe) -> rp.Recipe:
     rate = rp.learning_rate(recipe, recipe.iterations - 1, error=0.0)
     name = f"{recipe.name}, from the constructed solution at rate {rate:g}"
-    return replace(recipe, name=name, learning_rate=rate, milestones=(), warm_up_rate=None)
+    return replace(rp.recipes.without_warm_up(recipe), name=name, learning_rate=rate, milestones=())
 
 
 def _deepened(results: rp.Results) -> Iterator[tuple[dict, rp.Network, rp.Network]]:

@@ -85,8 +85,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
             results.values(column, kind=kind, depth=higher), results.values(column, kind=kind, depth=lower)
         )
 
-    def training_errors(depth: int) -> list[float]:
-        return results.values("train_error", kind="residual", depth=depth)
+    def unfitted(depth: int) -> list[float]:
+        return results.values("train_error_single_view", kind="residual", depth=depth)
 
     depths = ", ".join(map(str, every))
     deep_plain = _deep_plain(every)
@@ -98,7 +98,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         for depth in every[1:]
         if depth in (DRAWN, deep)
     }
-    gains = [fall.gain(training_errors(shallow) + training_errors(depth)) for depth, fall in falls.items()]
+    gains = [fall.gain(unfitted(shallow) + unfitted(depth)) for depth, fall in falls.items()]
     evidence = [f"test error, ResNet-{shallow} against ResNet-{depth}: {fall}" for depth, fall in falls.items()]
     if "not tested" in gains:
         evidence.append(FITTED)

@@ -176,7 +176,7 @@ def _read(name: str) -> DetectionData:
 
 def _pretraining(recipe: rp.Recipe) -> rp.Recipe:
     """Of the small crops half the mini-batch and rate, which do as well in half the time; of ImageNet the paper's."""
-    if recipe.augmentation == "scale-crop":
+    if recipe.name == rp.recipes.imagenet_paper().name:
         return recipe
     return replace(recipe, name=f"{recipe.name}, batch 64, rate 0.05", batch_size=64, learning_rate=0.05, pad=2)
 

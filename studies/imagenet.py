@@ -52,6 +52,9 @@ WIDTH, CROP, BATCH = 64, 224, 256
 SMALLEST_STEP = 0.2
 """Points of error: a margin that the paper's own smallest gain, 0.32 from 101 to 152 layers (Table 3), stands above."""
 
+UNFITTED = "train_error_single_view"
+"""What a finished network errs on of its training images."""
+
 PAPER_TEN_CROP = {
     "plain-18": "27.94 / –",
     "plain-34": "28.54 / 10.02",
@@ -172,7 +175,7 @@ def _recipe(options: Options):
     """The recipe of the data with this study's mini-batch and, of image files, its crop and scales in proportion."""
 
     def change(recipe: rp.Recipe) -> rp.Recipe:
-        if recipe.augmentation == "scale-crop":
+        if recipe.name == rp.recipes.imagenet_paper().name:  # of files
             low, high = (round(side * options.crop / CROP) for side in recipe.scale)
             recipe = replace(recipe, crop=options.crop, scale=(low, high))
         elif "multi-scale" in options.protocols:
@@ -226,12 +229,11 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
         return rp.Verdict(PLAIN_DEGRADE, "not tested", "no plain and residual networks of two depths", reason)
     protocol, measured, parts, evidence = _protocol(results), [], [], []
     for kind, higher, lower in (("plain", deep, shallow), ("residual", shallow, deep)):
-        training = {depth: _errors(results, kind, depth, training=True) for depth in (shallow, deep)}
-        validation = {depth: _errors(results, kind, depth) for depth in (shallow, deep)}
-        for part, errors in (("training", training), ("validation", validation)):
+        unfitted = [error for depth in (shallow, deep) for error in _errors(results, kind, depth, UNFITTED)]
+        for part, column in (("training", "train_error"), ("validation", None)):
+            errors = {depth: _errors(results, kind, depth, column) for depth in (shallow, deep)}
             comparison = rp.compare(errors[higher], errors[lower])
-            gains = comparison.gain(training[shallow] + training[deep])
-            parts.append(comparison.verdict if kind == "plain" else gains)
+            parts.append(comparison.verdict if kind == "plain" else comparison.gain(unfitted))
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
             name = "plain" if kind == "plain" else "ResNet"
             evidence.append(f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}")
@@ -252,14 +254,12 @@ def _judge_gain(results: rp.Results) -> rp.Verdict:
     if len(depths) < 2:
         return rp.Verdict(DEEPER_IS_BETTER, "not tested", "one depth of 34 layers or more", "two depths are needed")
     errors = {depth: _errors(results, "residual", depth, option_b=True) for depth in depths}
-    training = {
-        depth: [] if results.options.weights else _errors(results, "residual", depth, training=True, option_b=True)
-        for depth in depths
-    }
+    of_runs = [] if results.options.weights else depths
+    unfitted = {depth: _errors(results, "residual", depth, UNFITTED, option_b=True) for depth in of_runs}
     parts, evidence = [], []
     for shallow, deep in itertools.pairwise(depths):
         comparison = rp.compare(errors[shallow], errors[deep], margin=SMALLEST_STEP)
-        parts.append(comparison.gain(training[shallow] + training[deep]))
+        parts.append(comparison.gain(unfitted.get(shallow, []) + unfitted.get(deep, [])))
         evidence.append(f"ResNet-{shallow} above ResNet-{deep}: {comparison}")
     if "not tested" in parts:
         evidence.append(FITTED)
@@ -288,9 +288,9 @@ def _protocol(results: rp.Results) -> str:
 
 
 def _errors(
-    results: rp.Results, kind: str, depth: int, training: bool = False, *, option_b: bool = False
+    results: rp.Results, kind: str, depth: int, column: str | None = None, *, option_b: bool = False
 ) -> list[float]:
-    """Training errors, or validation errors under the protocol of the verdicts, one a seed.
+    """Errors, one a seed: a `column` of the trainings, or validation errors under the protocol of the verdicts.
 
     Of several shortcuts the study's first; with `option_b` option B, the deeper networks', where it is there.
     """
@@ -299,8 +299,8 @@ def _errors(
     chosen = rows["shortcut"].iloc[0]
     if option_b and "B" in set(rows["shortcut"]):
         chosen = "B"
-    if training:
-        return results.values("train_error", kind=kind, depth=depth, shortcut=chosen)
+    if column is not None:
+        return results.values(column, kind=kind, depth=depth, shortcut=chosen)
     return rows[rows["shortcut"] == chosen].sort_values("seed")["error"].tolist()
 
 

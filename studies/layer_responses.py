@@ -102,7 +102,7 @@ def _recipe_for(depth: int) -> Callable[[Recipe], Recipe]:
 
 def _total_rate(recipe: Recipe) -> float:
     """Sum of the learning rate over all iterations but for a warm-up: weight decay's whole effect is in proportion to it."""
-    recipe = replace(recipe, warm_up_rate=None)
+    recipe = rp.recipes.without_warm_up(recipe)
     return sum(rp.learning_rate(recipe, iteration) for iteration in range(recipe.iterations))
 
 

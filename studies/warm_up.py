@@ -85,7 +85,7 @@ class Options(rp.Options):
 
 
 def without_warm_up(recipe: Recipe) -> Recipe:
-    return replace(recipe, name=f"{recipe.name}, {COLD}", warm_up_rate=None)
+    return replace(rp.recipes.without_warm_up(recipe), name=f"{recipe.name}, {COLD}")
 
 
 def plan(options: Options) -> list[rp.Planned]:

@@ -11,6 +11,7 @@ import pandas
 import pytest
 
 import resprobe as rp
+from resprobe.errors import StorageError, TrainingDiverged
 from studies.degradation import judge, plan, study
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,8 @@ def results(errors: dict[tuple[str, int], list[float]], **changed) -> rp.Results
     for (kind, depth), seeds in errors.items():
         for seed, error in enumerate(seeds):
             labels = {"kind": kind, "depth": depth, "seed": seed}
-            rows.append(labels | {"train_error": error, "test_error": error + 1, "parameters": 10, "seconds": 1.0})
+            figures = {"train_error": error, "train_error_single_view": error, "test_error": error + 1}
+            rows.append(labels | figures | {"parameters": 10, "seconds": 1.0})
             for iteration in (1, 2):
                 histories.append(
                     labels | {"iteration": iteration, "train_error": error, "test_error": error + 1 + 9 / iteration}
@@ -455,17 +457,17 @@ def test_help_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_a_run_that_diverges_exits_with_1_and_the_others_go_on(tmp_path, monkeypatch, capsys):
-    """One network of the sweep has weights that overflow; the other is trained to its end."""
+@pytest.mark.parametrize("error", [TrainingDiverged, StorageError])
+def test_a_run_that_fails_exits_with_1_and_the_others_go_on(tmp_path, monkeypatch, capsys, error):
+    """One network of the sweep has weights that overflow, or comes when the disk is full; the other is trained to its end."""
     from resprobe import sweep
-    from resprobe.errors import TrainingDiverged
 
     monkeypatch.chdir(tmp_path)
     trained = sweep.train_job
 
     def diverge(job, *others):
         if "plain" in job.config.network.family:
-            raise TrainingDiverged("cifar/plain-8, seed 0: the loss is not finite at iteration 3")
+            raise error("cifar/plain-8, seed 0: the loss is not finite at iteration 3")
         return trained(job, *others)
 
     monkeypatch.setattr(sweep, "train_job", diverge)

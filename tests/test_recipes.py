@@ -17,6 +17,7 @@ from resprobe.recipes import (
     learning_rate,
     parse_changes,
     plateaus,
+    without_warm_up,
 )
 
 
@@ -165,6 +166,11 @@ def test_short_runs_have_short_windows_and_few_evaluations():
     assert (tiny.window, tiny.evaluations, tiny.milestones) == (1, 8, (4, 6))
 
 
+def test_without_a_warm_up_nothing_of_it_is_left():
+    warming = dataclasses.replace(cifar_paper(depth=110), warm_up_iterations=400)
+    assert without_warm_up(warming) == cifar_paper()
+
+
 @pytest.mark.parametrize("iterations", [0, -5, 2.5, "many", None])
 def test_iterations_must_be_a_count(iterations):
     with pytest.raises(rp.UsageError) as error:
@@ -200,7 +206,7 @@ def test_departures_are_from_the_recipe_one_names():
 
 def test_changes_as_on_a_command_line():
     asked = ["bn_batch=64", "learning-rate=1", "milestones=10,20", "scale=[20, 30]", "pad_value=black", "nesterov=True"]
-    changes = parse_changes([*asked, "bn_batch=None", "warm_up_rate=1e-3"])
+    changes = parse_changes([*asked, "bn_batch=None", "warm_up_rate=1", "augmentation={[]:1}"])
     assert changes == {
         "bn_batch": None,
         "learning_rate": 1.0,
@@ -208,9 +214,11 @@ def test_changes_as_on_a_command_line():
         "scale": (20, 30),
         "pad_value": "black",
         "nesterov": True,
-        "warm_up_rate": 0.001,
+        "warm_up_rate": 1.0,
+        "augmentation": "{[]:1}",
     }
-    assert isinstance(changes["learning_rate"], float)  # a recipe with 1 would be another run
+    assert all(isinstance(changes[name], float) for name in ("learning_rate", "warm_up_rate"))  # 1 would be another run
+    del changes["augmentation"]
     assert dataclasses.replace(cifar_paper(), **changes).milestones == (10, 20)
 
 
@@ -279,6 +287,10 @@ def test_recipes_are_frozen_and_hashable():
         ),
         ({"warm_up_iterations": 400}, "warm_up_iterations (=400) needs a warm_up_rate, such as 0.01"),
         ({"colour": "pca"}, "colour (='pca') goes with augmentation 'scale-crop' alone, not 'pad-crop'"),
+        ({"warm_up_until": "abc"}, "warm_up_until (='abc') must be > 0 and ≤ 100, in percent"),
+        ({"warm_up_until": 0}, "warm_up_until (=0) must be > 0 and ≤ 100, in percent"),
+        ({"nesterov": 1}, "nesterov (=1) must be True or False, and False without momentum"),
+        ({"flip": True}, "flip (=True) must be ≥ 0 and ≤ 1"),
         ({"flip": 1.5}, "flip (=1.5) must be ≥ 0 and ≤ 1"),
         ({"validation_fraction": 0.95}, "validation_fraction (=0.95) must be ≥ 0 and ≤ 0.9"),
         ({"momentum": -0.1}, "momentum (=-0.1) must be ≥ 0 and ≤ 1"),

@@ -76,6 +76,12 @@ def test_the_plan_stretches_the_whole_schedule():
     assert recipe.name == "cifar-paper, 3 times as long"
 
 
+def test_a_schedule_of_ones_own_is_stretched_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--dry-run", "--depths", "8", "14", "--seeds", "0", "--iterations", "80"]
+    assert study.main([*asked, "--recipe", "milestones=30,60", "bn_batch=32"]) == 0, capsys.readouterr().err
+
+
 def test_figure_and_table_from_the_results():
     ours = results(PAPER_LIKE)
     drawing = study.draw(ours)["figure"]
