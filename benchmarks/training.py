@@ -179,7 +179,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.training", description=__doc__.split("\n")[0])
-    parser.add_argument("--networks", nargs="+", default=["cifar/resnet-20", "cifar/resnet-56"])
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--loops", nargs="+", metavar="LOOP", help="by their names in the table; all by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--window", type=int, help="steps of each loop a window; by default 8, on a GPU 100")

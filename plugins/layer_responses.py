@@ -48,9 +48,10 @@ a convolution is no longer followed by its normalization, and figures of two net
 its own.
 
 Cost: two readings of each response, one merge a pass for all layers together; the first pass also measures convolutions
-that prove to be normalized. Kept are three float64 numbers a channel. Nothing waits for a GPU but `table()` and
-`channels()`, and, for the first pass alone, passes in inference mode. On a GPU moments are computed in float32, whose squares
-end at 1e-38 and 1e38: a `std` below 1e-18 or above 1e18 is lost there, not on a CPU.
+that prove to be normalized. Kept are three float64 numbers a channel, in a training those of each iteration measured.
+Nothing waits for a GPU but `table()` and `channels()`, and, for the first pass alone, passes in inference mode. On a GPU
+moments are computed in float32, whose squares end at 1e-38 and 1e38: a `std` below 1e-18 or above 1e18 is lost there, not
+on a CPU.
 """
 
 from __future__ import annotations
