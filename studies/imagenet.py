@@ -16,10 +16,10 @@ The quick preset is not ImageNet: the same networks, a quarter as wide, on the e
 can show degradation; 1,437 digits leave residual networks little to gain. `--weights` says nothing on C14, and of C15 the
 order alone: torchvision's networks were trained by another recipe, and one network of a depth has no spread.
 
-Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; records in docs/measurements/):
+Measured (2026-11-21 and -27, two cores of an AMD EPYC, torch 2.15.0 and 2.14.1, bf16; records in docs/measurements/):
 - quick, n = 3: training error at 18 → 34 layers 0.00 → 3.51 ± 3.91 % plain and 0.00 → 0.00 % residual, validation error
-  2.41 ± 0.89 → 7.87 ± 4.31 % and 2.22 ± 0.28 → 1.85 ± 0.58 %. C14 fails, since residual networks of both depths fit all
-  digits; its plain half is inconclusive. C15 is not tested;
+  2.41 ± 0.89 → 7.87 ± 4.31 % and 2.22 ± 0.28 → 1.85 ± 0.58 %. C14 is inconclusive: so is its plain half, and residual
+  networks of both depths fit all digits. C15 is not tested;
 - ten classes of ImageNet, 4,000 photographs, 112-pixel crops, 16 filters, 600 iterations of 64, n = 1: training error at 18 →
   34 layers 59.29 → 88.79 % plain and 48.25 → 68.58 % residual, 10-crop error 57.40 → 88.27 % and 42.07 → 62.73 %;
   far from trained, and inconclusive for want of seeds;
