@@ -12,9 +12,9 @@ Claim C16 (§3.4; Tables 3 and 4).
 scales (Table 4); the authors state 24.7 % for one crop of their released model. Scores are averaged after the softmax.
 
 Several scales need image files (`folder:PATH`, with train/ and val/). Images in memory are padded by 4 pixels for 10-crop,
-as they are cropped in the training of §4.2; networks are trained on such crops and mirror images, digits too. The claim is about one set of weights, so its uncertainty is that over test
-images, which are the same under each protocol: differences are taken in twenty parts of them. What would refute it stands
-with the claim below.
+as they are cropped in the training of §4.2; networks are trained on such crops and mirror images, digits too. The claim is
+about one set of weights, so its uncertainty is that over test images, which are the same under each protocol: differences
+are taken in twenty parts of them. What would refute it stands with the claim below.
 
 Measured (2026-11-21 and -27, two cores of an AMD EPYC, torch 2.15.0 and 2.14.1, bf16; records in docs/measurements/):
 - quick, digits of 64 pixels, three networks: one view 2.22 ± 0.83 %, 10-crop 1.11 ± 0.00 % (p = 0.021). The first half of C16 is
