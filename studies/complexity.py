@@ -21,6 +21,7 @@ Measured (2026-11-22, two cores of an AMD EPYC, torch 2.15.0; record in docs/mea
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ import resprobe as rp
 
 if TYPE_CHECKING:
     import pandas
-    from torch import Tensor, nn
+    from torch import Tensor
 
 PAPER_MACS = {
     "imagenet/resnet-18": 1.8e9,
@@ -161,7 +162,7 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     times = []
     with torch.inference_mode(), rp.cpu_threads(1):
         network(image)  # the first pass prepares kernels
-        memory = _peak_memory(network, image)
+        memory = peak_memory(network, image)
         for _ in range(results.options.repeats):
             synchronize(device)
             start = time.perf_counter()
@@ -172,7 +173,7 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     return {"forward_ms": 1000 * min(times), "forward_mib": memory}
 
 
-def _peak_memory(network: nn.Module, image: Tensor) -> float:
+def peak_memory(network: Callable[[Tensor], object], image: Tensor) -> float:
     """MiB of the tensors that a forward pass makes, at the moment when it holds most; weights and image not included.
 
     Counted tensor by tensor, since a process's resident memory depends on what its allocator has kept from before.

@@ -184,6 +184,7 @@ def test_departures_and_evidence_are_said(html):
     assert "<li>iterations: 400 instead of 64,000 (the whole schedule scaled)</li>" in html
     assert html.count("<dt>would refute it</dt><dd>the &lt;opposite&gt;</dd>") == 4
     assert "3 seeds a network" in html
+    assert html.count("<dt>why</dt>") == 1  # of what was not tested, at once; of the rest further down
 
 
 def test_figures_of_the_report_before_do_not_stay(tmp_path):
