@@ -416,7 +416,7 @@ def _train_in_store(
             path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
         )
         write_environment()
-        for digest in config.identity()["sources"].values():  # a stranger's file may be edited, or lost, tomorrow
+        for digest in config._sources().values():  # a stranger's file may be edited, or lost, tomorrow
             for name, text in sources_of(digest).items():
                 write_atomically(path / "sources" / digest[:8] / name, text)
     saved_at = time.monotonic()

@@ -358,7 +358,7 @@ def _gather_on(
     if planned and team().size > 1:
         team().told(lambda: bool(load_data(options.data)))  # one of them downloads
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
-    fresh = _jobs(planned, options, data, precision) if data else []
+    fresh = _jobs(planned, options, data, precision, changes) if data else []
     _check_networks({job.config.network for _, job in fresh})
     notes = list(_too_few(study, options))
     if ahead is None:
@@ -388,7 +388,7 @@ def _gather_on(
         results = _tables(options, labelled, runs, device=str(here), precision=precision)
         if then is None:
             break
-        fresh = _jobs(then(results), options, data, precision, later=True) if data else []
+        fresh = _jobs(then(results), options, data, precision, changes, later=True) if data else []
     if ahead is not None:
         ahead += [] if study.ahead is None else [study.ahead(results)]
         return None
@@ -444,17 +444,22 @@ def _replaced(options: Options) -> Iterator[str]:
 
 
 def _jobs(
-    planned: Sequence[Planned], options: Options, data: Data, precision: str, *, later: bool = False
+    planned: Sequence[Planned],
+    options: Options,
+    data: Data,
+    precision: str,
+    changes: Mapping[str, Any],
+    *,
+    later: bool = False,
 ) -> list[tuple[dict[str, Any], Job]]:
-    """One job for each planned network and seed, with the labels of its row. Raises `UsageError` for a field of the recipe
-    that is asked for and that the study sets itself, but not `later`, when something is trained already."""
+    """One job for each planned network and seed, with the labels of its row. Raises `UsageError` for one of the `changes` of
+    the recipe that the study sets itself, but not `later`, when something is trained already."""
     from torch import nn
 
-    from resprobe.recipes import parse_changes
     from resprobe.runs import configure, default_recipe
     from resprobe.sweep import Job
 
-    labelled, changes = [], parse_changes(options.recipe)
+    labelled = []
     for one in planned:
         built = one.network if isinstance(one.network, nn.Module) else None
         for seed in options.seeds if one.seeds is None else one.seeds:

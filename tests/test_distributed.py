@@ -135,22 +135,12 @@ def test_a_study_of_two_processes_speaks_with_one_voice(tmp_path):
 LONELY = """
 import os
 import resprobe as rp
-from torch import nn
+from resprobe.blocks import BasicBlock
 
 
 @rp.register_block("lonely")
-class Lonely(rp.Block):
-    weighted_layers = 2
+class Lonely(BasicBlock):
     passes = 0
-
-    def make_branch(self, in_channels, width, stride, layers):
-        return nn.Sequential(
-            layers.conv(in_channels, width, kernel=3, stride=stride),
-            layers.norm(width),
-            nn.ReLU(),
-            layers.conv(width, width, kernel=3),
-            layers.norm(width),
-        )
 
     def forward(self, x):
         Lonely.passes += x.requires_grad
@@ -163,7 +153,7 @@ class Lonely(rp.Block):
 def test_what_one_process_is_alone_with_ends_all(tmp_path):
     """The other one waits for its gradients, and would for a day."""
     (tmp_path / "lonely.py").write_text(LONELY)
-    asked = (
+    asked = [
         "-m",
         "studies.degradation",
         "--depths",
@@ -175,11 +165,11 @@ def test_what_one_process_is_alone_with_ends_all(tmp_path):
         "60",
         "--precision",
         "fp32",
-    )
+    ]
     failed = launch(2, *asked, "--plugin", "lonely.py", "--block", "lonely", cwd=tmp_path)
     assert failed.returncode != 0
     assert (
-        ", in process 1: no room left (lonely.py, line 24); finished runs and the last checkpoint are kept"
+        ", in process 1: no room left (lonely.py, line 14); finished runs and the last checkpoint are kept"
         in failed.stderr
     )
 
