@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from resprobe.commands import Parser, answer
-from resprobe.devices import flush_denormals, resolve_device
+from resprobe.devices import deterministic, flush_denormals, resolve_device
 
 flush_denormals()
 
@@ -43,6 +43,7 @@ import torch  # noqa: E402
 import resprobe as rp  # noqa: E402
 from benchmarks import compiling, scaling, training  # noqa: E402
 from benchmarks import data as _random  # noqa: E402, F401 (registers the data set)
+from benchmarks.loops import OWN  # noqa: E402
 from benchmarks.measuring import Deadline, Spread, markdown, ratios, write_json  # noqa: E402
 from resprobe.environment import environment  # noqa: E402
 from resprobe.errors import UsageError, one_line  # noqa: E402
@@ -124,8 +125,7 @@ class Difference:
 def trained(card: Card, precision: str, step: str, iterations: int, *, nudged: bool = False) -> rp.Run:
     """ResNet-20 from seed 0; `nudged`: with every initial weight moved, up or down, by the last digit of `precision`."""
     digit = torch.finfo(torch.bfloat16 if precision == "bf16" else torch.float32).eps
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.default_generator.manual_seed(0)
+    with rp.seeded(0), torch.no_grad():
         network = rp.build("cifar/resnet-20")
         for parameter in network.parameters() if nudged else ():
             parameter.mul_(1 + digit * torch.randn_like(parameter).sign())
@@ -146,14 +146,15 @@ def trained(card: Card, precision: str, step: str, iterations: int, *, nudged: b
 
 @contextlib.contextmanager
 def same_kernels() -> Iterator[None]:
-    """cuDNN's kernels by rule, not by a race that may end otherwise the next time; float32 is float32, not TF32."""
+    """Kernels that repeat their last digits, chosen by rule, not by a race; float32 is float32, not TF32."""
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
-    cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = True, False, False
+    before = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32 = False, False
     try:
-        yield
+        with deterministic():
+            yield
     finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32 = before
+        cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def verdict(step: str, found: Difference, again: Difference, nudge: Difference) -> tuple[bool, str]:
@@ -170,6 +171,7 @@ def verdict(step: str, found: Difference, again: Difference, nudge: Difference) 
 def equality(card: Card, deadline: Deadline) -> None:
     iterations = 4 if card.quick else 300
     others = [step for step in training.steps(card.device) if step != "eager"]
+    others.sort(key="compile".__eq__)  # last, what takes longest to be ready
     if card.quick:
         card.missing |= {f"equality: {step}": "left out by --quick" for step in others}
         others = []
@@ -227,7 +229,7 @@ def throughput(card: Card, deadline: Deadline) -> None:
     }
     if card.quick:
         wanted = {"cifar/resnet-20": [ours, usual]}
-    card.record["training"] = {}
+    card.record["training"], workers = {}, training.default_workers()
     for subject, which in wanted.items():
         network = subject.split()[0]
         if deadline.left <= 0:
@@ -241,6 +243,7 @@ def throughput(card: Card, deadline: Deadline) -> None:
             batch=8 if card.quick else training.BATCH,
             window=1 if card.quick else 50,
             device=str(card.device),
+            workers=workers,
             data="random:256" if card.quick else "random",
         )
         card.record["training"][subject] = found
@@ -250,7 +253,8 @@ def throughput(card: Card, deadline: Deadline) -> None:
                 beside = f"{found['compared']} / it {found['over'][label]}; {beside}"
             else:
                 beside = f"64,000 iterations: {64_000 * training.BATCH / speed.median / 60:.1f} min; {beside}"
-            card.add("training, images/s", f"{subject}, {label}", speed, beside)
+            loader = "" if label.split()[0] in OWN else f", {workers} loader processes"
+            card.add("training, images/s", f"{subject}, {label}{loader}", speed, beside)
         card.missing |= {f"training of {subject}, {label}": why for label, why in found["not_measured"].items()}
 
 
@@ -388,7 +392,8 @@ PARTS: dict[str, tuple[Callable[[Card, Deadline], None], float, float]] = {
     "compiling": (compiling_costs, 45, 150),
     "depth": (depth, 20, 120),
 }
-"""Each part, the seconds without which it is not begun, and those after which it begins nothing more."""
+"""Each part, the seconds without which it is not begun, and those after which it begins nothing more unless its share of
+what is left is larger, as where few parts are asked for."""
 
 
 def work_through(card: Card, parts: Sequence[str], keep: Callable[[], None] = lambda: None) -> None:
@@ -396,15 +401,16 @@ def work_through(card: Card, parts: Sequence[str], keep: Callable[[], None] = la
 
     `keep` is called after each, so that what ends the whole does not take what has been measured.
     """
-    for name in parts:
+    for index, name in enumerate(parts):
         part, needs, most = PARTS[name]
         if card.deadline.left <= needs:
             card.missing[name] = "no time left"
             continue
+        share = card.deadline.left * most / sum(PARTS[other][2] for other in parts[index:])
         print(f"{name} …", file=sys.stderr, flush=True)
         started = time.monotonic()
         try:
-            part(card, card.deadline.within(most))
+            part(card, card.deadline.within(max(most, share)))
         except Exception as error:  # what has been measured must not be lost with what could not be
             traceback.print_exc()
             card.missing[name] = one_line(error, named=True)[:200]

@@ -21,10 +21,14 @@ from torch.utils.data import DataLoader
 
 import resprobe as rp
 from benchmarks.data import MEAN, STD, Pictures, augmentation
+from resprobe import devices
 from resprobe.devices import autocast
+from resprobe.networks import check_family, resolve
 from resprobe.training import Training
 
 Pause = Callable[[], None]
+OWN = ("ours", "deterministic", "bare")
+"""The loops that have a choice of step, and no DataLoader."""
 WINDOWS = 10_000
 """More than anybody waits for."""
 
@@ -55,8 +59,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Short, for tables: what tells the loops of one network apart. Others have no choice of step."""
-        words = (self.loop, self.step, self.precision) if self.loop in ("ours", "bare") else (self.loop, self.precision)
+        """Short, for tables: what tells the loops of one network apart."""
+        words = (self.loop, self.step, self.precision) if self.loop in OWN else (self.loop, self.precision)
         return " ".join(words)
 
 
@@ -78,6 +82,12 @@ def ours(case: Case, data: rp.Data, pause: Pause) -> None:
     # What is timed under a name must be what the name says.
     warnings.filterwarnings("error", message="the training step cannot be captured")
     training.run(lambda *_: pause())
+
+
+def deterministic(case: Case, data: rp.Data, pause: Pause) -> None:
+    """resprobe's with only such operations as compute the same last digits each time (`--deterministic` of a study)."""
+    with devices.deterministic():
+        ours(case, data, pause)
 
 
 def bare(case: Case, data: rp.Data, pause: Pause) -> None:
@@ -232,6 +242,7 @@ def timm(case: Case, data: rp.Data, pause: Pause) -> None:
 
 LOOPS: dict[str, Callable[[Case, rp.Data, Pause], None]] = {
     "ours": ours,
+    "deterministic": deterministic,
     "bare": bare,
     "usual": usual,
     "lightning": lightning,
@@ -254,8 +265,7 @@ def absent(loop: str) -> str | None:
 
 def check_network(name: str) -> None:
     """Raises `UsageError` for a network that is not there, without the work of making it."""
-    with torch.device("meta"):
-        rp.build(name)
+    check_family(resolve(name))
 
 
 def sgd(network: nn.Module, **options: Any) -> torch.optim.SGD:

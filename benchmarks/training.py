@@ -8,6 +8,7 @@ its own, in interleaved rounds of a window of steps (see `benchmarks.turns`, whi
 - ours: `resprobe.training.Training`, with augmentation, schedule, logging and the safety copy at each log point, here
   one a window; in each precision that the device has, with an eager step, a captured graph (CUDA) and a network that is
   compiled as a whole or block by block;
+- deterministic: the same as a study's `--deterministic` has it;
 - bare: the limit. Forward, backward, update on one fixed batch, no data, no log, with the same precision and step;
 - usual: a DataLoader with PIL transforms, eager float32, `.item()` at each step, as most CIFAR repositories train;
 - lightning: `Trainer.fit` with the usual DataLoader and PIL transforms, in float32 and in its mixed bf16;
@@ -32,7 +33,7 @@ from benchmarks.loops import Case, absent, check_network
 from benchmarks.measuring import Deadline, Spread, markdown, ratios, write_json
 from benchmarks.turns import Race, race
 from resprobe.commands import Parser, answer
-from resprobe.devices import resolve_device, resolve_precision
+from resprobe.devices import cores, resolve_device, resolve_precision
 from resprobe.environment import environment
 from resprobe.errors import not_accepted
 from resprobe.steps import STEPS
@@ -59,6 +60,7 @@ def loops(device: torch.device) -> list[tuple[str, str, str]]:
     best, usual = own[-1], "tf32" if "tf32" in own else "fp32"
     first = ("ours", best, default_step(device))
     every = [("ours", precision, step) for precision in reversed(own) for step in ways]
+    every += [("deterministic", best, default_step(device))]
     every += [("bare", best, step) for step in ways if step != "compile-blocks"] + [("bare", "fp32", "eager")]
     every += [("usual", usual, "eager")]
     every += [(rival, precision, "eager") for rival in ("lightning", "timm") for precision in {usual: 0, best: 0}]
@@ -68,6 +70,11 @@ def loops(device: torch.device) -> list[tuple[str, str, str]]:
 def default_step(device: torch.device) -> str:
     """What `step="auto"` takes."""
     return "graph" if device.type == "cuda" else "eager"
+
+
+def default_workers() -> int:
+    """Processes that load images for those who do not have them on the device: one a core, up to eight."""
+    return min(8, cores())
 
 
 def chosen(texts: Sequence[str] | None, device: torch.device) -> list[tuple[str, str, str]]:
@@ -157,6 +164,7 @@ def run(options: argparse.Namespace) -> None:
         "batch": BATCH,
         "window": options.window,
         "rounds": options.rounds,
+        "workers": options.workers,
         "networks": {},
     }
     record["load"] = os.getloadavg() if hasattr(os, "getloadavg") else None
@@ -183,7 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--loops", nargs="+", metavar="LOOP", help="by their names in the table; all by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--window", type=int, help="steps of each loop a window; by default 8, on a GPU 100")
-    parser.add_argument("--workers", type=int, default=2, help="of a DataLoader")
+    parser.add_argument(
+        "--workers", type=int, default=default_workers(), help="of a DataLoader; by default one a core, up to 8"
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="random", help="random or random:COUNT")

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from resprobe.checkpoints import write_atomically
-from resprobe.devices import prepare_cpu
+from resprobe.devices import deterministic, prepare_cpu
 from resprobe.errors import UsageError, not_accepted, one_line
 from resprobe.extensions import load_plugin
 from resprobe.runs import RunStore, configure
@@ -111,7 +111,8 @@ class RayCluster:
         listener.start()
         losses = _Losses(store)
         with _marker(store) as marker:
-            place = _Place(os.getcwd(), marker, str(self.device), threads, tuple(plugins))
+            alike = torch.are_deterministic_algorithms_enabled()
+            place = _Place(os.getcwd(), marker, str(self.device), threads, tuple(plugins), alike)
 
             def begin(job: Job) -> Any:
                 # Pickled here, since what a plugin defines can be read only after the plugin is loaded.
@@ -129,7 +130,7 @@ class RayCluster:
                         except RayTaskError as error:  # raised by the training itself
                             failure = error.cause
                         except RayError as error:  # its node or its process is gone
-                            failure = losses.count(job, error)
+                            failure = losses.count(job, board.names[job.config.key], error)
                             if failure is None:
                                 pending[begin(job)] = job
                                 continue
@@ -215,9 +216,8 @@ class _Losses:
         self.store = store
         self.counts: dict[str, tuple[int, int]] = {}
 
-    def count(self, job: Job, error: Exception) -> Exception | None:
+    def count(self, job: Job, name: str, error: Exception) -> Exception | None:
         """Nothing if the run is to be begun again, else what to report of it."""
-        name = f"{job.config.network.name}, seed {job.config.seed}"
         why = one_line(error).partition(". ")[0]
         done = self.store.iterations_done(job.config)
         before, count = self.counts.get(job.config.key, (done, 0))
@@ -225,7 +225,7 @@ class _Losses:
         count = count + 1 if done <= before else 1
         self.counts[job.config.key] = done, count
         if count == _LOSSES:
-            return RuntimeError(f"{name}: lost {count} times at iteration {done}: {why}")
+            return RuntimeError(f"lost {count} times at iteration {done}: {why}")
         lost = f"it lost its process ({count} of {_LOSSES} times at this iteration)"
         warnings.warn(f"{name} goes on from iteration {done} where there is room, since {lost}: {why}")
         return None
@@ -271,13 +271,15 @@ def _listen(news: Any, board: Board) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a node needs to train as the machine that asks would. `folder`: where its relative paths begin."""
+    """What a node needs to train as the machine that asks would. `folder`: where its relative paths begin. `alike`: to the
+    same last digits each time."""
 
     folder: str
     marker: Path
     device: str
     threads: int
     plugins: tuple[str, ...]
+    alike: bool
 
     def receive(self, key: str, packed: bytes) -> tuple[Job, RunStore]:
         """The job, and the folder its run is kept in. Raises `UsageError` if this would not be the run of that key."""
@@ -313,7 +315,8 @@ def _train_on_node(place: _Place, key: str, packed: bytes, news: Any) -> dict[st
         warnings.showwarning = lambda message, *_, **__: tell(str(message))
         try:
             job, store = place.receive(key, packed)
-            return train_job(job, store, torch.device(place.device), tell)
+            with deterministic(place.alike):
+                return train_job(job, store, torch.device(place.device), tell)
         except UsageError as error:
             raise type(error)(f"{error} (on node {platform.node()})") from error
         except Exception as error:  # here, where it is known in which line it arose

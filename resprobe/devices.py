@@ -83,6 +83,30 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+@contextlib.contextmanager
+def deterministic(wanted: bool = True) -> Iterator[None]:
+    """Has torch take, within a `with` block, only what computes the same last digits each time on the same machine, as its
+    `torch.use_deterministic_algorithms` does: an operation that has no such way raises `RuntimeError`.
+
+    `wanted` false leaves torch as it is.
+    """
+    if not wanted:
+        yield
+        return
+    # cuBLAS's own condition, which torch asks for: workspaces of a fixed size for products on several streams.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    # A search for the errors of programs that read what nobody wrote: one more pass over every tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filling
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":

@@ -30,6 +30,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "processes": team().size,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **git_commit(),
     }
@@ -37,12 +38,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def pooled(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What several runs were made with: each entry's value, or where they differ a list of all, in order. Of processes the
-    most, and local changes where any had them."""
+    most, local changes where any had them, and deterministic where all were."""
     found: dict[str, Any] = {}
     for name in dict.fromkeys(name for each in environments for name in each):
         values = list(dict.fromkeys(each[name] for each in environments if each.get(name) is not None))
         if values and name in ("processes", "local_changes"):
             values = [max(values)]
+        if name == "deterministic":
+            values = [all(each.get(name) for each in environments)]
         found[name] = values[0] if len(values) == 1 else values or None
     return found
 
@@ -58,18 +61,26 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def git_commit() -> dict[str, object]:
     """The commit that this code is, and whether it was changed since; empty where there is no checkout."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
     # A checkout of something else around an installed resprobe is not its history.
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+    if not _git("ls-files", "--error-unmatch", Path(__file__).name):
         return {}
-    return {"commit": git("rev-parse", "HEAD"), "local_changes": bool(git("status", "--porcelain", "-uno"))}
+    commit = _git("rev-parse", "HEAD").decode().strip()
+    return {"commit": commit, "local_changes": bool(_git("status", "--porcelain", "-uno"))}
+
+
+@functools.cache
+def local_changes() -> bytes:
+    """What of this code was changed since its commit, as a patch of that; empty if nothing was, or there is no checkout."""
+    return _git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD") if git_commit().get("local_changes") else b""
+
+
+def _git(*arguments: str) -> bytes:
+    """What git says of the checkout that this code lies in; nothing if it fails."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
 
 
 def _version(package: str) -> str | None:

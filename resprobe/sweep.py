@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from resprobe.data import load_data
-from resprobe.devices import cores, cpu_threads, prepare_cpu, usable
+from resprobe.devices import cores, cpu_threads, deterministic, prepare_cpu, usable
 from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import DamagedFile, ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 _STARTING = 6.0
-"""Seconds until processes that train have begun, by which a study of a few steps took longer on two cores."""
+"""Seconds that processes take to start: a study of a few steps took so much longer with them, on two cores."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ def survey(
     else:
         workers, threads, _ = cluster.share(len(ordered), concurrency)
     done = [store.iterations_done(job.config) for job in ordered]
+    name = device_name(device) if cluster is None else cluster.name  # before a step may leave a card unable to tell
     seconds: tuple[float, ...] = ()
     reason = ""
     try:
@@ -194,7 +195,6 @@ def survey(
             torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
     unwatched = sum(store.find(job.config) is not None for job in ordered if job.probes)
-    name = device_name(device) if cluster is None else cluster.name
     one_card = cluster is None and device.type != "cpu"
     ahead = Survey(len(asked), ordered, begun, workers, threads, name, seconds, reason, one_card, unwatched)
     automatic = cluster is None and concurrency is None and workers > 1
@@ -250,11 +250,14 @@ def run_all(
                 _train_in_processes(left, store, device, workers, ahead.threads, plugins, board)
     if failures := board.failures:
         kept = len(jobs) - len(failures)
+        alike = Counter(failures.values())
+        said = dict.fromkeys(
+            f"{board.names[key]}: {why}" if alike[why] == 1 else f"{why} ({alike[why]} runs)"
+            for key, why in failures.items()
+        )
         raise SweepFailed(
             f"{len(failures)} of {len(jobs)} runs failed: "
-            + "; ".join(
-                text if count == 1 else f"{text} ({count} runs)" for text, count in Counter(failures.values()).items()
-            )
+            + "; ".join(said)
             + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; "
             "the same command goes on from there",
             failures,
@@ -337,13 +340,13 @@ def _train_in_processes(
     board: Board,
 ) -> None:
     with sharing(device) as variables:
-        start = partial(_start, variables, threads, tuple(plugins), store.root, device)
+        alike = torch.are_deterministic_algorithms_enabled()
+        start = partial(_start, variables, threads, tuple(plugins), store.root, device, alike)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
         packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
         with closing(side_by_side(packed, workers, start)) as heard:
             for index, word, what in heard:
                 job = jobs[index]
-                name = f"{job.config.network.name}, seed {job.config.seed}"
                 if word == "news":
                     board.tell(job.config.key, what)
                 elif word == "done":
@@ -352,17 +355,17 @@ def _train_in_processes(
                     raise UsageError(what)
                 elif word == "again":
                     warnings.warn(
-                        f"{name}: {what}; it goes on from its last checkpoint, alone, when the others are done"
+                        f"{board.names[job.config.key]}: {what}; it goes on from its last checkpoint, alone, when the others "
+                        "are done"
                     )
                 else:
-                    text = f"{name}: {what}, twice" if word == "lost" else what
-                    board.failed(job, text)
+                    board.failed(job, f"{what}, twice" if word == "lost" else what)
 
 
 def _start(
-    variables: Mapping[str, str], threads: int, plugins: Sequence[str], root: Path, device: torch.device
+    variables: Mapping[str, str], threads: int, plugins: Sequence[str], root: Path, device: torch.device, alike: bool
 ) -> Perform:
-    """Readies a process, and gives what trains a job there."""
+    """Readies a process, and gives what trains a job there. `alike`: to the same last digits each time."""
     os.environ.update(variables)
     prepare_cpu()
     torch.set_num_threads(threads)
@@ -376,7 +379,8 @@ def _start(
         if job.config.key != key:
             raise _edited(job)
         try:
-            return train_job(job, store, device, tell)
+            with deterministic(alike):
+                return train_job(job, store, device, tell)
         except UsageError:
             raise
         except Exception as error:
@@ -407,8 +411,8 @@ def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
 class Board:
     """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone.
 
-    `failures`: what was said of those that failed, by their keys. Texts: an error itself would keep its run in memory, and on
-    a GPU that of all others.
+    `names`: what the runs are called, by their keys. `failures`: why those failed that did. Texts: an error itself would keep
+    its run in memory, and on a GPU that of all others.
     """
 
     def __init__(self, ahead: Survey, store: RunStore):
@@ -458,6 +462,9 @@ class Board:
 
     def failed(self, job: Job, why: str) -> None:
         """Says that a run failed, and where to look; the others go on."""
+        why = why.removeprefix(
+            f"{job.config.network.name}, seed {job.config.seed}: "
+        )  # a training's own error begins so
         self.failures[job.config.key] = why
         traceback = self.store.folder(job.config) / TRACEBACK
         self._end(job, f"failed: {why}" + (f"; {traceback}" if traceback.is_file() else ""))

@@ -1,6 +1,7 @@
 """What all tests share: the real data where it is there, devices, and how much hypothesis tries."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,8 +41,10 @@ _ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     """A card is there for the tests marked `gpu` alone, with `-m gpu`: the others expect a CPU's figures, in this process
     and in those that they start."""
-    if config.getoption("markexpr") != "gpu":
+    if not re.match(r"gpu\b", config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Convolutions alone use TF32 unless asked otherwise, and would not be those of the CPU.
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def pytest_report_header() -> str:
@@ -63,10 +66,6 @@ def _card(request: pytest.FixtureRequest) -> Iterator[None]:
         from card import stand_in  # a second and more, for the torch compiler that comes along
 
         with stand_in():
-            yield
-    elif request.node.get_closest_marker("gpu"):
-        # Convolutions alone use TF32 unless asked otherwise, and would not be those of the CPU.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             yield
     else:
         yield

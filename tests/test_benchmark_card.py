@@ -130,10 +130,14 @@ def test_the_nudge_is_the_last_digit():
 
 def test_choices_of_kernels_are_put_back():
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+
+    def choices():
+        return torch.are_deterministic_algorithms_enabled(), cudnn.benchmark, cudnn.allow_tf32
+
+    before = choices()
     with module.same_kernels():
-        assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == (True, False, False)
-    assert (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32) == before
+        assert choices() == (True, False, False)
+    assert choices() == before
 
 
 def test_without_a_gpu_it_says_so_in_one_line(capsys):
@@ -184,3 +188,5 @@ def test_on_a_card_the_graph_is_equal(tmp_path):
     assert module.main(["--parts", "equality", "--out", str(out)]) == 0
     outcome = json.loads(out.read_text())["equality"]
     assert all(each["equal"] for each in outcome if each["step"] != "eager"), outcome
+    captured = {each["precision"]: each["difference"]["weights"] for each in outcome if each["step"] == "graph"}
+    assert set(captured) >= {"fp32", "bf16"} and not any(captured.values()), "to the last bit, and not left out"

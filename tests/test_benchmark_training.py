@@ -114,6 +114,7 @@ def test_a_gpu_is_offered_every_step_and_precision(monkeypatch):
     assert len(set(every)) == len(every)
     own = {(precision, step) for loop, precision, step in every if loop == "ours"}
     assert own == {(p, s) for p in ("fp32", "tf32", "bf16") for s in ("eager", "graph", "compile", "compile-blocks")}
+    assert [each for each in every if each[0] == "deterministic"] == [("deterministic", "bf16", "graph")]
     # What torch does unasked on such a card is what the others are timed with.
     assert {each for each in every if each[0] in ("usual", "lightning", "timm")} == {
         ("usual", "tf32", "eager"),

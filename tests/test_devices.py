@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from resprobe import devices
-from resprobe.devices import autocast, flush_denormals, resolve_device, resolve_precision
+from resprobe.devices import autocast, deterministic, flush_denormals, resolve_device, resolve_precision
 from resprobe.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -144,6 +144,40 @@ def test_autocast_in_bf16_multiplies_in_bf16_and_ends_with_its_block():
         assert torch.nn.functional.batch_norm(weights, None, None, training=True).dtype == torch.float32
     assert weights.dtype == torch.float32
     assert (weights @ weights).dtype == torch.float32
+
+
+def unpooled():
+    """Of which torch has no way that repeats itself."""
+    images, places = torch.nn.functional.max_pool2d(torch.ones(1, 1, 4, 4), 2, return_indices=True)
+    return torch.nn.functional.max_unpool2d(images, places, 2)
+
+
+def test_within_its_block_only_what_repeats_itself_is_computed(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic():
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            unpooled()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    unpooled()
+
+
+def test_what_was_asked_of_torch_before_is_so_again_after_it():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with deterministic(False):
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+        with deterministic():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+            with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+                unpooled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep what is freed")

@@ -325,15 +325,13 @@ def test_a_run_that_goes_wrong_leaves_the_others(nodes, tmp_path):
     assert done.returncode == 0, done.stderr
     out = done.stdout
     assert re.search(
-        r"cifar/resnet-8, block explodes, seed 0: failed: cifar/resnet-8, seed 0: the loss is not finite at iteration 1, ",
+        r"cifar/resnet-8, block explodes, seed 0: failed: the loss is not finite at iteration 1, ",
         out,
     )
     assert re.search(
         r"block raises, seed 0: failed: of the user's own \(bad_blocks.py, line \d+\); \S+/traceback.txt$", out, re.M
     )
-    assert re.search(
-        r"cifar/resnet-8, block dies, seed 0: failed: cifar/resnet-8, seed 0: lost 3 times at iteration 0: ", out
-    )
+    assert re.search(r"cifar/resnet-8, block dies, seed 0: failed: lost 3 times at iteration 0: ", out)
     assert done.stderr.count("goes on from iteration 0 where there is room") == 2
     assert re.search(
         r"^FAILED 3 of 4 runs failed: .*; 1 finished runs and the failed ones' last checkpoints", out, re.M

@@ -14,6 +14,7 @@ from torch import nn
 import resprobe as rp
 from plugins.gradient_norms import GradientNorms
 from resprobe import steps
+from resprobe.devices import deterministic
 from resprobe.steps import CapturedStep, resolve_step
 from resprobe.training import _copy
 
@@ -22,11 +23,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _alike():
-    before = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True  # else the eager step itself need not repeat its last bits
-    with tiny.one_thread():
+    with tiny.one_thread(), deterministic():  # else the eager step itself need not repeat its last bits
         yield
-    torch.backends.cudnn.deterministic = before
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch
 
 import resprobe as rp
 from resprobe import sweep
+from resprobe.devices import deterministic
 from resprobe.runs import configure
 from resprobe.sweep import Job, SweepFailed, parse_concurrency, run_all, survey
 
@@ -129,7 +130,8 @@ def test_a_failed_run_does_not_take_the_others_down(bad, plugin, tmp_path, capsy
     asked = [bad, *jobs(8, 14)]
     store = rp.RunStore(tmp_path / "runs")
     with pytest.raises(
-        SweepFailed, match=r"1 of 3 runs failed: cifar/resnet-8, seed 0: the loss is not finite at iteration 1, "
+        SweepFailed,
+        match=r"1 of 3 runs failed: cifar/resnet-8, block explodes, seed 0: the loss is not finite at iteration 1, ",
     ):
         run_all(asked, store, device=CPU, concurrency=2, plugins=[plugin])
     assert store.find(bad.config) is None
@@ -196,7 +198,10 @@ def test_a_killed_process_does_not_take_the_other_runs_down(tmp_path, clean_regi
     asked = [Job(configure("cifar/resnet-8", "digits", recipe, width=4, block="dies")), *jobs(8)]
     store = rp.RunStore(tmp_path / "runs")
     with (
-        pytest.warns(UserWarning, match="^cifar/resnet-8, seed 0: its process was killed .*; it goes on from its last"),
+        pytest.warns(
+            UserWarning,
+            match="^cifar/resnet-8, block dies, seed 0: its process was killed .*; it goes on from its last",
+        ),
         pytest.raises(SweepFailed, match=r"1 of 2 runs failed: .*: its process was killed .*, twice; 1 finished"),
     ):
         run_all(asked, store, device=CPU, concurrency=2, plugins=[str(plugin)])
@@ -216,7 +221,9 @@ def test_a_run_that_breaks_the_device_does_not_take_the_others_down(bad, plugin,
     monkeypatch.setattr(sweep, "train_job", train_job)
     asked = [bad, *jobs(8, seeds=(0, 1))]
     store = rp.RunStore(tmp_path / "runs")
-    with pytest.raises(SweepFailed, match="^1 of 3 runs failed: cifar/resnet-8, seed 0: the loss is not finite"):
+    with pytest.raises(
+        SweepFailed, match="^1 of 3 runs failed: cifar/resnet-8, block explodes, seed 0: the loss is not finite"
+    ):
         run_all(asked, store, device=CPU, concurrency=1, plugins=[plugin])
     assert all(store.find(job.config) is not None for job in asked[1:])
 
@@ -244,6 +251,13 @@ def test_processes_are_told_of_the_service_by_which_they_share_a_card(tmp_path, 
     told = {file.read_text() for file in notes.iterdir()}
     assert told == {"/somewhere"}
     assert "CUDA_MPS_PIPE_DIRECTORY" not in os.environ, "this process is told nothing"
+
+
+def test_processes_compute_deterministically_where_this_one_does(tmp_path):
+    with deterministic():
+        (one, *_) = run_all(jobs(8, 14), rp.RunStore(tmp_path), device=CPU, concurrency=2)
+    (other, *_) = run_all(jobs(8, 14, seeds=(1,)), rp.RunStore(tmp_path), device=CPU, concurrency=2)
+    assert (one.environment["deterministic"], other.environment["deterministic"]) == (True, False)
 
 
 @pytest.mark.gpu(real=True)
