@@ -9,6 +9,7 @@ from .claims import (
     all_of as all_of,
     band as band,
     compare as compare,
+    from_paper as from_paper,
     mean_std as mean_std,
 )
 from .data import (
@@ -46,7 +47,7 @@ from .networks import (
 )
 from .normalization import NORMALIZATIONS as NORMALIZATIONS, register_normalization as register_normalization
 from .probes import PROBES as PROBES, Probe as Probe, attach as attach, register_probe as register_probe
-from .randomness import keeping_random_state as keeping_random_state
+from .randomness import keeping_random_state as keeping_random_state, seeded as seeded
 from .recipes import Recipe as Recipe, learning_rate as learning_rate
 from .runs import (
     Run as Run,

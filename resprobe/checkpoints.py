@@ -1,4 +1,7 @@
-"""Checkpoints: written whole or not at all, checksummed, with the previous one kept; loading runs no code."""
+"""Checkpoints: written whole or not at all, checksummed, with the previous one kept; loading runs no code.
+
+A finished run's weights are written whole or not at all too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import os
 import pickle
 import uuid
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +46,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Removes what a process that was killed while it wrote has left in a folder where nobody else writes now."""
-    for left in folder.glob(".*.tmp"):
+    """Removes what a process that was killed while it wrote has left in a folder, and those in it, where nobody else
+    writes now."""
+    for left in folder.rglob(".*.tmp"):
         left.unlink(missing_ok=True)
 
 
@@ -99,6 +104,30 @@ def remove_checkpoints(path: Path) -> None:
     """Removes a finished run's checkpoints: its result says all they said."""
     for candidate in _names(path):
         candidate.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a run's tensors by their names, in safetensors' format. Errors are those of `write_atomically`."""
+    from safetensors.torch import save
+
+    # Cloned, since the format refuses tensors that share memory, as tied weights do.
+    alone = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    write_atomically(path, save(alone))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What `write_tensors` wrote into a run's folder, on the CPU. Raises `UsageError` if it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"the weights in {path.parent} are missing or damaged ({error}); delete that folder and the run is made again"
+        ) from error
 
 
 def _names(path: Path) -> tuple[Path, Path, Path]:

@@ -21,8 +21,8 @@ EXPECTED = (UsageError, SweepFailed, ProcessFailed, StorageError, TrainingDiverg
 def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
     """Does `work` and gives the command's exit code: 0 done, or what `work` returns, 2 unusable arguments, 1 otherwise.
 
-    `kept`: what is there of a work that is interrupted, or whose output nobody reads any more. Without it, a reader who
-    leaves (`head`, say) has what he wanted.
+    `kept`: what is said to be there of a work that is interrupted, or whose output nobody reads any more. Without it, a
+    reader who leaves (`head`, say) has what he wanted.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
         sys.stdout.reconfigure(errors="replace")

@@ -247,14 +247,14 @@ def _ten_crop(images: ImageSet | FolderSet, batch_size: int) -> Views:
         return
     files = images.whole([images.size * 256 // 224])
     while group := list(itertools.islice(files, max(1, batch_size // 10))):
-        crops = (ten_crops(image[None], images.size) for (image,), _ in group)
+        crops = (ten_crops(image[None], (images.size, images.size)) for (image,), _ in group)
         yield [torch.cat(views) for views in zip(*crops, strict=True)], torch.tensor([label for _, label in group])
 
 
 def _padded_crops(images: Tensor) -> list[Tensor]:
     """Ten crops of normalized small images, padded on each side."""
-    side = images.shape[-1]
-    return ten_crops(F.pad(images, (ten_crop_padding(side),) * 4), side)
+    size = images.shape[-2:]
+    return ten_crops(F.pad(images, (ten_crop_padding(min(size)),) * 4), size)
 
 
 def ten_crop_padding(side: int) -> int:
@@ -267,14 +267,14 @@ def _whole(images: Tensor) -> list[Tensor]:
     return [images]
 
 
-def ten_crops(images: Tensor, size: int) -> list[Tensor]:
-    """Four corners and the centre of [N, C, H, W], and their horizontal flips: ten tensors [N, C, size, size]."""
-    height, width = images.shape[-2:]
-    if height < size or width < size:
-        raise UsageError(f"ten-crop needs images of at least {size}×{size}, not {height}×{width}")
-    bottom, right, middle, centre = height - size, width - size, (height - size) // 2, (width - size) // 2
+def ten_crops(images: Tensor, size: Sequence[int]) -> list[Tensor]:
+    """Four corners and the centre of [N, C, H, W], and their horizontal flips: ten tensors [N, C, *size]."""
+    (height, width), (high, wide) = images.shape[-2:], size
+    if height < high or width < wide:
+        raise UsageError(f"ten-crop needs images of at least {high}×{wide}, not {height}×{width}")
+    bottom, right, middle, centre = height - high, width - wide, (height - high) // 2, (width - wide) // 2
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (middle, centre)]
-    crops = [images[..., top : top + size, left : left + size] for top, left in corners]
+    crops = [images[..., top : top + high, left : left + wide] for top, left in corners]
     return crops + [crop.flip(-1) for crop in crops]
 
 

@@ -27,13 +27,13 @@ class Subsampling1x1(nn.Conv2d):
 
 
 def subsampling(network: nn.Module) -> Iterator[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """Other convolutions of `network` of which that is true, with what to call in the place of their `forward`."""
+    """The plain `Conv2d`s of `network` with the same fault, each with what to call in the place of its `forward`."""
     for module in network.modules():
-        if type(module) is nn.Conv2d and _is_wrong(module):
+        if type(module) is nn.Conv2d and _has_the_fault(module):
             yield module, partial(_subsampled, module)
 
 
-def _is_wrong(conv: nn.Conv2d) -> bool:
+def _has_the_fault(conv: nn.Conv2d) -> bool:
     unpadded = conv.padding in ((0, 0), "valid")
     strided = conv.kernel_size == (1, 1) and conv.stride != (1, 1)
     return strided and unpadded and conv.groups == 1 and conv.in_channels < _VECTOR

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from resprobe.blocks import BLOCKS, Block
@@ -36,14 +37,7 @@ def register_network(name: str, *, defaults: Callable[[int], Mapping[str, Option
 
     `defaults(depth)` gives the values of options whose default depends on the depth; the signature says None there.
     """
-
-    file = NETWORKS.register(name)
-
-    def file_under_name(make: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-        make.defaults = defaults  # type: ignore[attr-defined]
-        return file(make)
-
-    return file_under_name
+    return NETWORKS.register(name, defaults)
 
 
 # Blocks per stage (Table 1), by the weighted layers of a block.
@@ -82,6 +76,13 @@ class NetworkSpec:
     def name(self) -> str:
         """The name `build` takes: "cifar/resnet-20"."""
         return self.family if self.depth is None else f"{self.family}-{self.depth}"
+
+    @property
+    def kind(self) -> str:
+        """ "plain", "residual", "VGG", or the name of another family."""
+        name = self.family.rpartition("/")[2]
+        known = {"plain": "plain", "resnet": "residual", "vgg": "VGG"}
+        return "plain" if self.get("shortcut") == "none" else known.get(name, name)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -124,9 +125,8 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
     Raises `UsageError` for an unknown family, a depth the family does not have, or an option it does not take.
     """
     spec = resolve(network, **options)
-    make = NETWORKS[spec.family]
     try:
-        made = make(**({} if spec.depth is None else {"depth": spec.depth}), **dict(spec.options))
+        made = _made(spec)
     except UsageError:
         raise
     except Exception as error:  # of a stranger's block or shortcut
@@ -147,6 +147,24 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
     return result
 
 
+def _made(spec: NetworkSpec) -> nn.Module:
+    return NETWORKS[spec.family](**({} if spec.depth is None else {"depth": spec.depth}), **dict(spec.options))
+
+
+def check_family(spec: NetworkSpec) -> None:
+    """Raises `UsageError` for what the family refuses, above all a depth that it does not have. Costs neither memory nor the
+    drawing of weights; of what a stranger's block does without them nothing is said."""
+    try:
+        with torch.device("meta"):
+            _made(spec)
+    except UsageError:
+        raise
+    except (
+        Exception
+    ):  # a block that computes something when it is made; `build` says what is wrong with it, if anything
+        return
+
+
 def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
     """The complete specification for a name and options, without building anything."""
     if isinstance(network, NetworkSpec):
@@ -163,7 +181,7 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
         if option not in parameters:
             raise not_accepted(f"option of {family}", option, parameters)
     complete = {name: parameter.default for name, parameter in parameters.items()}
-    by_depth = getattr(NETWORKS[family], "defaults", None)
+    by_depth = NETWORKS.about(family)
     complete |= {name: value for name, value in (by_depth(depth) if by_depth else {}).items() if name in parameters}
     complete |= options
     for name, value in complete.items():

@@ -85,7 +85,7 @@ def without_hooks(network: nn.Module) -> dict[int, Any]:
 
     It tells what has been copied already: here, of each table of hooks, an empty one.
     """
-    # Others may be called so too: `use_hooks`.
+    # Those of torch's own, by name: a stranger's attribute may end like them (`use_hooks`).
     tables = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
     return {id(getattr(module, name)): OrderedDict() for module in network.modules() for name in tables}
 

@@ -28,6 +28,17 @@ def keeping_random_state(network: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state(state, device)
 
 
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Begins torch's random numbers on the host at `seed` for the length of a `with` block; the caller's go on after it.
+
+    So networks are initialized for a run: `build` in such a block gives the weights that `train` begins with.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # and no GPU's, which are the caller's
+        yield
+
+
 def host_random_state() -> tuple:
     """The states of torch's, Python's and numpy's generators on the host."""
     return torch.get_rng_state(), random.getstate(), numpy.random.get_state()

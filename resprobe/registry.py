@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from resprobe.digests import origin, source_digest
 from resprobe.errors import UsageError, not_accepted
@@ -14,10 +14,11 @@ T = TypeVar("T")
 
 
 class _Entry(NamedTuple, Generic[T]):
-    """A registered thing, and the digest of its source."""
+    """A registered thing, the digest of its source, and what was told of it beside."""
 
     thing: T
     source: str | None
+    about: Any
 
 
 class Registry(Generic[T]):
@@ -31,8 +32,9 @@ class Registry(Generic[T]):
         self.kind = kind
         self._things: dict[str, _Entry[T]] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files a class or function under `name`. Raises `UsageError` if the name is taken."""
+    def register(self, name: str, about: Any = None) -> Callable[[T], T]:
+        """Decorator that files a class or function under `name`, with what else belongs to that name. Raises `UsageError` if the
+        name is taken."""
         if not isinstance(name, str) or not name or any(character.isspace() for character in name):
             raise UsageError(f"{self.kind} name (={name!r}) must be a non-empty string without spaces")
 
@@ -43,7 +45,7 @@ class Registry(Generic[T]):
                     f"{self.kind} (={name!r}) is already registered by {origin(taken_by.thing)}; choose another name"
                 )
             # Now, while the file is what was loaded: it may be edited later, and this process not know of it.
-            self._things[name] = _Entry(thing, source_digest(thing))
+            self._things[name] = _Entry(thing, source_digest(thing), about)
             return thing
 
         return file_under_name
@@ -76,6 +78,11 @@ class Registry(Generic[T]):
         """All registered names, those of installed plugins included, in alphabetical order."""
         _load_installed_plugins()
         return tuple(sorted(self._things))
+
+    def about(self, name: str) -> Any:
+        """What was told of the name when it was registered."""
+        self[name]  # looked for in plugins, or refused
+        return self._things[name].about
 
     @contextmanager
     def temporary(self, name: str, thing: T) -> Iterator[T]:

@@ -26,21 +26,24 @@ from resprobe.blocks import BLOCKS
 from resprobe.checkpoints import (
     check_writable,
     load_checkpoint,
+    read_tensors,
     remove_checkpoints,
     remove_scratch,
     save_checkpoint,
     write_atomically,
+    write_tensors,
 )
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, load_data
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.digests import network_digest, sources_of
 from resprobe.distributed import team
-from resprobe.environment import environment
+from resprobe.environment import environment, local_changes
 from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, short
 from resprobe.initialization import INITIALIZATIONS
 from resprobe.networks import NETWORKS, NetworkSpec, Option, build, check_fit, resolve
 from resprobe.normalization import NORMALIZATIONS
 from resprobe.probes import PROBES, Probe, make_probe
+from resprobe.randomness import seeded
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.shortcuts import SHORTCUTS
 from resprobe.training import Progress, Training
@@ -128,7 +131,7 @@ class Run:
 
     `history`: one row a log point (iteration, epoch, learning_rate, train_loss, train_error, test_loss, test_error,
     seconds; errors in percent). `metrics`: final figures. `tables`: one DataFrame a probe. `network`: the trained
-    network, on the CPU, read when asked for.
+    network, read when asked for, on the CPU; one that was handed over built is where it was trained.
     """
 
     config: RunConfig
@@ -185,8 +188,10 @@ class RunStore:
         return self.root / config.folder_name
 
     def find(self, config: RunConfig, probes: Sequence[str | Probe] = ()) -> Run | None:
-        """The finished run, if it is there with the tables of these probes: of probes, or of what names make. Of a name that
-        is not registered, the table that is there."""
+        """The finished run, if it is there with the tables of these probes, given as objects or by their names.
+
+        A table counts if it is that of a probe of the same identity; for a name that is not registered, any counts.
+        """
         path = self.folder(config)
         asked: dict[str, str | None] = {}
         for probe in probes:
@@ -416,6 +421,7 @@ def _train_in_store(
             path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
         )
         write_environment()
+        _keep_local_changes(path)
         for digest in config._sources().values():  # a stranger's file may be edited, or lost, tomorrow
             for name, text in sources_of(digest).items():
                 write_atomically(path / "sources" / digest[:8] / name, text)
@@ -469,6 +475,15 @@ def _train_in_store(
     return run
 
 
+def _keep_local_changes(path: Path) -> None:
+    """The commit in a run's record is its code only with what was changed since."""
+    patch, file = local_changes(), path / "local_changes.patch"
+    if patch:
+        write_atomically(file, patch)
+    else:
+        file.unlink(missing_ok=True)  # of a begin that is not gone on with
+
+
 def _table_of(probe: Probe) -> pandas.DataFrame:
     import pandas
 
@@ -482,8 +497,7 @@ def _prepare(
     config: RunConfig, network: Any, data: Data, device: torch.device, probes: list[Probe], recompute: bool, step: str
 ) -> Training:
     if not isinstance(network, nn.Module):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)  # and no CUDA generator, which are the caller's
+        with seeded(config.seed):
             network = build(config.network)
     return Training(
         network,
@@ -517,7 +531,8 @@ def _write_json(path: Path, content: object) -> None:
 def _write_history(file: Path, training: Training) -> None:
     import pandas
 
-    _write_table(file, pandas.DataFrame(training.rows))
+    if training.rows:  # a table without columns cannot be read again
+        _write_table(file, pandas.DataFrame(training.rows))
 
 
 def _about_table(path: Path, name: str) -> dict[str, Any]:
@@ -564,17 +579,11 @@ def _read_table(path: Path, kinds: Mapping[str, str] = MappingProxyType({})) -> 
 
 
 def _write_network(training: Training, running: Mapping[str, torch.Tensor], path: Path) -> None:
-    from safetensors.torch import save
-
     tensors = {f"network.{name}": tensor for name, tensor in training.network.state_dict().items()}
     # Precise statistics are the reported ones and part of the network; the running ones stay beside them.
     tensors |= {f"running.{name}": tensor for name, tensor in running.items()}
     tensors |= {"normalization.mean": training.normalization.mean, "normalization.std": training.normalization.std}
-    # Cloned, since the format refuses tensors that share memory, as tied weights do.
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    write_atomically(path / "network.safetensors", save(tensors))
+    write_tensors(path / "network.safetensors", tensors)
 
 
 def _load_network(config: RunConfig, path: Path) -> nn.Module:
@@ -583,15 +592,7 @@ def _load_network(config: RunConfig, path: Path) -> nn.Module:
 
 
 def _read_weights(network: nn.Module, path: Path) -> nn.Module:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path / "network.safetensors")
-    except (SafetensorError, OSError) as error:
-        raise UsageError(
-            f"the weights in {path} are missing or damaged ({error}); delete that folder and the run is made again"
-        ) from error
+    tensors = read_tensors(path / "network.safetensors")
     prefix = "network."
     network.load_state_dict({name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)})
     _normalized_by(network, Normalization(tensors["normalization.mean"], tensors["normalization.std"]))

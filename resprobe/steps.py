@@ -29,7 +29,7 @@ from resprobe.recompute import calling
 
 STEPS = ("auto", "eager", "graph", "compile", "compile-blocks")
 _KINDS_OF_BLOCKS = 256
-"""Of which a process compiles so many; torch's own limit of eight is less than Figure 6 has."""
+"""How many kinds of block a process compiles; Figure 6 has more than torch's own limit of eight."""
 _WARM_UP = 3
 """Steps before the capture, in which libraries choose algorithms and reserve memory."""
 

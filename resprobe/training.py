@@ -456,8 +456,8 @@ def _copy(value: Any) -> Any:
         return value.detach().clone()
     if isinstance(value, dict):
         return {key: _copy(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_copy(entry) for entry in value]
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(entry) for entry in value)
     return value
 
 

@@ -19,7 +19,7 @@ from resprobe.networks import Network, NetworkSpec, Option, build, resolve
 from resprobe.shortcuts import ZeroPadding
 
 _RUN_FILE = "network.safetensors"
-# With what the published ImageNet models, and the common CIFAR weights, were trained.
+# Mean and standard deviation by which inputs of torchvision's models, and of the CIFAR weights with `linear`, are normalized.
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # Those of chenyaofo/pytorch-cifar-models (2021; by the logs of their training), by the number of classes of CIFAR-10 and -100.
 _CIFAR_STATISTICS = {

@@ -709,6 +709,16 @@ class TestScaleCrop:
         assert 19 < min(scales) < 22
         assert 28 < max(scales) < 32
 
+    @pytest.mark.parametrize("side", range(225, 300))
+    def test_a_crop_of_the_whole_shorter_side_is_inside_the_image(self, side):
+        whole = Image.fromarray(np.full((side, side + 40, 3), 7, dtype=np.uint8))
+        for image in (whole, whole.rotate(90, expand=True)):
+            scale = 224 / side
+            edges = image.height * scale - 224, image.width * scale - 224
+            for top, left in ((0.0, 0.0), edges):
+                cropped = folder._crop(image, 224, top, left, 224)
+                assert np.asarray(cropped).shape == (224, 224, 3)
+
     def test_without_augmentation_crops_are_centre_views(self, large):
         for pixels, labels in self.stream(large, augmentation="none", colour="none"):
             assert len(labels) == len(pixels) == 2

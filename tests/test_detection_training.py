@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,8 +42,8 @@ def data():
     return draw_shapes(48, 7, 3)
 
 
-def network(seed=0):
-    return tiny.network(seed=seed, in_channels=3, num_classes=5)
+def network(seed=0, **options):
+    return tiny.network(seed=seed, in_channels=3, num_classes=5, **options)
 
 
 def train(data, recipe=RECIPE, net=None, **options):
@@ -140,6 +141,29 @@ def test_a_finished_run_is_found_by_what_it_is(data, tmp_path):
     for changed in ({"seed": 1}, {"net": network(seed=1)}, {"roi": "align"}, {"recipe": replace(RECIPE, flip=0.0)}):
         keys.add(train(data, **{"recipe": replace(RECIPE, iterations=1, milestones=()), **changed}).config.key)
     assert len(keys) == 5
+
+
+def test_a_backbone_with_tied_weights_is_kept_and_found(data, tmp_path):
+    """A highway block's two gates are one weight, and the file's format refuses tensors that share memory."""
+    recipe = replace(RECIPE, iterations=1, milestones=())
+    made = train(data, recipe, network(shortcut="highway"), runs=tmp_path)
+    weights = dict(made.model.state_dict())
+    assert len({value.data_ptr() for value in weights.values()}) < len(weights)
+    rows = []
+    again = train(data, recipe, network(shortcut="highway"), runs=tmp_path, progress=rows.append)
+    assert rows == [] and again.path == made.path
+    tiny.assert_same(weights, dict(again.model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda file: file.write_bytes(b"\x00" * 100), Path.unlink], ids=["zeros", "missing"]
+)
+def test_damaged_weights_are_named_with_what_to_do(data, tmp_path, damage):
+    recipe = replace(RECIPE, iterations=1, milestones=())
+    damage(train(data, recipe, runs=tmp_path).path / "detector.safetensors")
+    said = r"^the weights in .*seed0\S+ are missing or damaged \(.+\); delete that folder and the run is made again$"
+    with pytest.raises(rp.UsageError, match=said):
+        train(data, recipe, runs=tmp_path)
 
 
 def test_the_history_and_the_weights(data):

@@ -7,7 +7,7 @@ import functools
 import importlib
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy
 import pytest
@@ -103,6 +103,10 @@ def test_what_a_setting_is_made_of_counts():
         (table, table[::-1]),
         (numpy.float32(0.5), numpy.float32(0.25)),
         ({"a": [Part(1)]}, {"a": [Part(3)]}),
+        (range(3), range(9)),
+        (slice(3), slice(9)),
+        (PurePosixPath("a"), PurePosixPath("b")),
+        (torch.device("cpu"), torch.device("meta")),
     ]
     for one, other in settings_of_one_kind:
         assert network_digest(Mine(power=one)) == network_digest(Mine(power=copy.deepcopy(one)))

@@ -262,7 +262,7 @@ def test_multi_scale_needs_files(net):
 
 def test_ten_crop_needs_room():
     with pytest.raises(UsageError, match="^ten-crop needs images of at least 9×9, not 12×8$"):
-        ten_crops(torch.zeros(1, 1, 12, 8), 9)
+        ten_crops(torch.zeros(1, 1, 12, 8), (9, 9))
 
 
 # -- top-5 and the tally -----------------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_a_score_of_zero_costs_a_finite_loss():
 
 def test_the_ten_crops_are_the_corners_the_centre_and_their_flips():
     image = torch.arange(6 * 8).view(1, 1, 6, 8)
-    crops = [crop[0, 0].numpy() for crop in ten_crops(image, 4)]
+    crops = [crop[0, 0].numpy() for crop in ten_crops(image, (4, 4))]
     whole = image[0, 0].numpy()
     expected = [whole[:4, :4], whole[:4, -4:], whole[-4:, :4], whole[-4:, -4:], whole[1:5, 2:6]]
     expected += [np.fliplr(crop) for crop in expected]
@@ -307,6 +307,12 @@ def test_the_ten_crops_are_the_corners_the_centre_and_their_flips():
     for crop, wanted in zip(crops, expected, strict=True):
         np.testing.assert_array_equal(crop, wanted)
     assert len({crop.tobytes() for crop in crops}) == 10
+
+
+def test_ten_crops_of_images_that_are_not_square_have_their_shape():
+    net, images = Recording(), ImageSet(torch.zeros(2, 3, 16, 40, dtype=torch.uint8), torch.tensor([0, 1]))
+    on(net, images, "ten-crop", normalization=COLOUR)
+    assert {tuple(view.shape) for view in net.seen} == {(2, 3, 16, 40)}
 
 
 class Recording(nn.Module):

@@ -629,3 +629,31 @@ def test_a_block_that_cannot_be_built_is_named_in_one_line():
         rp.build("cifar/resnet-8", block="unfinished")
     assert str(caught.value).startswith("cifar/resnet-8 (block=unfinished, ")
     assert "cannot be built: NotImplementedError: Unfinished must define make_branch(" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kind"),
+    [
+        ("cifar/plain-8", {}, "plain"),
+        ("cifar/resnet-8", {}, "residual"),
+        ("cifar/resnet-8", {"shortcut": "none"}, "plain"),
+        ("imagenet/vgg-16", {}, "VGG"),
+    ],
+)
+def test_kinds_of_networks(name, options, kind):
+    assert rp.networks.resolve(name, **options).kind == kind
+
+
+def test_a_family_is_asked_without_its_weights(clean_registries):
+    with pytest.raises(rp.UsageError, match=r"^depth \(=21\) must be 6n\+2"):
+        rp.networks.check_family(rp.networks.resolve("cifar/resnet-21"))
+    rp.networks.check_family(rp.networks.resolve("cifar/resnet-1202"))
+
+    @rp.register_block("computes")
+    class Computes(rp.BLOCKS["basic"]):
+        def make_branch(self, in_channels, width, stride, layers):
+            self.rates = torch.linspace(0, 1, 3).tolist()  # which a tensor without memory has not
+            return super().make_branch(in_channels, width, stride, layers)
+
+    rp.networks.check_family(rp.networks.resolve("cifar/resnet-8", block="computes"))
+    rp.build("cifar/resnet-8", block="computes")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import resprobe as rp
 from resprobe.registry import Registry
@@ -125,6 +126,25 @@ def test_temporary_leaves_what_was_there_before(fruits):
     with fruits.temporary("apple", apple):
         pass
     assert fruits["apple"] is apple
+
+
+def test_what_is_told_of_a_name_is_that_names_alone(fruits):
+    fruits.register("red-apple", about="red")(apple)
+    fruits.register("green-apple", about="green")(apple)
+    assert [fruits.about(name) for name in ("red-apple", "green-apple", "apple")] == ["red", "green", None]
+    with pytest.raises(rp.UsageError, match="fruit"):
+        fruits.about("pear")
+
+
+def test_one_function_may_make_two_families(clean_registries):
+    class Made:
+        def family(self, depth, *, size=None):
+            return torch.nn.Linear(size or 1, depth)
+
+    rp.register_network("by-depth", defaults=lambda depth: {"size": depth + 1})(Made().family)
+    rp.register_network("fixed")(Made().family)
+    assert rp.build("by-depth-3").body.in_features == 4
+    assert rp.networks.resolve("fixed-3").get("size") is None
 
 
 def test_own_things_have_no_fingerprint():

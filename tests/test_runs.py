@@ -40,6 +40,12 @@ def single_thread():
         yield
 
 
+@pytest.fixture(autouse=True)
+def unchanged_code(monkeypatch):
+    """A run keeps what was changed in the checkout, of which the tests must not depend."""
+    monkeypatch.setattr(runs_module, "local_changes", lambda: b"")
+
+
 def train(folder, net=None, data="digits", chosen=RECIPE, **options) -> rp.Run:
     options = {"device": "cpu", "precision": "fp32", "progress": False, "runs": folder, **options}
     return rp.train(net or spec(), data, chosen, **options)
@@ -114,10 +120,14 @@ def test_the_second_call_finds_what_the_first_trained(tmp_path, no_training):
     assert RunStore(tmp_path).find(replace(first.config, seed=9)) is None
 
 
-def test_what_is_in_a_runs_folder(tmp_path):
+@pytest.mark.parametrize("changes", [b"", b"--- a/resprobe/training.py\n"])
+def test_what_is_in_a_runs_folder(changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_module, "local_changes", lambda: changes)
     run = train(tmp_path, chosen=recipe(name="mine"))
     names = ["config.json", "environment.json", "history.csv", "lock", "network.safetensors", "result.json"]
-    assert sorted(os.listdir(run.path)) == names
+    assert sorted(os.listdir(run.path)) == sorted(names + ["local_changes.patch"] * bool(changes))
+    if changes:
+        assert (run.path / "local_changes.patch").read_bytes() == changes
     assert run.path.name.startswith("cifar-resnet-8_A_digits_12it_seed0_")
     assert run.path.name.endswith(run.config.key)
     told = json.loads((run.path / "config.json").read_text())
@@ -990,10 +1000,12 @@ def test_damaged_weights_are_named_with_what_to_do(tmp_path):
 def test_scratch_files_of_a_killed_process_are_cleared(tmp_path):
     folder = RunStore(tmp_path).folder(config())
     folder.mkdir()
-    left = folder / ".checkpoint.pt.incoming.4711.tmp"
-    left.write_bytes(b"half")
+    (folder / "probes").mkdir()
+    left = folder / ".checkpoint.pt.incoming.4711.tmp", folder / "probes" / ".norms.csv.4711.tmp"
+    for file in left:
+        file.write_bytes(b"half")
     assert train(tmp_path).path == folder
-    assert not left.exists()
+    assert not any(file.exists() for file in left)
 
 
 def test_a_history_with_gaps_is_read_as_numbers(tmp_path):

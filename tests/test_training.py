@@ -26,7 +26,7 @@ from resprobe.data import Data, FolderSet, Normalization
 from resprobe.errors import TrainingDiverged, UsageError
 from resprobe.evaluation import Evaluation, precise_batch_norm
 from resprobe.recipes import learning_rate, plateaus
-from resprobe.training import Training, _log_points, _test_points
+from resprobe.training import Training, _copy, _log_points, _test_points
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -721,6 +721,15 @@ def bombed(fuse: int) -> nn.Module:
     made = Stranger()
     made.body.insert(3, Bomb(fuse))
     return made
+
+
+def test_what_is_copied_shares_nothing():
+    held = {"a": [torch.zeros(2), (torch.zeros(2), {"b": torch.zeros(2)})]}
+    copied = _copy(held)
+    assert type(copied["a"][1]) is tuple
+    for tensor in (held["a"][0], held["a"][1][0], held["a"][1][1]["b"]):
+        tensor += 1
+    assert not any(tensor.any() for tensor in (copied["a"][0], copied["a"][1][0], copied["a"][1][1]["b"]))
 
 
 @pytest.mark.parametrize(("fuse", "kept"), [(1, 0), (4, 3), (8, 6), (9, 6), (12, 9)])

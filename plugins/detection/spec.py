@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 
 import resprobe as rp
@@ -67,7 +66,7 @@ class DetectorSpec:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):  # JSON knows no tuples
+            if isinstance(value, list):  # which has no hash
                 object.__setattr__(self, field.name, tuple(value))
         if self.num_classes < 2:
             raise rp.UsageError(f"num_classes (={self.num_classes}) must be ≥ 2: the background counts as a class")
@@ -90,12 +89,3 @@ class DetectorSpec:
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
             raise rp.UsageError(f"{name} (={getattr(self, name)}) must be {what}")
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> DetectorSpec:
-        """The specification that `to_json` wrote."""
-        return cls(**json.loads(text))

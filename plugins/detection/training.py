@@ -41,10 +41,12 @@ from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
 from resprobe.checkpoints import (
     load_checkpoint,
+    read_tensors,
     remove_checkpoints,
     remove_scratch,
     save_checkpoint,
     write_atomically,
+    write_tensors,
 )
 from resprobe.data.images import generator
 from resprobe.devices import resolve_device, synchronize
@@ -139,9 +141,7 @@ def train_detector(
         found, path = store.find(config), store.folder(config)
         if found is None:
             return _train(model.to(device), data, config, path, device, progress)
-        from safetensors.torch import load_file
-
-        model.load_state_dict(load_file(path / "detector.safetensors"))
+        model.load_state_dict(read_tensors(path / "detector.safetensors"))
         return DetectorRun(config, found.metrics, found.history, model.eval(), path)
 
 
@@ -310,11 +310,7 @@ def _train(
     rows[-1]["mAP"] = metrics["mAP"]
     run = DetectorRun(config, metrics, pandas.DataFrame(rows), model.cpu().eval(), path)
     if path:
-        from safetensors.torch import save
-
-        write_atomically(
-            path / "detector.safetensors", save({k: v.contiguous() for k, v in model.state_dict().items()})
-        )
+        write_tensors(path / "detector.safetensors", model.state_dict())
         write_atomically(path / "history.csv", run.history.to_csv(index=False, na_rep="nan").encode())
         write_atomically(path / "detections.json", _json([_as_rows(each) for each in predictions]))
         write_atomically(path / "result.json", _json({"metrics": metrics}))  # last: it says that all the rest is there
@@ -323,7 +319,12 @@ def _train(
 
 
 def kept_for_backward(model: Detector, images: list[Tensor], targets: list[Target]) -> int:
-    """Bytes that a training step keeps from its forward pass for its backward pass, parameters and buffers not counted."""
+    """Bytes that autograd keeps from the forward pass of a training step for its backward pass.
+
+    Of what is kept every storage is counted whole, and once, however many views of it are kept. The model's own parameters
+    and buffers (all that a `FrozenBatchNorm2d` has) are not counted, since they are there without a step; what is computed
+    from them and kept is. Gradients, the optimizer's state and what the forward pass frees again are no part of it.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 

@@ -28,14 +28,7 @@ def register_dataset(name: str, *, identity: Callable[[str | None], str] | None 
     Finished runs are found again by the data's identity: what `identity(path)` says, else `Data.identity`. Where that is
     just the name, the path belongs to it: another path, other data.
     """
-
-    file = DATASETS.register(name)
-
-    def file_under_name(load: Callable[[str | None], Data]) -> Callable[[str | None], Data]:
-        load.identity = identity  # type: ignore[attr-defined]
-        return file(load)
-
-    return file_under_name
+    return DATASETS.register(name, identity)
 
 
 def load_data(data: str | Data) -> Data:
@@ -54,7 +47,7 @@ def load_data(data: str | Data) -> Data:
         raise UsageError(f"data (={name!r}): its function must give a resprobe.Data, not {short(loaded)}")
     if DATASETS.fingerprint(name) is None:  # ours say themselves what they are, wherever they are read from
         return loaded
-    identity = getattr(load, "identity", None)
+    identity = DATASETS.about(name)
     if identity is not None:
         return replace(loaded, identity=identity(path))
     return replace(loaded, identity=data) if path is not None and loaded.identity == name else loaded

@@ -215,7 +215,9 @@ def _pixels(image: Image.Image) -> Tensor:
 def _crop(image: Image.Image, shorter: float, top: float, left: float, size: int) -> Image.Image:
     """Resizes so that the shorter side is `shorter` and crops [top, left, size, size], in one step."""
     ratio = min(image.size) / shorter
-    box = (left * ratio, top * ratio, min((left + size) * ratio, image.width), min((top + size) * ratio, image.height))
+    left, top, right, bottom = (ratio * edge for edge in (left, top, left + size, top + size))
+    # By rounding it may begin or end a hair beyond the image.
+    box = (max(0.0, left), max(0.0, top), min(right, image.width), min(bottom, image.height))
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
