@@ -50,7 +50,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference of two means over seeds, `higher − lower`, with one-sided 95 % confidence limits (Welch).
+    """The difference of two means over seeds, `higher − lower`, with one-sided 95 % confidence limits (Welch's; Student's
+    where one side is a constant).
 
     `verdict` says whether `higher` is indeed higher: it holds if the lower limit is above 0; it fails if the upper
     limit is below `margin`, which excludes any effect that matters; else it is inconclusive. Without a spread on
@@ -117,7 +118,7 @@ class Comparison:
             return f"{difference}, the same at every seed, n = {against} seeds"
         return (
             f"{difference}, 95 % limits {self.lower:+.{digits}f} and {self.upper:+.{digits}f}, "
-            f"one-sided Welch test p = {self.p:.2g}, n = {against} seeds"
+            f"one-sided {'t' if None in self.n else 'Welch'} test p = {self.p:.2g}, n = {against} seeds"
         )
 
     @property
@@ -180,6 +181,13 @@ def band(values: Sequence[float]) -> float:
     """How far the mean of `values` over seeds may be from the paper's number, in points, to count as the same: `MARGIN`,
     or twice their standard deviation if that is more."""
     return max(MARGIN, 2 * _std(values)) if len(values) > 1 else MARGIN
+
+
+def from_paper(values: Sequence[float], paper: float) -> str:
+    """How far the mean of `values` over seeds is from the paper's number, and whether that is within `band`:
+    "+0.12, within ±0.50"."""
+    distance, allowed = _mean(values) - paper, band(values)
+    return f"{round(distance, 2) + 0.0:+.2f}, {'within' if abs(distance) <= allowed else 'beyond'} ±{allowed:.2f}"
 
 
 def mean_std(values: Sequence[float], digits: int = 2) -> str:

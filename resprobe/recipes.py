@@ -277,17 +277,22 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def departures(recipe: Recipe, paper: Recipe | None = None) -> list[str]:
-    """What in `recipe` is not the paper's, one line each. Compared with the paper's CIFAR recipe unless told."""
-    paper = paper or (imagenet_paper() if recipe.augmentation == "scale-crop" else cifar_paper())
+    """What in `recipe` is not the paper's, one line each.
+
+    `paper`: the paper's recipe for what is trained; by default that for CIFAR or ImageNet, whichever is nearer, where the
+    warm-up of 110 layers is none, since the depth is not known.
+    """
+    if paper is None:
+        paper = imagenet_paper() if recipe.augmentation == "scale-crop" else cifar_paper()
+        if recipe.warm_up_rate == 0.01 and recipe.warm_up_until == 80.0:
+            paper = with_warm_up(paper)
     scaled = paper.with_iterations(recipe.iterations)
     found = []
     if recipe.iterations != paper.iterations:
         found.append(f"iterations: {recipe.iterations:,} instead of {paper.iterations:,} (the whole schedule scaled)")
     followed, ours = asdict(scaled), asdict(recipe)
-    # How finely curves are drawn is not part of the method, nor is the warm-up: it is the paper's at 110 layers.
+    # How finely curves are drawn is not part of the method.
     ignored = {"name", "iterations", "window", "evaluations"}
-    if recipe.warm_up_rate == 0.01 and recipe.warm_up_until == 80.0:
-        ignored |= {"warm_up_rate", "warm_up_until"}
     for name, value in ours.items():
         if name not in ignored and value != followed[name]:
             found.append(f"{name.replace('_', ' ')}: {value} instead of {followed[name]}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resprobe.checkpoints import write_atomically
 from resprobe.claims import LEVEL, MARGIN, Verdict
 from resprobe.figures import render, render_for_page
-from resprobe.recipes import Recipe, cifar_paper, departures, imagenet_paper
+from resprobe.recipes import cifar_paper, departures, imagenet_paper
 from resprobe.sweep import in_words
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ def write_report(
     verdicts: Sequence[Verdict],
     *,
     setting: str,
-    recipes: Sequence[Recipe],
     environment: dict[str, Any],
     command: str,
     seconds: float,
@@ -66,8 +65,10 @@ def write_report(
         "config": {
             "command": command,
             "options": dataclasses.asdict(results.options),
-            "recipes": [dataclasses.asdict(recipe) for recipe in recipes],
-            "departures": _departures(study, results, recipes, environment),
+            "recipes": [
+                dataclasses.asdict(recipe) for recipe in dict.fromkeys(run.config.recipe for run in results.runs)
+            ],
+            "departures": _departures(study, results, environment),
             "seconds_of_training": sum(run.metrics["seconds"] for run in results.runs),
             "seconds_of_study": round(seconds, 1),
         },
@@ -75,11 +76,14 @@ def write_report(
         "figures": {name: drawing.alt for name, drawing in drawings.items()},
         "tables": list(tables),
     }
-    # What the report that this one replaces had beside it, and this one has not.
-    for name in _written_before(out, "figures") - set(drawings):
+    # What the report that this one replaces had beside it, and this one has not; its verdict first of all, since a verdict
+    # that is there has its report beside it.
+    figures_before, tables_before = (_written_before(out, kind) for kind in ("figures", "tables"))
+    (out / "verdict.json").unlink(missing_ok=True)
+    for name in figures_before - set(drawings):
         for kind in ("png", "svg"):
             (out / f"{name}.{kind}").unlink(missing_ok=True)
-    for name in (_written_before(out, "tables") | set(measured)) - set(tables):
+    for name in (tables_before | set(measured)) - set(tables):
         (out / f"{name}.csv").unlink(missing_ok=True)
     images = {}
     for name, drawing in drawings.items():
@@ -101,12 +105,11 @@ def write_report(
         "images": images,
         "summary": summary(study, verdicts, setting, results),
         "followed": "the paper's data and recipe" if results.runs else "nothing was trained",
-        "how_sure": study.how_sure or _how_sure(results),
+        "how_sure": " ".join(filter(None, [study.how_sure or _how_sure(results), study.rules])),
         "made": _made(record),
     }
     write_atomically(out / "report.md", render_template("report.md", page).encode())
     write_atomically(out / "report.html", render_template("report.html", page).encode())
-    # Last: a verdict that is there has its report beside it.
     write_atomically(out / "verdict.json", (json.dumps(record, indent=1, default=str) + "\n").encode())
     print(
         f"\n{page['summary']}\n\nreport:  {out / 'report.html'}\nfigures: "
@@ -132,7 +135,7 @@ def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Re
 
 def _what(study: Study, results: Results) -> str:
     """What was trained on what, behind a semicolon: the data, and a block or shortcut that is not the usual one."""
-    own = {"data": results.options.data.partition(":")[0]} if results.runs else {}
+    own = {"data": results.options.data_name} if results.runs else {}
     own |= {name: ours for name, (ours, _) in study.built_of(results.options).items()}
     return "".join(f"; {name}: {value}" for name, value in own.items())
 
@@ -153,6 +156,8 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
     computed = [rest.pop("precision"), "1 thread" if threads == 1 else f"{threads} threads"]
     if "step" in rest:
         computed.append(f"{rest.pop('step')} step")
+    if rest.pop("deterministic", False):
+        computed.append("deterministic")
     made = {
         "date": rest.pop("date"),
         "time": time,
@@ -166,28 +171,39 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in made.items() if value}
 
 
-def _departures(study: Study, results: Results, recipes: Sequence[Recipe], environment: dict[str, Any]) -> list[str]:
-    """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name."""
+def _departures(study: Study, results: Results, environment: dict[str, Any]) -> list[str]:
+    """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name, and what is so at one
+    depth alone that too."""
     found = []
+    from resprobe.study import is_imagenet
+
     data, _, path = results.options.data.partition(":")
     if (weights := bool(getattr(results.options, "weights", ()))) or results.runs:
         if data == "folder":
-            found.append(f"data: the folder {Path(path).name}; whether it is {study.paper_data} is not checked")
+            if not (study.paper_data == "ImageNet" and is_imagenet(results.options.data)):
+                found.append(f"data: the folder {Path(path).name} instead of {study.paper_data}")
         elif data != study.paper_data.lower().replace("-", ""):
             found.append(f"data: {data} instead of {study.paper_data}")
     found += [f"{name}: {ours} instead of {its}" for name, (ours, its) in study.built_of(results.options).items()]
     if weights:
         found.append("weights that were trained elsewhere, by a recipe that is not known here")
-    paper = imagenet_paper() if study.paper_data == "ImageNet" else cifar_paper()
-    lines = {recipe: departures(recipe, paper) for recipe in recipes}
-    for recipe, own in lines.items():
+    trained = dict.fromkeys((run.config.recipe, run.config.network.depth) for run in results.runs)
+    of_imagenet = study.paper_data == "ImageNet"
+    lines = {
+        (recipe, depth): departures(recipe, imagenet_paper() if of_imagenet else cifar_paper(depth=depth))
+        for recipe, depth in trained
+    }
+    for (recipe, depth), own in lines.items():
         for line in own:
-            everywhere = all(line in other for other in lines.values())
-            found.append(line if everywhere else f"{recipe.name}: {line}")
+            lacking = [other for other, theirs in lines.items() if line not in theirs]
+            where = "" if not lacking else f"{recipe.name}: "
+            if any(other == recipe for other, _ in lacking):
+                where = f"{recipe.name}, {depth} layers: "
+            found.append(f"{where}{line}")
     if study.departs is not None:
         found += study.departs(results.options)
     processes = environment.get("processes", 1)
-    if processes > 1 and any(recipe.bn_batch is None for recipe in recipes):
+    if processes > 1 and any(recipe.bn_batch is None for recipe, _ in trained):
         found.append(f"batch normalization over the images of each of {processes} processes, not over the mini-batch")
     return list(dict.fromkeys(found))
 

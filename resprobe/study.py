@@ -70,6 +70,8 @@ class Options:
     """compute activations again in the backward pass instead of keeping them: same numbers, less memory, more time"""
     step: Literal["auto", "eager", "graph", "compile", "compile-blocks"] = "auto"
     """training steps operation by operation, as one captured CUDA graph (auto on CUDA), or compiled, whole or by blocks"""
+    deterministic: bool = False
+    """compute the same last digits each time on the same machine, also on a GPU, where it takes more time"""
     concurrency: str = "auto"
     """runs at a time; auto: one a core on a CPU (one in all if they are short), one on a GPU"""
     executor: Literal["local", "ray"] = "local"
@@ -87,6 +89,16 @@ class Options:
     runs: str = "runs"
     """folder in which finished runs are kept and found again"""
 
+    @property
+    def data_name(self) -> str:
+        """The data set's name, without the place of a copy."""
+        return self.data.partition(":")[0]
+
+    def measured(self) -> dict[str, Any]:
+        """The options on which it depends what is measured, as far as it does: where a copy of the data lies is no matter."""
+        found = {name: value for name, value in vars(self).items() if name not in _NOT_THE_SETTING}
+        return found | {"data": self.data_name}
+
 
 def cifar_presets(quick: Options, **paper: Any) -> dict[str, Options]:
     """The presets of a study of CIFAR networks: `quick`, and the same in the paper's setting, 64,000 iterations on CIFAR-10
@@ -97,13 +109,14 @@ def cifar_presets(quick: Options, **paper: Any) -> dict[str, Options]:
     }
 
 
-# What does not change what is measured: where it is computed and where it is put.
+# What does not change what is measured: where it is computed and where it is put. See `Options.measured`.
 _NOT_THE_SETTING = {
     "preset",
     "device",
     "precision",
     "recompute",
     "step",
+    "deterministic",
     "concurrency",
     "executor",
     "address",
@@ -173,10 +186,10 @@ class Study:
     """One file of `studies/`: `plan` says which networks must be trained, `then` which of those are to be trained on from
     what came out, `measure` looks at them where their training is not the whole story, `judge` says what that means,
     `draw` shows it, and `tabulate` puts it beside the paper's numbers. `main` does the rest. `how_sure` replaces the
-    report's words on seeds where a study does not rest on them. `paper_data`: what the paper's experiment ran on, from
-    which departures are told; `departs` tells those that are in neither data nor recipe. `leaves_open` says what a claim
-    lacks with these options. `ahead` says what `measure` is going to train, if it trains; its results have no runs while those
-    are still to be trained.
+    report's words on how verdicts are come by, `rules` adds what they leave out of this study's. `paper_data`: what the
+    paper's experiment ran on, from which departures are told; `departs` tells those that are in neither data nor recipe.
+    `leaves_open` says what a claim lacks with these options. `ahead` says what `measure` is going to train, if it trains; its
+    results have no runs while those are still to be trained.
     """
 
     name: str
@@ -191,6 +204,7 @@ class Study:
     then: Callable[[Results], Sequence[Planned]] | None = None
     measure: Callable[[Results], pandas.DataFrame] | None = None
     how_sure: str = ""
+    rules: str = ""
     paper_data: Literal["CIFAR-10", "ImageNet"] = "CIFAR-10"
     leaves_open: Callable[[Options], Sequence[str]] | None = None
     departs: Callable[[Options], Sequence[str]] | None = None
@@ -226,7 +240,7 @@ class Study:
         gathered = _gather(self, options)
         if gathered is None:  # of several processes the first alone reports
             return {}
-        results, recipes, environment = gathered
+        results, environment = gathered
         verdicts = list(self.judge(results))
         answered = {verdict.claim.id for verdict in verdicts}
         missing = [claim.id for claim in self.claims if claim.id not in answered]
@@ -240,7 +254,6 @@ class Study:
             results,
             verdicts,
             setting=setting,
-            recipes=recipes,
             environment=environment,
             command=" ".join([called_as(self.name), *map(shlex.quote, arguments)]),
             seconds=time.perf_counter() - started,
@@ -267,21 +280,22 @@ class Study:
         pairs = {"block": (options.block, usual.block), "shortcut": (options.shortcut, usual.shortcut)}
         return {name: (ours, its) for name, (ours, its) in pairs.items() if ours != its}
 
+    def beside_paper(self, options: Options) -> bool:
+        """Whether figures may be held against the paper's numbers: all but depths and seeds is as in its setting."""
+        paper = self.presets["paper"]
+        alike = dataclasses.replace(options, preset="paper", depths=paper.depths, seeds=paper.seeds)
+        return self.setting(alike) == "paper"
+
     def setting(self, options: Options) -> Setting:
         """The preset's name if what is measured is the preset's, else "custom"."""
-        preset = self.presets[options.preset]
-        for option in dataclasses.fields(options):
-            ours, its = getattr(options, option.name), getattr(preset, option.name)
-            if option.name == "data":  # where a copy lies is no matter
-                ours, its = ours.partition(":")[0], its.partition(":")[0]
-            if option.name not in _NOT_THE_SETTING and ours != its:
-                return "custom"
+        if options.measured() != self.presets[options.preset].measured():
+            return "custom"
         # But a folder may hold anything.
-        folder = options.data.partition(":")[0] == "folder"
-        return "custom" if folder and not _is_imagenet(options.data) else options.preset
+        folder = options.data_name == "folder"
+        return "custom" if folder and not is_imagenet(options.data) else options.preset
 
 
-def _is_imagenet(data: str) -> bool:
+def is_imagenet(data: str) -> bool:
     """Whether a folder holds as many images and classes as ImageNet 2012's training and validation sets."""
     from resprobe.data import load_data
 
@@ -294,21 +308,24 @@ def _is_imagenet(data: str) -> bool:
 
 def _gather(
     study: Study, options: Options, ahead: list[Survey | Outlook] | None = None
-) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
+) -> tuple[Results, dict[str, Any]] | None:
     """Finds or trains the runs and puts them into tables. With `ahead`, only surveys are made, and put there."""
+    from resprobe.devices import deterministic
+
     if options.executor == "ray":
         from resprobe.cluster import ray_cluster
 
-        with ray_cluster(options.address, options.device) as cluster:
+        with ray_cluster(options.address, options.device) as cluster, deterministic(options.deterministic):
             return _gather_on(cluster, study, options, ahead)
     if options.address:
         raise UsageError(f"address (={options.address!r}) is that of a Ray cluster; it needs --executor ray")
-    return _gather_on(None, study, options, ahead)
+    with deterministic(options.deterministic):
+        return _gather_on(None, study, options, ahead)
 
 
 def _gather_on(
     cluster: RayCluster | None, study: Study, options: Options, ahead: list[Survey | Outlook] | None
-) -> tuple[Results, list[Recipe], dict[str, Any]] | None:
+) -> tuple[Results, dict[str, Any]] | None:
     """Does what `_gather` says, with the runs trained on a cluster or on this machine."""
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
@@ -316,7 +333,7 @@ def _gather_on(
     from resprobe.distributed import join, leave, team
     from resprobe.environment import environment, pooled
     from resprobe.extensions import load_plugin
-    from resprobe.networks import resolve
+    from resprobe.networks import check_family, resolve
     from resprobe.probes import make_probe
     from resprobe.recipes import parse_changes
     from resprobe.runs import RunStore, check_seed
@@ -354,7 +371,7 @@ def _gather_on(
         check_weights_there(Path(path), Path(path).exists())
     for one in planned:
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
-            resolve(one.network, **one.options)
+            check_family(resolve(one.network, **one.options))
     if planned and team().size > 1:
         team().told(lambda: bool(load_data(options.data)))  # one of them downloads
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
@@ -364,7 +381,7 @@ def _gather_on(
     if ahead is None:
         # Nothing is written before everything that was asked for is known to make sense.
         check_writable(Path(options.out), "out")
-        notes += _replaced(options)
+        notes += _replaced(study, options)
     if fresh and team().first:
         for note in notes:  # hours before the report is there
             print(f"note: {note}", file=sys.stderr, flush=True)
@@ -404,8 +421,7 @@ def _gather_on(
         print(study.ahead(results), flush=True)
     if study.measure is not None:
         results = dataclasses.replace(results, measurements=study.measure(results))
-    recipes = list(dict.fromkeys(job.config.recipe for _, job in labelled))
-    return results, recipes, made_with
+    return results, made_with
 
 
 def _without(failed: frozenset[str], options: Options, labelled: Sequence[tuple[dict[str, Any], Job]]) -> str:
@@ -430,14 +446,18 @@ def _too_few(study: Study, options: Options) -> Iterator[str]:
         yield f"one seed only (--seeds {options.seeds[0]}): without a spread, comparisons will be 'inconclusive'"
 
 
-def _replaced(options: Options) -> Iterator[str]:
+def _replaced(study: Study, options: Options) -> Iterator[str]:
     """Says that a report of something else stands where this one is going to."""
-    ours, usual = (json.loads(json.dumps(dataclasses.asdict(each))) for each in (options, type(options)()))
+    known = {option.name for option in dataclasses.fields(options)}
     try:
-        made = json.loads((Path(options.out) / "verdict.json").read_text())["config"]
+        record = json.loads((Path(options.out) / "verdict.json").read_text())
+        made = record["config"]
         # An option that was not there yet is as if it had not been given.
-        theirs = usual | made["options"]
-        if any(theirs[name] != ours[name] for name in ours if name not in _NOT_THE_SETTING):
+        given = {name: value for name, value in made["options"].items() if name in known}
+        theirs = type(options)(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+        )
+        if record["study"] != study.name or theirs.measured() != options.measured():
             yield f"{options.out} holds the report of `{made['command']}`, which this one replaces; --out keeps both"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it cannot be read
         return

@@ -329,7 +329,7 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
-    options, on = results.options, results.options.data.partition(":")[0]
+    options, on = results.options, results.options.data_name
     table = results.table[results.table["block"] == options.block]
     figure, panels = rp.figures.new_figure(2)
     for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):

@@ -129,10 +129,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
 
 def _before_training(run: rp.Run, data: rp.Data, device: str) -> nn.Module:
     """The network that the run began with. Its batch normalization knows no statistics yet, so they are taken first."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(run.config.seed)
+    with rp.seeded(run.config.seed):
         network = rp.build(run.config.network).to(device)
     batches = (run.network.normalization(batch).to(device) for batch, _ in data.train.views(128))
     rp.precise_batch_norm(network, batches)
@@ -190,7 +187,7 @@ def _judge_training(results: rp.Results) -> rp.Verdict:
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
-    on = results.options.data.partition(":")[0]
+    on = results.options.data_name
     seeds = results.options.seeds
     over = f"Mean ± std over {len(seeds)} seeds" if len(seeds) > 1 else "One seed"
     figure, (along, against) = rp.figures.new_figure(2)

@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -98,6 +98,9 @@ class Options(rp.Options):
     runs: tyro.conf.Suppress[str] = "runs"
     probe: tyro.conf.Suppress[tuple[str, ...]] = ()
     recipe: tyro.conf.Suppress[tuple[str, ...]] = ()
+    recompute: tyro.conf.Suppress[bool] = False
+    step: tyro.conf.Suppress[Literal["auto"]] = "auto"
+    deterministic: tyro.conf.Suppress[bool] = False
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:

@@ -87,12 +87,9 @@ def deepen(network: rp.Network, depth: int, images: Tensor, *, seed: int = 0) ->
     blocks of a residual network hold behind their zeros is drawn from `seed`. Raises `UsageError` if `depth` is not
     beyond the network's, or its blocks cannot be identities.
     """
-    import torch
-
     if depth <= (network.depth or 0):
         raise rp.UsageError(f"depth (={depth}) must be above that of the network to deepen ({network.spec.name})")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with rp.seeded(seed):
         deeper = rp.build(replace(network.spec, depth=depth))
     deeper.load_state_dict(network.state_dict(), strict=False)  # what is added comes last in its stage, under new names
     deeper.normalization = network.normalization
@@ -307,7 +304,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
         axis.set_title(f"{kind} networks")
     panels[0].set_ylabel("training error (%)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    on = results.options.data.partition(":")[0]
+    on = results.options.data_name
     words = "; ".join(
         f"{kind} from {start}: {_way(results, kind, deep, start)}" for kind in ("plain", "residual") for start in starts
     )

@@ -191,7 +191,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     return {
         "figure": rp.Drawing(
             figure,
-            f"Plain-{options.depth} and ResNet-{options.depth} on {options.data.partition(':')[0]}; {over}. Left: the "
+            f"Plain-{options.depth} and ResNet-{options.depth} on {options.data_name}; {over}. Left: the "
             "early stage in the manner of Fig. 4 (dashed: training error; bold: test error; dotted: the levels). "
             f"Right: iterations until the training error is at or below each level.{missed}",
             "Iterations to reach training errors, plain and residual. "

@@ -159,7 +159,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     axis.set_xlabel("networks whose class probabilities are averaged")
     axis.set_ylabel("test error (%)")
     axis.legend(loc="upper right", frameon=False)
-    on = results.options.data.partition(":")[0]
+    on = results.options.data_name
     return {
         "figure": rp.Drawing(
             figure,

@@ -117,7 +117,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     return {
         "figure": rp.Drawing(
             figure,
-            f"Plain networks on {options.data.partition(':')[0]}, trained as usual (left) and with the whole schedule "
+            f"Plain networks on {options.data_name}, trained as usual (left) and with the whole schedule "
             f"stretched {options.times} times (right); {over}. Dashed: training error; bold: test error.",
             f"Error over iterations, one line a depth. Mean final training error: {said}.",
         )

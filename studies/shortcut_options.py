@@ -159,7 +159,7 @@ def _compare_spread(errors: dict[str, list[float]]) -> rp.Comparison:
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
-    on, table = results.options.data.partition(":")[0], results.table
+    on, table = results.options.data_name, results.table
     drawings = {}
     for name, column, kind in (("figure", "test_error", "test"), ("figure-train", "train_error", "training")):
         figure, (everything, options_alone) = rp.figures.new_figure(2, share_y=False)

@@ -112,7 +112,7 @@ def _error(results: rp.Results, block: str, kind: str, depth: int, column: str =
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
-    on, claimed = results.options.data.partition(":")[0], min(results.options.depths)
+    on, claimed = results.options.data_name, min(results.options.depths)
     drawings = {
         "figure": rp.Drawing(
             _draw_claimed(results, claimed),
@@ -205,6 +205,8 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    rules="C21 says that there is no such difference. So it is the other way about: it holds if an advantage of 0.5 points or "
+    "more is excluded, and fails if there is certainly one.",
 )
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def _recipe(options: Options, data: rp.Data) -> Callable[[rp.Recipe], rp.Recipe]
 
     def change(recipe: rp.Recipe) -> rp.Recipe:
         if not isinstance(data.test, rp.FolderSet):
-            return replace(recipe, augmentation="pad-crop", pad=ten_crop_padding(data.test.images.shape[-1]))
+            return replace(recipe, augmentation="pad-crop", pad=ten_crop_padding(min(data.test.images.shape[-2:])))
         low, high = (round(side * options.crop / CROP) for side in recipe.scale)
         return replace(recipe, crop=options.crop, scale=(low, high))
 

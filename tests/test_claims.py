@@ -186,3 +186,11 @@ def test_how_near_is_the_same():
     assert rp.band([8.75]) == rp.band([8.7, 8.8, 8.75]) == MARGIN
     assert rp.band([8.0, 9.0, 8.5]) == pytest.approx(2 * 0.5)
     assert rp.band([7.0, 9.0, 8.0]) == pytest.approx(2.0)
+    assert rp.from_paper([6.6, 6.7, 6.8], 6.61) == "+0.09, within ±0.50"
+    assert rp.from_paper([5.9], 6.61) == "-0.71, beyond ±0.50"
+    assert rp.from_paper([5.0, 7.0, 6.0], 6.61) == "-0.61, within ±2.00"
+
+
+def test_against_a_constant_the_test_is_no_welch_test():
+    assert "one-sided t test p =" in str(rp.compare([1.0, 1.1, 1.2], 0.5))
+    assert "one-sided Welch test p =" in str(rp.compare([1.0, 1.1, 1.2], [0.5, 0.6]))

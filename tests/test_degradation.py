@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +10,12 @@ from pathlib import Path
 
 import pandas
 import pytest
+import torch
 
 import resprobe as rp
 from resprobe.errors import StorageError, TrainingDiverged
+from resprobe.study import _replaced
+from studies import ensemble
 from studies.degradation import judge, plan, study
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +106,12 @@ def test_in_the_papers_setting_errors_stand_beside_table_6():
     close = PAPER_LIKE | {("residual", 20): [7.75, 7.85, 7.65], ("residual", 56): [6.6, 6.7, 6.5]}  # test errors + 1
     ours = results(close, data="cifar10:somewhere")
     beside = study.tabulate(ours)["paper's test error (%)"].tolist()
-    assert beside[2:] == ["8.75 (+0.00, within ±0.50)", "6.97 (+0.63, beyond ±0.50)"]
+    assert beside[2:4] == ["8.75 (+0.00, within ±0.50)", "6.97 (+0.63, beyond ±0.50)"]
+    mean_of_five = {("residual", 110): [5.6, 5.7, 5.53], ("plain", 110): [60.0, 61.0, 62.0]}
+    assert (
+        study.tabulate(results(close | mean_of_five, data="cifar10"))["paper's test error (%)"][5]
+        == "6.61 (+0.00, within ±0.50)"
+    )
     evidence = "1 of 2 test errors are within max(0.5 points, 2 std) of Table 6's"
     assert evidence in judge(ours)[1].evidence
     spread = close | {("residual", 56): [6.6, 7.1, 6.1]}
@@ -111,6 +120,21 @@ def test_in_the_papers_setting_errors_stand_beside_table_6():
         ours = results(close, **({"data": "cifar10"} | other))
         assert "Table 6" not in judge(ours)[1].evidence
         assert "within" not in study.tabulate(ours).to_string()
+
+
+def test_other_methods_are_quoted_beside_those_on_cifar_10_alone():
+    table = study.tabulate(results(PAPER_LIKE, data="cifar10"))
+    quoted = table[table["network"].str.endswith("(quoted)")].set_index("network")
+    assert quoted["paper's test error (%)"].to_dict() == {
+        "Maxout (quoted)": "9.38",
+        "NIN (quoted)": "8.81",
+        "DSN (quoted)": "8.22",
+        "FitNet-19 (quoted)": "8.39",
+        "Highway-19 (quoted)": "7.72",
+        "Highway-32 (quoted)": "8.80",
+    }
+    assert set(quoted["test error (%)"]) == {"–"}
+    assert "quoted" not in study.tabulate(results(PAPER_LIKE)).to_string()
 
 
 def test_one_seed_is_inconclusive():
@@ -275,6 +299,21 @@ def test_a_wider_study_trains_what_is_missing_alone(done):
     assert environment["threads"] == 1, "of the runs, not of the process that asked"
 
 
+def test_only_a_report_of_something_else_is_said_to_be_replaced(tmp_path):
+    def said(of, **options) -> list[str]:
+        return list(_replaced(of, rp.Options(out=str(tmp_path), **options)))
+
+    record = {
+        "study": "degradation",
+        "config": {"command": "ours", "options": {"data": "cifar10:here", "seeds": [0, 1, 2]}},
+    }
+    (tmp_path / "verdict.json").write_text(json.dumps(record))
+    assert said(study, data="cifar10:there") == []
+    assert "holds the report of `ours`" in said(study, data="cifar100:here")[0]
+    assert "holds the report of `ours`" in said(study, data="cifar10:here", seeds=(0, 1))[0]
+    assert "holds the report of `ours`" in said(ensemble.study, data="cifar10:here")[0]
+
+
 def test_a_report_names_the_machines_that_trained_its_runs(done, tmp_path):
     shutil.copytree(done[0] / "runs", tmp_path / "runs")
     for index, path in enumerate(sorted(tmp_path.glob("runs/*/environment.json"))):
@@ -302,6 +341,41 @@ def test_what_the_paper_leaves_open_can_be_changed(tmp_path, monkeypatch):
     assert record["setting"] == "custom"
     assert "Table 6" not in judge(results(PAPER_LIKE, data="cifar10", recipe=("nesterov=True",)))[1].evidence
 
+
+def test_what_cannot_repeat_its_last_digits_is_refused_where_that_is_asked(
+    tmp_path, monkeypatch, capsys, clean_registries
+):
+    monkeypatch.chdir(tmp_path)
+    Path("unpools.py").write_text(UNPOOLS)
+    asked = ["--depths", "8", "--seeds", "0", "--iterations", "4", "--concurrency", "1"]
+    assert study.main([*asked, "--deterministic"]) == 0
+    record = json.loads(Path("results/degradation/verdict.json").read_text())
+    assert record["environment"]["deterministic"] and record["setting"] == "custom"
+    assert study.main([*asked, "--plugin", "unpools.py", "--block", "unpools"]) == 0
+    assert study.main([*asked, "--plugin", "unpools.py", "--block", "unpools", "--seeds", "1", "--deterministic"]) == 2
+    said = capsys.readouterr().err
+    fails = r"^error: cifar/plain-8, stage1.0: Block fails on .*does not have a deterministic implementation"
+    assert re.search(fails, said, re.M), said
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+UNPOOLS = """
+import resprobe as rp
+from torch import nn
+
+class Unpools(nn.Module):
+    def forward(self, x):
+        pooled, places = nn.functional.max_pool2d(x, 2, return_indices=True)
+        return nn.functional.max_unpool2d(pooled, places, 2)
+
+@rp.register_block("unpools")
+class Block(rp.Block):
+    weighted_layers = 2
+
+    def make_branch(self, in_channels, width, stride, layers):
+        second = layers.conv(width, width)
+        return nn.Sequential(Unpools(), layers.conv(in_channels, width, stride=stride), nn.ReLU(), second)
+"""
 
 STRANGER = """
 import resprobe as rp

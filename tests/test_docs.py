@@ -222,6 +222,15 @@ def test_every_claim_is_on_the_list_and_every_study_beside_the_paper():
         assert re.search(rf"\b{claim.id.rstrip('*')}\b", claims), claim.id
 
 
+@pytest.mark.parametrize("study", STUDIES.values(), ids=list(STUDIES))
+def test_the_page_of_a_claim_states_what_is_judged(study):
+    """In the words of the report; what the paper says beyond them is told in others."""
+    page = (DOCS / "claims" / f"{study.name}.md").read_text()
+    text = " ".join(re.sub(r"^> ?", "", page, flags=re.M).split())
+    for claim in study.claims:
+        assert f"**{claim.id}** {claim.statement}" in text, claim.id
+
+
 def test_every_table_and_figure_of_the_paper_has_a_row():
     paper = (DOCS / "paper.md").read_text()
     _, tables, figures = re.split(r"^## (?:Tables|Figures)$", paper, flags=re.M)

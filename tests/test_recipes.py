@@ -196,6 +196,11 @@ def test_every_departure_is_named():
 
 def test_another_warm_up_than_the_papers_is_a_departure():
     assert departures(dataclasses.replace(cifar_paper(), warm_up_rate=0.001)) == ["warm up rate: 0.001 instead of None"]
+    warming, deep = dataclasses.replace(cifar_paper(), warm_up_rate=0.01), cifar_paper(depth=110)
+    assert departures(warming, cifar_paper(depth=20)) == ["warm up rate: 0.01 instead of None"]
+    assert departures(without_warm_up(deep), deep) == ["warm up rate: None instead of 0.01"]
+    assert departures(deep, deep) == []
+    assert departures(dataclasses.replace(imagenet_paper(), warm_up_rate=0.01), imagenet_paper()) != []
 
 
 def test_departures_are_from_the_recipe_one_names():

@@ -170,13 +170,16 @@ def test_how_it_was_made_by_several_processes_outside_a_checkout(tmp_path):
 
 def test_how_it_was_made_on_several_machines(tmp_path):
     one = {"device": "a card", "threads": 1, "step": "graph", "processes": 1, "local_changes": False, "torch": "2.11.0"}
-    other = one | {"threads": 2, "processes": 2, "local_changes": True, "commit": "def"}
+    one["deterministic"] = True
+    other = one | {"deterministic": False, "threads": 2, "processes": 2, "local_changes": True, "commit": "def"}
     pages.write(tmp_path, environment=pages.ENVIRONMENT | pooled([one, other, one]))
     said = (tmp_path / "report.md").read_text()
     assert "\n- device: a card; fp32, 1 or 2 threads, graph step\n" in said
     assert "\n- processes: 2\n" in said
     assert "\n- commit: def, with local changes\n" in said
     assert "torch 2.11.0\n" in said
+    pages.write(tmp_path, environment=pages.ENVIRONMENT | pooled([one, one]))
+    assert "\n- device: a card; fp32, 1 thread, graph step, deterministic\n" in (tmp_path / "report.md").read_text()
 
 
 def test_departures_and_evidence_are_said(html):

@@ -19,7 +19,7 @@ QUICK = study.presets["quick"]
 
 def rows(backbone, maps, *, bn="frozen", step="baseline", ap=None):
     """One seed a value: a point in training at a third of the final mAP, and the final row."""
-    made = []
+    made, trained = [], "-context" if step in detection.STEPS[2:] else ""
     for seed, value in enumerate(maps):
         labels = {"backbone": backbone, "seed": seed, "bn": bn, "step": step}
         if step == "baseline":
@@ -31,7 +31,7 @@ def rows(backbone, maps, *, bn="frozen", step="baseline", ap=None):
                 "seconds": 0.02,
                 "macs": 2_500_000_000,
                 "kept_mib": 10.0 if bn == "frozen" else 16.0,
-                "run": f"run-{backbone[-2:]}-{bn}",
+                "run": f"run-{backbone[-2:]}-{bn}{trained}",
                 "mAP": value,
             }
             | {"mAP all-point": value - 1, "AP disc": value + 5, "AP star": value - 5, "AP disc all-point": 1.0}
@@ -40,9 +40,9 @@ def rows(backbone, maps, *, bn="frozen", step="baseline", ap=None):
     return made
 
 
-def results(made, **options):
+def results(made, preset=QUICK, **options):
     return rp.Results(
-        replace(QUICK, **options), pandas.DataFrame(), pandas.DataFrame(), [], measurements=pandas.DataFrame(made)
+        replace(preset, **options), pandas.DataFrame(), pandas.DataFrame(), [], measurements=pandas.DataFrame(made)
     )
 
 
@@ -112,6 +112,30 @@ def test_every_step_of_table_9_must_gain():
     assert found.evidence.endswith("not there: context, multi-scale testing")
 
 
+def test_gains_of_the_same_detectors_are_paired_and_those_of_new_ones_are_not():
+    """mAP@.5 of the recorded run: detectors differ by more than box refinement brings each of them."""
+
+    def table_9(context, scaled):
+        maps = ([58.38, 60.90, 62.75], [60.48, 61.95, 65.68], context, scaled)
+        steps = [rows(RESIDUAL, each, step=step) for step, each in zip(detection.STEPS, maps, strict=True)]
+        return rows(PLAIN, [21.0, 21.1, 21.2]) + sum(steps, [])
+
+    found = words(table_9([53.70, 56.98, 55.53], [59.18, 62.72, 61.86]))["C20"]
+    refined, context, scaled = found.evidence.split("; ")
+    assert refined.startswith("box refinement, paired by seed: difference +2.03 points, 95 % limits +0.4")
+    assert "p = 0.033" in refined and refined.endswith("n = 3 and a constant seeds")
+    assert context.startswith("context: difference -7.30 points, 95 % limits -11.41 and -3.19, one-sided Welch test")
+    assert scaled.startswith("multi-scale testing, paired by seed: difference +5.85")
+    assert found.verdict == "fails"
+    gains = table_9([74.0, 75.0, 74.5], [75.0, 76.1, 75.4])
+    assert words(gains)["C20"].verdict == "holds"
+    apart = [row | ({"run": "run-anew"} if row["step"] == "box refinement" else {}) for row in gains]
+    assert words(apart)["C20"].verdict == "inconclusive"
+    without = [row for row in gains if row["step"] != "context"]
+    refined, scaled, _ = words(without)["C20"].evidence.split("; ")
+    assert "paired" in refined and scaled.startswith("multi-scale testing: ")
+
+
 def test_fixed_against_trained_normalization():
     def both(trained, **changes):
         made = [row | changes for row in rows(RESIDUAL, trained, bn="trained")]
@@ -131,6 +155,8 @@ def test_fixed_against_trained_normalization():
 
 def test_the_plan_is_the_two_backbones_and_weights_need_none(monkeypatch):
     monkeypatch.setattr("plugins.detection.load_detection", lambda data: draw_shapes(48, 1, 1), raising=False)
+    shapes, asked = rp.load_data("shapes"), []
+    monkeypatch.setattr(rp, "load_data", lambda data: asked.append(data) or shapes)
     planned = detection.plan(QUICK)
     assert [(one.labels["backbone"], one.network, one.options) for one in planned] == [
         (PLAIN, PLAIN, {"width": 8}),
@@ -142,7 +168,9 @@ def test_the_plan_is_the_two_backbones_and_weights_need_none(monkeypatch):
     (first, *_) = detection.plan(paper)
     assert first.network == "imagenet/vgg-16"
     assert first.recipe(rp.recipes.imagenet_paper()) == rp.recipes.imagenet_paper()
+    assert asked == ["shapes", "folder"]
     assert detection.plan(replace(paper, weights=("vgg16.pth", "resnet101.pth"))) == []
+    assert len(asked) == 2, "what is not trained on need not be there"
 
 
 def test_the_schedule_is_that_of_what_is_detected_in():
@@ -188,11 +216,25 @@ def test_departures_are_those_of_the_detectors_too():
         ({"scales": (0, 600)}, r"scales \(=0 600\) must be shorter sides ≥ 1"),
         ({"width": 0}, r"width \(=0\) must be a whole number ≥ 1"),
         ({"detection_rate": -1.0}, r"learning_rate \(=-1.0\) must be"),
+        (
+            {"data": "digits"},
+            r"data \(='digits'\) must have images of 3 channels, as those to detect in have, not of 1",
+        ),
     ],
 )
 def test_mistakes_are_one_clear_line(wrong, message):
     with pytest.raises(rp.UsageError, match=message):
         detection.plan(replace(QUICK, **wrong))
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_data_of_one_channel_are_refused_before_a_backbone_is_trained(tmp_path, monkeypatch, capsys, more):
+    monkeypatch.chdir(tmp_path)
+    asked = ["--data", "digits", "--seeds", "0", "--iterations", "2", "--device", "cpu", "--width", "4", *more]
+    assert study.main(asked) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("error: data (='digits') must have") and said.err.count("\n") == 1
+    assert said.out == "" and not list(tmp_path.iterdir())
 
 
 def test_the_figures_show_what_was_measured(tmp_path):
@@ -231,6 +273,60 @@ def test_the_table_stands_beside_the_papers():
     made = rows(names[0], [70.0]) + rows(names[1], [73.0])
     table = study.tabulate(results(made, backbones=names, detection="voc:PATH"))
     assert table["paper (%)"].tolist() == ["73.2 / 70.4", "76.4 / 73.8"]
+
+
+THE_PAPERS = replace(study.presets["paper"], data="folder:IMAGENET")
+
+
+@pytest.fixture
+def imagenet(monkeypatch):
+    monkeypatch.setattr("resprobe.study.is_imagenet", lambda data: data == THE_PAPERS.data)
+
+
+def test_in_the_papers_setting_figures_are_held_against_its_own(imagenet):
+    vgg, resnet = detection._PAPER_BACKBONES
+    made = rows(vgg, [73.2, 73.4]) + rows(resnet, [77.0, 77.2])
+    evidence = words(made, preset=THE_PAPERS)["C18"].evidence
+    assert evidence.endswith("; 1 of 2 figures are within max(0.5 points, 2 std) of Table 7's")
+    table = study.tabulate(results(made, THE_PAPERS))
+    assert table["paper (%)"].tolist() == ["73.2 / 70.4 (+0.10, within ±0.50)", "76.4 / 73.8 (+0.70, beyond ±0.50)"]
+    made = rows(vgg, [41.0, 43.0], ap=[21.2, 21.4]) + rows(resnet, [48.5, 48.5], ap=[26.0, 26.2])
+    coco = {"preset": THE_PAPERS, "detection": "coco:PATH@train2014/val2014"}
+    assert "; 3 of 4 figures are within" in words(made, **coco)["C19"].evidence
+    assert study.tabulate(results(made, **coco))["paper (%)"].tolist() == [
+        "41.5 / 21.2 (+0.50, within ±2.83; +0.10, within ±0.50)",
+        "48.4 / 27.2 (+0.10, within ±0.50; -1.10, beyond ±0.50)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "beside"),
+    [
+        ({"detection": "voc:elsewhere/VOCdevkit@07+12", "seeds": (0, 1), "refine": True, "preset": "quick"}, True),
+        ({"bn": "both", "context": True, "scales": (200, 400)}, True),
+        ({"bn": "trained"}, False),
+        ({"data": "folder:OTHER"}, False),
+        ({"detection": "voc:VOCdevkit@2007-trainval/2007-test"}, False),
+        ({"iterations": 6000}, False),
+        ({"weights": ("vgg16.pth", "resnet101.pth")}, False),
+        ({"recipe": ("bn_batch=64",)}, False),
+        ({"side": 300}, False),
+        ({"detection_iterations": 1000}, False),
+        ({"schedule": "coco"}, False),
+    ],
+    ids=str,
+)
+def test_elsewhere_the_papers_figures_stand_alone(imagenet, changes, beside):
+    vgg, resnet = detection._PAPER_BACKBONES
+    made = [row for bn in ("frozen", "trained") for row in rows(vgg, [73.2], bn=bn) + rows(resnet, [76.4], bn=bn)]
+    of = rp.Results(
+        replace(THE_PAPERS, **changes), pandas.DataFrame(), pandas.DataFrame(), [], measurements=pandas.DataFrame(made)
+    )
+    told = study.tabulate(of).query("`batch normalization` == 'frozen'")["paper (%)"].str.contains("within").tolist()
+    assert told == [beside] * 2
+    assert ("of Table 7's" in judge(of)[0].evidence) is beside
+    alone = study.tabulate(of).query("`batch normalization` == 'trained'")["paper (%)"].tolist()
+    assert alone == ["73.2 / 70.4", "76.4 / 73.8"]
 
 
 def test_the_whole_study_on_a_few_images(tmp_path, monkeypatch, capsys):

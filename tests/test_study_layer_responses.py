@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy
 import pandas
@@ -99,6 +100,38 @@ def test_networks_that_have_learned_little_refute_nothing(error, word):
     assert found.verdict == word
     said = "ResNet-110 ends at 70.0 % training error: it learned too little to tell"
     assert (said in found.evidence) == (error > 20)
+
+
+def test_a_plain_network_that_has_not_learned_decides_nothing():
+    ours = results(FIG_7)
+    labels = [{"kind": kind, "depth": depth, "seed": seed} for kind, depth in FIG_7 for seed in range(3)]
+    for depth, word in ((56, "inconclusive"), (20, "holds")):  # Fig. 7's pair; a shallower one is evidence beside it
+        runs = [
+            one | {"train_error": 80.0 if (one["kind"], one["depth"]) == ("plain", depth) else 1.0} for one in labels
+        ]
+        (found,) = judge(dataclasses.replace(ours, table=pandas.DataFrame(runs)))
+        assert found.verdict == word
+    assert "ends at" not in found.evidence
+
+
+def test_the_closed_form_needs_both_of_its_parts():
+    assert layer_responses._closed_form(torch.nn.BatchNorm2d(4)) == (0.0, 1.0)
+    for norm in (torch.nn.RMSNorm(4), torch.nn.BatchNorm2d(4, affine=False), torch.nn.Identity()):
+        assert all(map(math.isnan, layer_responses._closed_form(norm)))
+
+
+@pytest.mark.parametrize(("count", "batches"), [(100, [100]), (300, [128, 128])])
+def test_batches_for_training_mode_are_of_one_size(count, batches):
+    images = rp.ImageSet(torch.zeros(count, 1, 2, 2, dtype=torch.uint8), torch.zeros(count, dtype=torch.long))
+    assert [len(labels) for _, labels in layer_responses._whole_batches(images)] == batches
+
+
+def test_without_a_closed_form_both_modes_decide():
+    ours = results(FIG_7)
+    ours.measurements.loc[ours.measurements["reading"] == "closed", "std"] = float("nan")
+    (found,) = judge(ours)
+    assert found.verdict == "holds"
+    assert "closed form" not in found.evidence
 
 
 def test_noise_and_single_seeds_are_inconclusive():
