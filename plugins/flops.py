@@ -73,7 +73,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 import resprobe as rp
-from resprobe.errors import one_line
+from resprobe.errors import one_line, short
 
 with warnings.catch_warnings():
     # fvcore scripts a function when it is imported, which torch now advises against.
@@ -288,7 +288,7 @@ def measure(network: nn.Module, image_shape: Sequence[int]) -> Flops:
     network, probe = rp.probes.unwrap(network), Flops()
     shape = tuple(image_shape)
     if not all(isinstance(size, int) and size > 0 for size in shape):
-        raise rp.UsageError(f"image_shape (={image_shape!r}) must be whole numbers ≥ 1, such as (3, 32, 32)")
+        raise rp.UsageError(f"image_shape (={short(image_shape)}) must be whole numbers ≥ 1, such as (3, 32, 32)")
     weight = next((each for each in network.parameters() if each.is_floating_point()), torch.empty(0))
     modes = {module: module.training for module in network.modules()}
     try:

@@ -5,6 +5,7 @@ Nothing works in place and every module is used once per pass, so that hooks see
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from typing import ClassVar
 
@@ -98,6 +99,20 @@ class Block(nn.Module):
             raise UsageError(
                 f"{type(self).__name__} turns an input of {tuple(image.shape)} into {tuple(out.shape)}; "
                 f"expected {expected} (width · expansion = {self.out_channels} channels, stride {self.stride})"
+            )
+        self._compare_depth()
+
+    def _compare_depth(self) -> None:
+        """Notes a branch of one layer after the other with another number of them than `weighted_layers` says."""
+        parts = list(self.branch) if isinstance(self.branch, nn.Sequential) else []
+        weighted = sum(isinstance(part, nn.Conv2d | nn.Linear) for part in parts)
+        ours = all(
+            type(part).__module__.startswith(("torch.nn.", "resprobe.")) for part in parts
+        )  # a stranger's may hold more
+        if ours and not any(list(part.children()) for part in parts) and weighted not in (0, self.weighted_layers):
+            warnings.warn(
+                f"{type(self).__name__}: weighted_layers = {self.weighted_layers}, but its branch has {weighted}; depths are "
+                "counted by what it says"
             )
 
 

@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,7 +29,7 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
         sys.stdout.reconfigure(errors="replace")
     kept = kept and f"; {kept}"
-    with notes_on_one_line():
+    with notes_on_one_line(), _ended_like_interrupted():
         try:
             code = work() or 0
             sys.stdout.flush()
@@ -40,6 +42,26 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _say(f"nobody reads the output any more{kept}", 1) if kept else 0
     return code
+
+
+@contextlib.contextmanager
+def _ended_like_interrupted() -> Iterator[None]:
+    """Told to end (by `kill`, `timeout`, a cluster's queue), the process keeps what it has, as after Ctrl-C. Not one of
+    torchrun's, which would wait for the others meanwhile."""
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once more, it must not leave that half-done
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _say(text: str, code: int, alone: bool = False) -> int:
@@ -65,9 +87,13 @@ def notes_on_one_line() -> Iterator[None]:
 
 
 def called_as(study: str = "") -> str:
-    """How a study, or the list of them, is called: by the console command where that was used, else by `python -m`."""
+    """How a study, or the list of them, is called: by the console command or as the script that was used, else by
+    `python -m`."""
     if Path(sys.argv[0]).stem == "resprobe":
         return f"resprobe {study}".rstrip()
+    main = sys.modules["__main__"]
+    if getattr(main, "__spec__", None) is None and getattr(getattr(main, "study", None), "name", "") == study != "":
+        return f"python {sys.argv[0]}"
     return f"python -m studies.{study}".rstrip(".")
 
 

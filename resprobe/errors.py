@@ -13,6 +13,10 @@ _NOT_THEIRS = (_ROOT / "resprobe", _ROOT / "plugins", _ROOT / "studies", Path(sy
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
+_ALSO = {"gpu": "cuda", "lr": "learning_rate", "wd": "weight_decay", "epochs": "iterations", "--epochs": "--iterations"}
+"""What others call it, where no likeness of letters tells."""
+
+
 class UsageError(ValueError):
     """Something the user asked for cannot be done as asked. Studies print it as one line and exit with code 2."""
 
@@ -82,7 +86,10 @@ def last_words(stderr: str) -> str:
 def nearest(value: object, accepted: Iterable[object]) -> str | None:
     """The accepted name that `value` most likely meant, or None where nothing comes close."""
     names = {str(name).lower(): str(name) for name in accepted}
-    close = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.5)
+    given = str(value).lower()
+    if _ALSO.get(given) in names:
+        return names[_ALSO[given]]
+    close = difflib.get_close_matches(given, names, n=1)
     return names[close[0]] if close else None
 
 

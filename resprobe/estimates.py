@@ -123,13 +123,16 @@ def _seconds(work: Callable[[int], None], images: int, device: torch.device) -> 
         synchronize(device)
         return time.perf_counter() - started
 
+    def soonest(count: int) -> float:
+        return min(once(count) for _ in range(3))  # what else the machine does now need not go on
+
     few = min(images, _SMALL_BATCH)
     once(few)  # what the device sets up at first use is no part of a step
-    reckoned = once(few) * images / few
+    reckoned = soonest(few) * images / few
     if device.type == "cpu" and reckoned > _LONG_STEP:
         return reckoned
     once(images)
-    return min(once(images) for _ in range(3))  # what else the machine does now need not go on
+    return soonest(images)
 
 
 def _reading(data: Data, recipe: Recipe) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resprobe.blocks import BLOCKS, Block
-from resprobe.errors import UsageError, check_whole, not_accepted, one_line, short
+from resprobe.errors import UsageError, check_whole, nearest, not_accepted, one_line, short
 from resprobe.initialization import INITIALIZATIONS, initialize
 from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
@@ -47,6 +48,7 @@ _IMAGENET_BLOCKS = {
 }
 # VGG (Simonyan and Zisserman 2015), configurations D and E: 3×3 convolutions per stage.
 _VGG_CONVOLUTIONS = {16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_IMAGENET_DEPTHS = {*_IMAGENET_BLOCKS[2], *_IMAGENET_BLOCKS[3], *_VGG_CONVOLUTIONS}
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,10 @@ def _parse_name(name: str) -> tuple[str, int | None]:
         raise not_accepted("network", family, NETWORKS.names())
     if dash and family in NETWORKS:
         raise UsageError(f"depth (={depth!r}) of network {name!r} must be a whole number")
+    if slip := re.fullmatch(r"(\D+)(\d+)", name):  # "cifar/resnet20", "resnet50"
+        group = "" if "/" in name else "imagenet/" if int(slip[2]) in _IMAGENET_DEPTHS else "cifar/"
+        if near := nearest(group + slip[1], NETWORKS.names()):
+            raise UsageError(f"network (={name!r}) is unknown; nearest: {near}-{slip[2]}")
     raise not_accepted("network", name, NETWORKS.names())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,3 +43,9 @@ def seeded(seed: int) -> Iterator[None]:
 def host_random_state() -> tuple:
     """The states of torch's, Python's and numpy's generators on the host."""
     return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+
+
+def host_random_bytes() -> tuple[bytes, bytes]:
+    """The same, to be compared."""
+    of_torch, *others = host_random_state()
+    return of_torch.numpy().tobytes(), pickle.dumps(others)

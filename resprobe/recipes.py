@@ -142,6 +142,16 @@ class Recipe:
         if self.augmentation == "scale-crop" and self.crop > self.scale[0]:
             raise UsageError(f"crop (={self.crop}) must not be larger than the smallest scale (={self.scale[0]})")
 
+    def unread(self) -> set[str]:
+        """Fields that say nothing beside the others: of padding without any, say."""
+        fields = {
+            "pad-crop": {"scale", "crop", "colour"},
+            "scale-crop": {"pad", "pad_value"},
+            "none": {"pad", "pad_value", "flip", "scale", "colour"},
+        }[self.augmentation]
+        fields |= set() if self.momentum else {"momentum_form"}
+        return fields | (set() if self.warm_up_rate else {"warm_up_until"})
+
     def with_iterations(self, iterations: int) -> Recipe:
         """The same recipe with its whole schedule scaled to `iterations`."""
         check_whole("iterations", iterations, 1)
@@ -262,11 +272,15 @@ def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"recipe (={text!r}): the number of iterations is an option of its own, --iterations")
         if name not in usual:
             raise not_accepted("recipe", name, usual)
+        if name in changes:
+            raise UsageError(f"recipe (={text!r}): {name} is given twice")
         if not equals:
             raise UsageError(f"recipe (={text!r}) must be NAME=VALUE, such as {name}={usual[name]}")
+        if value.lower() in ("true", "false") or (value.lower() == "none" and name in _MAY_BE_NONE):
+            value = value.capitalize()  # as people write Python's words on a command line
         try:
             changes[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError):  # a word
+        except (ValueError, SyntaxError, TypeError):  # another word
             changes[name] = value
         real = isinstance(usual[name], float) or name == "warm_up_rate"
         if real and type(changes[name]) is int:  # else 1 and 1.0 would be two runs

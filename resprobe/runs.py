@@ -269,6 +269,8 @@ def configure(
             raise UsageError(f"data {loaded.name!r} has no images in {part}")
     start = None
     if isinstance(network, nn.Module):
+        if options:
+            raise UsageError(f"option (={next(iter(options))!r}) is for a network that is to be built; this one is")
         spec = getattr(network, "spec", None)
         if not isinstance(spec, NetworkSpec):  # a stranger's may be anything
             spec = NetworkSpec(f"module/{type(network).__qualname__}", None)
@@ -286,8 +288,9 @@ def configure(
     return RunConfig(spec, name, loaded.identity, recipe, check_seed(seed), precision, start)
 
 
-def default_recipe(data: Data, iterations: int | None = None, depth: int | None = None) -> Recipe:
+def default_recipe(data: str | Data, iterations: int | None = None, depth: int | None = None) -> Recipe:
     """The recipe for a data set when none is named: ours for the digits, the paper's for all else."""
+    data = load_data(data)
     if data.name in ("digits", "digits-64"):
         recipe = digits_quick()
     elif isinstance(data.train, FolderSet):
@@ -310,10 +313,12 @@ def train(
     recompute: bool = False,
     step: str = "auto",
     progress: bool | Callable[[Progress], None] = True,
+    **options: Option,
 ) -> Run:
     """Trains `network` on `data`, or finds that this has been done.
 
-    `network`: a name, a specification (initialized from `seed`), or a built network (trained in place). `data`: a name,
+    `network`: a name, a specification (initialized from `seed`), with `options` as for `build`, or a built network (trained
+    in place). `data`: a name,
     `NAME:PATH`, or a `Data`. `recipe`: by default the paper's (`default_recipe`). `runs`: the folder runs are kept in;
     None keeps nothing on disk. `probes` are attached on their schedules and their tables saved with the run.
     `recompute`: compute activations again in the backward pass instead of keeping them (see `resprobe.recompute`): the
@@ -326,7 +331,7 @@ def train(
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
     loaded = load_data(data)
-    config = configure(network, loaded, recipe, seed=seed, precision=chosen_precision)
+    config = configure(network, loaded, recipe, seed=seed, precision=chosen_precision, **options)
     if isinstance(data, str):  # how it is read again, in another process too
         config = replace(config, data=data)
     if isinstance(probes, str | Probe):
@@ -344,6 +349,8 @@ def train(
         return run
 
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
+    # Of a registered set its own function says what it is, and its source counts; data handed over may be anything.
+    digest = loaded.digest() if isinstance(data, Data) else None
     together = team()
     found = together.told(lambda: store.find(config, made))
     if found is None:
@@ -353,22 +360,33 @@ def train(
             if found is None:
                 with _failures_kept(store.folder(config)):
                     found = _train_in_store(
-                        store, config, network, loaded, chosen_device, made, recompute, step, progress
+                        store, config, network, loaded, chosen_device, made, recompute, step, progress, digest
                     )
-    here = len(loaded.train)
-    there = found.metrics.get("train_images", here)
-    if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
-        there += found.metrics.get("validation_images", 0)
-    if there != here:
-        raise UsageError(
-            f"data of identity {loaded.identity!r} with {there} training images, not {here}, are those of {found.path}; give "
-            "yours an identity of its own: dataclasses.replace(data, identity=…)"
-        )
+    _check_same_data(found, loaded, digest)
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
         if found._network is None:
             assert found.path is not None
             found._network = _read_weights(network, found.path)
     return found
+
+
+def _check_same_data(found: Run, data: Data, digest: str | None) -> None:
+    """Raises `UsageError` if a run was trained on other data that go by the same identity."""
+    here = len(data.train)
+    there = found.metrics.get("train_images", here)
+    if found.config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
+        there += found.metrics.get("validation_images", 0)
+    known = None
+    if found.path and digest:
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads((found.path / "config.json").read_text()).get("data_digest")
+    if there == here and known in (None, digest):
+        return
+    what = f"{there} training images, not {here}" if there != here else "other images or labels"
+    raise UsageError(
+        f"data of identity {data.identity!r} with {what}, are those of {found.path}; give yours an identity of its own: "
+        "dataclasses.replace(data, identity=…)"
+    )
 
 
 @contextlib.contextmanager
@@ -397,6 +415,7 @@ def _train_in_store(
     recompute: bool,
     step: str,
     progress: bool | Callable[[Progress], None],
+    data_digest: str | None,
 ) -> Run:
     together = team()
     path = store.folder(config)
@@ -411,15 +430,17 @@ def _train_in_store(
             training.load_state(kept)
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
+    finished = together.told(
+        lambda: store.find(config)
+    )  # which is trained anew for the table of a probe, and keeps its figures
     about = environment(device)
 
     def write_environment() -> None:
         _write_json(path / "environment.json", about | {"step": training.how})
 
-    if together.first:
-        _write_json(
-            path / "config.json", config.identity() | {"data_given": config.data, "recipe_name": config.recipe.name}
-        )
+    if together.first and finished is None:
+        told = {"data_given": config.data, "data_digest": data_digest, "recipe_name": config.recipe.name}
+        _write_json(path / "config.json", config.identity() | told)
         write_environment()
         _keep_local_changes(path)
         for digest in config._sources().values():  # a stranger's file may be edited, or lost, tomorrow
@@ -457,22 +478,30 @@ def _train_in_store(
             broken = error
 
     def keep() -> None:
-        _write_network(training, running, path)
-        _write_history(path / "history.csv", training)
-        write_environment()  # again: a step that could not be captured ran in another way than it was to
+        if finished is None:
+            _write_network(training, running, path)
+            _write_history(path / "history.csv", training)
+            write_environment()  # again: a step that could not be captured ran in another way than it was to
         for name, table in run.tables.items():
             _write_table(path / "probes" / f"{name}.csv", table)
             about_table = {"identity": training.identities[name], "columns": _kinds(table)}
             _write_json(path / "probes" / f"{name}.json", about_table)
-        # Last, since its presence says that all the rest is there.
-        _write_json(path / "result.json", {"metrics": run.metrics})
+        if finished is None:  # last, since its presence says that all the rest is there
+            _write_json(path / "result.json", {"metrics": run.metrics})
         remove_checkpoints(checkpoint)
         (path / UNFINISHED).unlink(missing_ok=True)
 
     together.told(keep)
     if broken is not None:
         raise broken
-    return run
+    if finished is None:
+        return run
+    if finished.metrics["train_loss"] != run.metrics["train_loss"] and together.first:
+        warnings.warn(
+            f"{path.name} was trained anew for a probe's table and ended with {errors_in_words(run.metrics)}, not "
+            f"{errors_in_words(finished.metrics)}, as with other threads or on another machine; its figures stay the earlier ones"
+        )
+    return replace(finished, tables=run.tables, _network=None if config.start is None else run.network)
 
 
 def _keep_local_changes(path: Path) -> None:

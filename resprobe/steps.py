@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import pickle
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from resprobe.blocks import Block
 from resprobe.distributed import team
 from resprobe.errors import UsageError, not_accepted
-from resprobe.randomness import host_random_state, keeping_random_state
+from resprobe.randomness import host_random_bytes, keeping_random_state
 from resprobe.recompute import calling
 
 STEPS = ("auto", "eager", "graph", "compile", "compile-blocks")
@@ -105,7 +104,7 @@ class CapturedStep:
             return update(*self.drawn)
 
         with _without_collector():
-            with _undone(network, optimizer), _repeatable(network):
+            with undone(network, optimizer), _repeatable(network):
                 stream = _warm_up(work, self.drawn[0].device)
             self._replay, self._given = _record(work, stream)
 
@@ -190,13 +189,9 @@ def _repeatable(network: nn.Module) -> Iterator[None]:
     """Raises `RuntimeError` where a step draws random numbers on the host, or puts tensors in the place of others: a
     graph would repeat the same numbers, and go on working on the tensors of old. Other state of the host goes unseen."""
 
-    def random_state() -> tuple[bytes, bytes]:
-        of_torch, *others = host_random_state()
-        return of_torch.numpy().tobytes(), pickle.dumps(others)
-
-    tensors, before = [*network.parameters(), *network.buffers()], random_state()
+    tensors, before = [*network.parameters(), *network.buffers()], host_random_bytes()
     yield
-    if random_state() != before:
+    if host_random_bytes() != before:
         raise RuntimeError("it draws random numbers on the host")
     after = [*network.parameters(), *network.buffers()]
     if len(after) != len(tensors) or any(one is not other for one, other in zip(after, tensors, strict=True)):
@@ -204,8 +199,8 @@ def _repeatable(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Puts back, in place, what training steps change."""
+def undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Puts back after a `with` block, in place, what training steps change."""
     tensors = [*network.parameters(), *network.buffers()]
     places = [
         (kind, name, kind[name])

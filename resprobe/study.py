@@ -16,16 +16,17 @@ import re
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 from resprobe.claims import Claim, Verdict
 from resprobe.commands import answer, called_as
-from resprobe.errors import SweepFailed, UsageError, not_accepted
+from resprobe.errors import SweepFailed, UsageError, not_accepted, short
 
 if TYPE_CHECKING:
     import pandas
@@ -230,7 +231,8 @@ class Study:
         """Does the study and writes its report. Returns what `verdict.json` holds; nothing for a dry run
         or in a process that only helped to train."""
         started = time.perf_counter()
-        options = self._placed(options)
+        asked, options = options, self._placed(options)
+        arguments = arguments or self._arguments(asked)
         if options.dry_run:
             ahead = self.survey(options)
             print("\n".join(map(str, ahead)) or "nothing to train")
@@ -267,12 +269,32 @@ class Study:
         return ahead
 
     def _placed(self, options: Options) -> Options:
-        """With paths as they are meant: a shell leaves alone the ~ of `--out=~/mine`."""
+        """Checked, and with paths as they are meant: a shell leaves alone the ~ of `--out=~/mine`."""
+        _check_kinds(options)
         paths: dict[str, Any] = {"out": options.out or f"results/{self.name}", "runs": options.runs}
         paths = {name: os.path.expanduser(path) for name, path in paths.items()}
         if weights := getattr(options, "weights", ()):
             paths["weights"] = tuple(map(os.path.expanduser, weights))
         return dataclasses.replace(options, **paths)
+
+    def _arguments(self, options: Options) -> list[str]:
+        """The command line that asks for `options`, as given in Python."""
+        asked = ["--preset", options.preset] if options.preset != "quick" else []
+        told = get_type_hints(type(options), include_extras=True)
+        for name, value in vars(options).items():
+            if name == "preset" or value == getattr(self.presets[options.preset], name):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            if isinstance(value, tuple):
+                one_by_one = tyro.conf.UseAppendAction in get_args(told[name])
+                asked += (
+                    [word for each in value for word in (flag, str(each))] if one_by_one else [flag, *map(str, value)]
+                )
+            elif isinstance(value, bool):
+                asked.append(flag if value else f"--no-{flag[2:]}")
+            else:
+                asked += [flag, str(value)]
+        return asked
 
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
         """Block and shortcut, and the preset's, where they are not the preset's."""
@@ -339,7 +361,6 @@ def _gather_on(
     from resprobe.runs import RunStore, check_seed
     from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency, run_all, survey
-    from resprobe.weights import check_weights_there
 
     prepare_cpu()
     for plugin in options.plugin:
@@ -367,8 +388,7 @@ def _gather_on(
         raise UsageError(
             "shortcut (='none') makes plain networks, which are there anyway; name one of residual networks"
         )
-    for path in getattr(options, "weights", ()):  # said before anything is trained, and by a dry run too
-        check_weights_there(Path(path), Path(path).exists())
+    _check_weights(study, options)
     for one in planned:
         if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
             check_family(resolve(one.network, **one.options))
@@ -424,6 +444,39 @@ def _gather_on(
     return results, made_with
 
 
+def _check_weights(study: Study, options: Options) -> None:
+    """What is wrong with `--weights` is said before anything is trained, and by a dry run too."""
+    from resprobe.weights import check_weights_there
+
+    weights = [Path(path) for path in getattr(options, "weights", ())]
+    for path in weights:
+        check_weights_there(path, path.exists())
+    for path, times in Counter(path.resolve() for path in weights).items():
+        if times > 1:  # it would count as one more seed
+            raise UsageError(f"weights (={str(path)!r}) are given {times} times; name each once")
+    usual = study.presets[options.preset]
+    for name in ("block", "shortcut", "depths", "seeds", "iterations") if weights else ():
+        given = getattr(options, name)
+        if given != getattr(usual, name):
+            text = " ".join(map(str, given)) if isinstance(given, tuple) else str(given)
+            raise UsageError(f"{name} (={text!r}) is that of a training, and with --weights nothing is trained")
+
+
+def _check_kinds(options: Options) -> None:
+    """Raises `UsageError` for a value of another kind than its option has, as may be given in Python."""
+    hints = get_type_hints(type(options))
+    for option in dataclasses.fields(options):
+        value, hint = getattr(options, option.name), hints[option.name]
+        kind = get_origin(hint) or hint
+        fits = isinstance(value, kind) if kind in (tuple, str, bool) else type(value) in (int, kind)
+        if kind is Literal and value not in get_args(hint):
+            raise not_accepted(option.name, value, get_args(hint))
+        if kind is not Literal and not fits:
+            raise UsageError(
+                f"{option.name} (={short(value)}) must be of type {kind.__name__}, such as {option.default!r}"
+            )
+
+
 def _without(failed: frozenset[str], options: Options, labelled: Sequence[tuple[dict[str, Any], Job]]) -> str:
     """How to have the report of what did not fail: the seeds, or else the depths, of which no run has."""
     for name, label in (("seeds", "seed"), ("depths", "depth")):
@@ -442,8 +495,8 @@ def _too_few(study: Study, options: Options) -> Iterator[str]:
         yield f"one depth only (--depths {options.depths[0]}): what compares depths will be 'not tested'"
     for reason in study.leaves_open(options) if study.leaves_open else ():
         yield f"{reason}: a claim will be 'not tested'"
-    if len(options.seeds) == 1 < len(usual.seeds) and not study.how_sure:
-        yield f"one seed only (--seeds {options.seeds[0]}): without a spread, comparisons will be 'inconclusive'"
+    if len(options.seeds) == 1 < len(usual.seeds):
+        yield f"one seed only (--seeds {options.seeds[0]}): without a spread, comparisons over seeds will be 'inconclusive'"
 
 
 def _replaced(study: Study, options: Options) -> Iterator[str]:
@@ -503,7 +556,20 @@ def _jobs(
                 said = ", ".join(f"{name} {value}" for name, value in one.labels.items())
                 raise UsageError(f"the network of {said} is asked for twice; name it once")
             labelled.append((labels, job))
+    for name, value in changes.items() if labelled and not later else ():
+        recipes = [job.config.recipe for _, job in labelled]
+        if all(name in recipe.unread() for recipe in recipes):
+            why = f"augmentation {recipes[0].augmentation!r}" if name not in _OF_THE_RATE else "the others as they are"
+            raise UsageError(f"recipe (='{name}={value}') does nothing with {why}")
+        if name == "milestones" and all(max(recipe.milestones, default=0) >= recipe.iterations for recipe in recipes):
+            raise UsageError(
+                f"recipe (='{name}={value}'): the training ends after {recipes[0].iterations:,} iterations"
+            )
     return labelled
+
+
+_OF_THE_RATE = ("warm_up_until", "momentum_form")
+"""Fields of a recipe that others than its augmentation may make idle."""
 
 
 def _tables(
@@ -584,12 +650,25 @@ def _parse_with_tyro(study: Study, defaults: Options, arguments: Sequence[str]) 
         if not stop.code:
             raise
         raise UsageError(_one_line(said.getvalue(), defaults)) from None
+    _check_repeated(type(defaults), arguments)
     for argument, following in itertools.pairwise([*arguments, "--"]):
         if argument.startswith("--") and following.startswith("--"):
             name = argument[2:].replace("-", "_")
             if getattr(defaults, name, None) == getattr(options, name, None) == ():  # else it would count as not given
                 raise UsageError(f"{argument} needs a value after it, or several")
     return options
+
+
+def _check_repeated(kind: type[Options], arguments: Sequence[str]) -> None:
+    """Raises `UsageError` for an option that is given twice, of which the first would be lost."""
+    hints, told = get_type_hints(kind), get_type_hints(kind, include_extras=True)
+    given = Counter(
+        argument.partition("=")[0][2:].replace("-", "_") for argument in arguments if argument.startswith("--")
+    )
+    for name, times in given.items():
+        if times > 1 and tyro.conf.UseAppendAction not in get_args(told.get(name)):
+            several = ", with all its values" if get_origin(hints.get(name)) is tuple else ""
+            raise UsageError(f"--{name.replace('_', '-')} is given {times} times; accepted: once{several}")
 
 
 def _one_line(box: str, defaults: Options) -> str:

@@ -115,7 +115,7 @@ class Survey:
         of_them += [f"{self.unwatched} of them anew, for a probe's table"] if self.unwatched else []
         aside = f" ({', '.join(of_them)})" if of_them else ""
         todo = f"{len(self.missing)} to train{aside}" if self.missing else "nothing to train"
-        lines = [f"{self.total} runs: {self.found} finished already, {todo}"]
+        lines = [f"{self.total} run{'s' if self.total != 1 else ''}: {self.found} finished already, {todo}"]
         if self.missing:
             names = Counter(job.config.network.name for job in self.missing)
             listed = ", ".join(name if count == 1 else f"{name} ×{count}" for name, count in names.items())
@@ -179,7 +179,7 @@ def survey(
         workers = min(wanted, len(ordered))
         # By all runs, not by those that are missing: the last digits of a run's figures depend on its threads, and must not
         # on what was there before.
-        threads = max(1, cores() // max(1, min(wanted, len(asked))))
+        threads = max(1, min(cores() // max(1, min(wanted, len(asked))), torch.get_num_threads()))
     else:
         workers, threads, _ = cluster.share(len(ordered), concurrency)
     done = [store.iterations_done(job.config) for job in ordered]
@@ -303,8 +303,7 @@ def _train_here(
     board: Board,
 ) -> Sequence[Job]:
     """Trains jobs one after the other. Gives those that are left where one leaves the device unable to go on."""
-    # Not more threads than a process of several would have: short runs come out the same here and there.
-    with cpu_threads(min(threads, torch.get_num_threads())):
+    with cpu_threads(threads):  # as each process of several would have: runs come out the same here and there
         for done, job in enumerate(jobs):
             try:
                 metrics = train_job(job, store, device, lambda news, job=job: board.tell(job.config.key, news))

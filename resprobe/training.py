@@ -25,15 +25,15 @@ from torch.nn import functional as F
 from resprobe.data import Data, FolderBatches, Normalization, TensorBatches, batches_of
 from resprobe.devices import autocast, prepare_cpu
 from resprobe.distributed import gathering, team
-from resprobe.errors import TrainingDiverged, one_line
+from resprobe.errors import TrainingDiverged, UsageError, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import subsampling
 from resprobe.networks import check_logits
 from resprobe.probes import Probe, attach
-from resprobe.randomness import host_random_state
+from resprobe.randomness import host_random_bytes, host_random_state
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import calling, recomputing
-from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
+from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step, undone
 
 # What normalizations are fitted on where images come from files; small sets are used whole.
 _FIT_IMAGES = 2000
@@ -50,6 +50,30 @@ class Progress:
     test_error: float | None
     seconds: float
     images_per_second: float
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What forward and backward of an iteration come to."""
+
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    random: tuple[bytes, bytes]
+
+    @classmethod
+    def of(cls, loss: Tensor, network: nn.Module) -> _Outcome:
+        gradients = {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
+        return cls(loss, gradients, host_random_bytes())
+
+    def differs(self, other: _Outcome, allowed: float) -> str:
+        """In what the other differs, by more than this part of its size; nothing where in none."""
+        if self.random != other.random:
+            return "random numbers"
+        pairs = [(self.gradients[name], other.gradients.get(name)) for name in self.gradients]
+        if any(theirs is None for _, theirs in pairs) or len(pairs) != len(other.gradients):
+            return "gradients"
+        apart = [(ours - theirs).norm() > allowed * ours.norm() for ours, theirs in [(self.loss, other.loss), *pairs]]
+        return "loss and gradients" if bool(torch.stack(apart).any()) else ""
 
 
 class Training:
@@ -107,6 +131,8 @@ class Training:
         # Captured at the first step: what is captured must not move to another place in memory afterwards.
         self.capturing = self.how != "eager" and device.type == "cuda" and self.team.size == 1 and not recompute
         self.captured: CapturedStep | None = None
+        self.harmless: set[str] = set()
+        """Names of the probes that were seen to change nothing."""
         self.iteration = 0
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
@@ -222,17 +248,43 @@ class Training:
         self._set_learning_rate(rate)
         measuring = [probe for probe in self.probes if probe.schedule(self.iteration)]
         if measuring:
+            unwatched = self._unwatched(measuring, drawn)
             with attach(self.network, *measuring):
                 # Hooks are called by neither a graph nor a compiled network, and twice where activations are recomputed:
                 # the few iterations that are measured run as they are written.
                 loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel)
                 for probe in measuring:
                     probe.after_backward(self.network, self.iteration)
+            if unwatched is not None:
+                self._check_harmless(measuring, unwatched, _Outcome.of(loss, self.network))
             self._descend()
             return loss, wrong
         if self.capturing and self.captured is None:
             self.captured = self._capture(drawn)
         return (self.captured or self._update)(*drawn)
+
+    def _unwatched(self, probes: Sequence[Probe], drawn: tuple[Tensor, ...]) -> _Outcome | None:
+        """What the iteration would come to without these probes, when one of them measures for the first time; it has not
+        happened afterwards. None where each has been looked at, or several processes train."""
+        if self.team.size > 1 or all(probe.name in self.harmless for probe in probes):
+            return None
+        with undone(self.network, self.optimizer):
+            loss, _ = self._gradients(*self.batches.make(*drawn), self.parallel)
+            found = _Outcome.of(loss, self.network)
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    def _check_harmless(self, probes: Sequence[Probe], unwatched: _Outcome, watched: _Outcome) -> None:
+        """Raises `UsageError` if a measured iteration comes to something else than it does without the probes."""
+        # Some of CUDA's kernels add in whatever order, so that no two passes are equal to the last digit.
+        if what := unwatched.differs(watched, 0.0 if self.device.type == "cpu" else 1e-2):
+            names = ", ".join(probe.name for probe in probes)
+            raise UsageError(
+                f"probe {names} changes what it watches: without it the {what} of iteration {self.iteration + 1} would be other "
+                f"ones (loss {unwatched.loss.item():.6g}, with it {watched.loss.item():.6g}); hooks must return nothing, change "
+                "nothing in place, and draw no random numbers"
+            )
+        self.harmless |= {probe.name for probe in probes}
 
     def _update(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.batches.make(*drawn)

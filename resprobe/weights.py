@@ -197,7 +197,12 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"weights (={str(path)!r}) cannot be read without running code: they hold more than tensors (a whole module, say), "
+            "or are damaged; a file of network.state_dict() is read"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
         raise UsageError(
             f"weights (={str(path)!r}) cannot be read without running code: {one_line(error)[:200]}"
         ) from error

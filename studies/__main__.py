@@ -18,7 +18,7 @@ from pathlib import Path
 import resprobe
 import studies
 from resprobe.commands import Parser, answer, called_as
-from resprobe.errors import not_accepted
+from resprobe.errors import UsageError, not_accepted
 from studies.scorecard import find_studies, gather, in_words
 
 
@@ -53,6 +53,8 @@ def _list(arguments: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="where reports are (default: results)")
     parser.add_argument("--version", action="version", version=f"resprobe {resprobe.__version__}")
     results = parser.parse(arguments).results
+    if results.exists() and not results.is_dir():
+        raise UsageError(f"--results (={str(results)!r}) is not a folder")
     found, broken = find_studies()
     rows = gather(found, results)
     width = max(60, shutil.get_terminal_size((140, 24)).columns)

@@ -272,3 +272,17 @@ def test_a_decorator_without_a_name_is_refused():
         @rp.register_block
         class Nameless(rp.Block):
             weighted_layers = 2
+
+
+def test_a_branch_of_other_depth_than_it_says_is_told(clean_registries):
+    @rp.register_block("deeper-than-it-says")
+    class Deeper(rp.Block):
+        weighted_layers = 2
+
+        def make_branch(self, in_channels, width, stride, layers):
+            middle = [layers.conv(width, width), layers.norm(width), torch.nn.ReLU(), layers.conv(width, width)]
+            return torch.nn.Sequential(layers.conv(in_channels, width, stride=stride), *middle)
+
+    said = "^Deeper: weighted_layers = 2, but its branch has 3; depths are counted by what it says$"
+    with pytest.warns(UserWarning, match=said):
+        rp.build("cifar/resnet-8", block="deeper-than-it-says")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -119,6 +120,40 @@ def test_an_answer_is_an_exit_code_and_one_line(capsys):
     assert capsys.readouterr().err == "note: it is slow\n"
     with pytest.raises(RuntimeError, match="a bug"):  # whose traceback is wanted
         answer(fails(RuntimeError("a bug")))
+
+
+def test_told_to_end_it_keeps_what_it_has(capsys):
+    """As by `kill`, `timeout` or a cluster's queue."""
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def work():
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    assert answer(work, kept="all is kept") == 1
+    assert capsys.readouterr().err == "error: interrupted; all is kept\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_one_of_torchruns_processes_ends_at_once(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert answer(lambda: signal.getsignal(signal.SIGTERM) is signal.SIG_DFL) == 1
+
+
+def test_a_script_is_called_by_its_own_name(tmp_path):
+    script = tmp_path / "studies_mine.py"
+    script.write_text(
+        "from resprobe.commands import called_as\nfrom types import SimpleNamespace\n"
+        "study = SimpleNamespace(name='mine')\nprint(called_as('mine'), '|', called_as('degradation'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script.name],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "python studies_mine.py | python -m studies.degradation\n", done.stderr
 
 
 @pytest.mark.parametrize("module", ["benchmarks.card", "benchmarks.training", "plugins.tensorboard"])

@@ -1,5 +1,6 @@
 """The degradation study: its verdicts follow the data, and its command line does what it says."""
 
+import dataclasses
 import json
 import os
 import re
@@ -213,7 +214,7 @@ def test_one_depth_or_one_seed_is_said_before_the_training(tmp_path):
     few = run("--depths", "8", "--seeds", "0", "--iterations", "20", "--dry-run", cwd=tmp_path)
     assert few.stderr == (
         "note: one depth only (--depths 8): what compares depths will be 'not tested'\n"
-        "note: one seed only (--seeds 0): without a spread, comparisons will be 'inconclusive'\n"
+        "note: one seed only (--seeds 0): without a spread, comparisons over seeds will be 'inconclusive'\n"
     )
     assert run(*SMALL, "--dry-run", cwd=tmp_path).stderr == ""
 
@@ -333,11 +334,13 @@ def test_a_report_names_the_machines_that_trained_its_runs(done, tmp_path):
 def test_what_the_paper_leaves_open_can_be_changed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = ["--depths", "8", "--seeds", "0", "--iterations", "4", "--concurrency", "1"]
-    assert study.main([*asked, "--recipe", "bn_batch=32", "pad-value=black"]) == 0
+    assert study.main([*asked, "--recipe", "bn_batch=32", "weight-decay-on=weights"]) == 0
     record = json.loads((tmp_path / "results/degradation/verdict.json").read_text())
     (recipe,) = record["config"]["recipes"]
-    assert (recipe["bn_batch"], recipe["pad_value"], recipe["iterations"]) == (32, "black", 4)
-    assert {"bn batch: 32 instead of None", "pad value: black instead of mean"} <= set(record["config"]["departures"])
+    assert (recipe["bn_batch"], recipe["weight_decay_on"], recipe["iterations"]) == (32, "weights", 4)
+    assert {"bn batch: 32 instead of None", "weight decay on: weights instead of all"} <= set(
+        record["config"]["departures"]
+    )
     assert record["setting"] == "custom"
     assert "Table 6" not in judge(results(PAPER_LIKE, data="cifar10", recipe=("nesterov=True",)))[1].evidence
 
@@ -352,7 +355,7 @@ def test_what_cannot_repeat_its_last_digits_is_refused_where_that_is_asked(
     record = json.loads(Path("results/degradation/verdict.json").read_text())
     assert record["environment"]["deterministic"] and record["setting"] == "custom"
     assert study.main([*asked, "--plugin", "unpools.py", "--block", "unpools"]) == 0
-    assert study.main([*asked, "--plugin", "unpools.py", "--block", "unpools", "--seeds", "1", "--deterministic"]) == 2
+    assert study.main([*asked, "--plugin", "unpools.py", "--block", "unpools", "--deterministic"]) == 2
     said = capsys.readouterr().err
     fails = r"^error: cifar/plain-8, stage1.0: Block fails on .*does not have a deterministic implementation"
     assert re.search(fails, said, re.M), said
@@ -466,7 +469,50 @@ MISTAKES = [
     (("--recipe", "bn_bach=64"), "recipe (='bn_bach') is unknown; accepted: batch_size, learning_rate, "),
     (("--recipe", "bn_batch=0"), "bn_batch (=0) must be a whole number ≥ 1"),
     (("--recipe",), "--recipe needs a value after it, or several"),
+    (("--recipe", "bn_batch=64", "bn-batch=32"), "recipe (='bn-batch=32'): bn_batch is given twice"),
+    (
+        ("--recipe", "bn_batch=64", "--recipe", "nesterov=true"),
+        "--recipe is given 2 times; accepted: once, with all its values",
+    ),
+    (("--depths", "8", "--depths=14"), "--depths is given 2 times; accepted: once, with all its values"),
+    (("--device", "cpu", "--device", "cpu"), "--device is given 2 times; accepted: once\n"),
+    (("--recipe", "pad=7"), "recipe (='pad=7') does nothing with augmentation 'none'"),
+    (("--recipe", "warm_up_until=70"), "recipe (='warm_up_until=70.0') does nothing with the others as they are"),
+    (
+        ("--recipe", "milestones=32000,48000"),
+        "recipe (='milestones=(32000, 48000)'): the training ends after 400 iterations",
+    ),
+    (("--recipe", "lr=0.1"), "nearest: learning_rate"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"depths": 8}, "depths (=8) must be of type tuple, such as (20, 56)"),
+        ({"concurrency": 1}, "concurrency (=1) must be of type str, such as 'auto'"),
+        ({"preset": "slow"}, "preset (='slow') is unknown; accepted: quick, paper"),
+        ({"plugin": "my_block.py"}, "plugin (='my_block.py') must be of type tuple, such as ()"),
+        ({"recompute": 1}, "recompute (=1) must be of type bool, such as False"),
+    ],
+)
+def test_options_of_another_kind_are_one_line_in_python_too(options, text):
+    for call in (study.run, study.survey):
+        with pytest.raises(rp.UsageError) as caught:
+            call(rp.Options(**options))
+        assert str(caught.value).startswith(text)
+
+
+def test_what_is_asked_in_python_is_told_as_a_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = dataclasses.replace(
+        study.presets["quick"], depths=(8,), seeds=(0,), iterations=4, concurrency="1", recompute=True, probe=("flops",)
+    )
+    command = study.run(asked)["config"]["command"]
+    assert command == (
+        "python -m studies.degradation --depths 8 --seeds 0 --iterations 4 --recompute --concurrency 1 --probe flops"
+    )
+    assert study.parse(command.split()[3:]) == asked
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,13 @@ def check_session(text: str, names: dict[str, object], page: Path) -> None:
 def run(words: list[str], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs `python …` in this process, in which everything is imported already; gives its exit code."""
     file = importlib.util.find_spec(words[2]).origin if words[1] == "-m" else words[1]
-    monkeypatch.setattr(sys, "argv", [file, *words[3 if words[1] == "-m" else 2 :], *arguments])
+    given = words[3 if words[1] == "-m" else 2 :]
+    for option in [each for each in arguments if each.startswith("--")]:  # in the place of the page's own
+        if option in given:
+            start = given.index(option)
+            end = next((at for at in range(start + 1, len(given)) if given[at].startswith("--")), len(given))
+            del given[start:end]
+    monkeypatch.setattr(sys, "argv", [file, *given, *arguments])
     try:
         runpy.run_path(file, run_name="__main__")
     except SystemExit as end:

@@ -129,7 +129,7 @@ def test_a_survey_tells_found_begun_and_missing(tmp_path):
     assert second == "to train: cifar/resnet-20, cifar/resnet-14"
     assert third.startswith("time: about ")
     assert survey(asked[:1], store, device=CPU).duration == 0
-    assert str(survey(asked[:1], store, device=CPU)) == "1 runs: 1 finished already, nothing to train"
+    assert str(survey(asked[:1], store, device=CPU)) == "1 run: 1 finished already, nothing to train"
 
 
 def test_several_at_a_time_end_when_the_last_does():

@@ -644,6 +644,16 @@ def test_kinds_of_networks(name, options, kind):
     assert rp.networks.resolve(name, **options).kind == kind
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("cifar/resnet20", "cifar/resnet-20"), ("resnet50", "imagenet/resnet-50"), ("imagnet/vgg16", "imagenet/vgg-16")],
+)
+def test_a_name_without_its_dash_is_understood(given, meant):
+    with pytest.raises(rp.UsageError) as caught:
+        rp.build(given)
+    assert str(caught.value) == f"network (={given!r}) is unknown; nearest: {meant}"
+
+
 def test_a_family_is_asked_without_its_weights(clean_registries):
     with pytest.raises(rp.UsageError, match=r"^depth \(=21\) must be 6n\+2"):
         rp.networks.check_family(rp.networks.resolve("cifar/resnet-21"))

@@ -324,6 +324,19 @@ def test_what_is_registered_must_make_a_probe():
         make_probe("mine")
 
 
+def test_a_probe_that_cannot_be_made_is_one_line():
+    class Wanting(rp.Probe):
+        name = "wanting"
+
+        def __init__(self, size):
+            super().__init__()
+
+    with PROBES.temporary("wanting", Wanting), pytest.raises(UsageError) as caught:
+        make_probe("wanting")
+    assert str(caught.value).startswith("probe (='wanting') cannot be made: TypeError: ")
+    assert "missing 1 required positional argument: 'size'" in str(caught.value)
+
+
 class Hourly(rp.Probe):
     schedule = 100
 

@@ -424,7 +424,7 @@ def test_a_cluster_is_what_its_living_nodes_offer():
         cluster._look_at(CPUS, "cuda")
     with pytest.raises(rp.UsageError, match=r"device \(='auto'\) is not available"):
         cluster._look_at(ASIDE, "auto")
-    with pytest.raises(rp.UsageError, match=r"device \(='gpu'\) is unknown; accepted: auto, cuda, cpu; nearest: cpu"):
+    with pytest.raises(rp.UsageError, match=r"device \(='gpu'\) is unknown; accepted: auto, cuda, cpu; nearest: cuda"):
         cluster._look_at(GPUS, "gpu")
 
 

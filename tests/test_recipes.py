@@ -211,9 +211,10 @@ def test_departures_are_from_the_recipe_one_names():
 
 def test_changes_as_on_a_command_line():
     asked = ["bn_batch=64", "learning-rate=1", "milestones=10,20", "scale=[20, 30]", "pad_value=black", "nesterov=True"]
-    changes = parse_changes([*asked, "bn_batch=None", "warm_up_rate=1", "augmentation={[]:1}"])
+    changes = parse_changes([*asked, "plateau=None", "warm_up_rate=1", "augmentation={[]:1}"])
     assert changes == {
-        "bn_batch": None,
+        "bn_batch": 64,
+        "plateau": None,
         "learning_rate": 1.0,
         "milestones": (10, 20),
         "scale": (20, 30),

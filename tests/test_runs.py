@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -136,6 +137,25 @@ def test_what_is_in_a_runs_folder(changes, tmp_path, monkeypatch):
     assert told["network"]["options"] == [list(pair) for pair in run.config.network.options]
     assert json.loads((run.path / "environment.json").read_text())["torch"] in torch.__version__
     assert os.listdir(tmp_path) == [run.path.name]
+
+
+def test_a_run_that_is_trained_anew_for_a_probe_keeps_its_figures(tmp_path):
+    first = train(tmp_path)
+    watched = train(tmp_path, probes=[Norms()])  # it ends alike, and nothing is said
+    assert watched.metrics == first.metrics
+    assert len(watched.tables["norms"])
+    result, weights = first.path / "result.json", (first.path / "network.safetensors").read_bytes()
+    result.write_text(json.dumps({"metrics": first.metrics | {"train_loss": 1.0, "train_error": 12.0}}))
+    shutil.rmtree(first.path / "probes")  # as if that had been another machine's
+    with pytest.warns(
+        UserWarning,
+        match="was trained anew for a probe's table and ended with training error .*, not training error 12",
+    ):
+        again = train(tmp_path, probes=[Norms()])
+    assert again.metrics["train_error"] == train(tmp_path).metrics["train_error"] == 12.0
+    assert (first.path / "network.safetensors").read_bytes() == weights
+    assert_same(again.network.state_dict(), first.network.state_dict())
+    pandas.testing.assert_frame_equal(again.tables["norms"], watched.tables["norms"])
 
 
 def test_a_strangers_source_is_kept_with_the_run(tmp_path, monkeypatch, clean_registries):
@@ -1027,9 +1047,34 @@ def test_a_history_with_gaps_is_read_as_numbers(tmp_path):
         ),
         ({"recipe": rp.recipes.cifar_paper}, r"^recipe \(=<function cifar_paper .*\) must be a Recipe"),
         ({"probes": "gradient-norms"}, r"^probes \(='gradient-norms'\) must be a list of names or probes$"),
+        ({"shortcuts": "B"}, r"^option of cifar/resnet \(='shortcuts'\) is unknown; accepted: .*nearest: shortcut$"),
+        (
+            {"network": network(), "width": 4},
+            r"^option \(='width'\) is for a network that is to be built; this one is$",
+        ),
         ({"seed": 2**70}, r"^seed \(=1180591620717411303424\) must be below 2⁶³$"),
     ],
 )
 def test_arguments_of_another_kind(options, text):
     with pytest.raises(rp.UsageError, match=text):
-        rp.train("cifar/resnet-8", "digits", **options)
+        rp.train(**{"network": "cifar/resnet-8", "data": "digits", **options})
+
+
+def test_options_of_the_network_are_those_of_build(tmp_path):
+    run = train(tmp_path, "cifar/resnet-8", shortcut="B", width=4)
+    assert (run.config.network.get("shortcut"), run.config.network.get("in_channels")) == ("B", 1)
+    assert train(tmp_path, spec(shortcut="B")).path == run.path
+    assert rp.default_recipe("digits") == rp.recipes.digits_quick()
+
+
+def test_edited_data_of_the_same_identity_are_refused(tmp_path):
+    data = digits()
+    train(tmp_path, data=data)
+    train(tmp_path, data=data)
+    edited = replace(data, train=rp.ImageSet(255 - data.train.images, data.train.labels))
+    with pytest.raises(UsageError, match="^data of identity 'digits 160 60' with other images or labels, are those of"):
+        train(tmp_path, data=edited)
+    train(tmp_path, data=replace(edited, identity="mine, inverted"))
+    for identity in ("", None):
+        with pytest.raises(UsageError, match=r"^data: identity \(=.*\) must be a text that says which data these are$"):
+            replace(data, identity=identity)

@@ -445,7 +445,7 @@ def test_a_survey_looks_into_the_second_round_when_the_first_is_finished(monkeyp
     assert capsys.readouterr().out == ""
     assert both.main(["--dry-run"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("1 runs: 1 finished already, nothing to train\n1 runs: 0 finished already, 1 to train\n")
+    assert said.startswith("1 run: 1 finished already, nothing to train\n1 run: 0 finished already, 1 to train\n")
     assert "second round" not in said
 
 
@@ -508,7 +508,7 @@ def test_without_run_the_page_is_written_and_nothing_is_run(three, capsys):
         ("--run quick --studies d", "studies (='d') is unknown; accepted: a, b, c"),
         ("--studies a", "--studies says what to run; it needs --run quick or --run paper"),
         ("--dry-run", "--dry-run says what to run; it needs --run quick or --run paper"),
-        ("--run quick --device gpu", "device (='gpu') is unknown; accepted: auto, cpu, cuda, mps; nearest: cpu"),
+        ("--run quick --device gpu", "device (='gpu') is unknown; accepted: auto, cpu, cuda, mps; nearest: cuda"),
         ("--run quick --runs /dev/null/runs", "runs (='/dev/null/runs') cannot be written to: Not a directory"),
         ("--run paper --data cifar10:absent --dry-run", "data (='cifar10:absent'): there is no absent"),
         ("--run quick --data cifar10:x", "--data is for --run paper; the quick presets run on embedded data"),

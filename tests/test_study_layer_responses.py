@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy
 import pandas
@@ -228,7 +229,7 @@ def test_weight_decay_has_the_effect_of_the_papers_64k_iterations():
     assert plain.recipe(longer).weight_decay == 1e-4
 
 
-def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch):
+def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = [
         "--depths",
@@ -269,9 +270,12 @@ def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch):
     gamma, beta = layer.weight.detach().numpy(), layer.bias.detach().numpy()
     assert closed["std"].item() == pytest.approx(float(numpy.sqrt((gamma**2).mean() + beta.var())), rel=1e-5)
     # Several runs of one network are told apart, as seeds are.
-    assert study.main(["--weights", str(run), str(run), "--device", "cpu", "--out", "twice"]) == 0
+    shutil.copytree(run, "another")
+    assert study.main(["--weights", str(run), "another", "--device", "cpu", "--out", "twice"]) == 0
     twice = pandas.read_csv("twice/measurements.csv")
     assert sorted(twice["seed"].unique()) == [0, 1]
+    assert study.main(["--weights", str(run), f"{run}/../{run.name}", "--device", "cpu"]) == 2
+    assert f"weights (='{run}') are given 2 times; name each once" in capsys.readouterr().err
     # The same network again, from its folder, without training.
     assert study.main(["--weights", str(run), "--device", "cpu", "--out", "again"]) == 0
     again = pandas.read_csv("again/measurements.csv").query("reading == 'test'")["std"].tolist()

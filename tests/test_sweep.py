@@ -342,11 +342,14 @@ def test_a_failed_run_leaves_no_network_in_memory(bad, tmp_path, monkeypatch):
 def test_threads_do_not_depend_on_how_many_runs_are_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "cores", lambda: 4)
     asked, store = jobs(8, 14, seeds=(0, 1)), rp.RunStore(tmp_path)
-    assert survey(asked, store, device=CPU, concurrency=2).threads == 2
-    run_all(asked[1:], store, device=CPU, concurrency=1)
-    ahead = survey(asked, store, device=CPU, concurrency=2)
-    assert (ahead.workers, ahead.threads) == (1, 2)
-    assert survey(asked[:1], store, device=CPU, concurrency=2).threads == 4
+    with rp.cpu_threads(4):
+        assert survey(asked, store, device=CPU, concurrency=2).threads == 2
+        run_all(asked[1:], store, device=CPU, concurrency=1)
+        ahead = survey(asked, store, device=CPU, concurrency=2)
+        assert (ahead.workers, ahead.threads) == (1, 2)
+        assert survey(asked[:1], store, device=CPU, concurrency=2).threads == 4
+    with rp.cpu_threads(1):  # as OMP_NUM_THREADS may have it
+        assert survey(asked[:1], store, device=CPU, concurrency=2).threads == 1
 
 
 def test_a_run_that_is_asked_for_with_and_without_a_probe_is_trained_once(tmp_path, capsys):
@@ -354,7 +357,7 @@ def test_a_run_that_is_asked_for_with_and_without_a_probe_is_trained_once(tmp_pa
     both = [replace(job, probes=("gradient-norms",)), job]
     first, second = run_all(both, rp.RunStore(tmp_path), device=CPU, concurrency=1)
     assert first.path == second.path and "gradient-norms" in first.tables
-    assert capsys.readouterr().out.startswith("1 runs: 0 finished already, 1 to train\n")
+    assert capsys.readouterr().out.startswith("1 run: 0 finished already, 1 to train\n")
 
 
 def test_a_plugin_that_is_edited_meanwhile_is_said(tmp_path, clean_registries):

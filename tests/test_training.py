@@ -723,6 +723,54 @@ def bombed(fuse: int) -> nn.Module:
     return made
 
 
+class Meddler(rp.Probe):
+    """Changes what it watches, in one of the ways in which that happens by mistake."""
+
+    name = "meddler"
+    schedule = staticmethod(rp.probes.every(4, offset=1))
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
+    def hook(self, network):
+        def look(module, inputs, output):
+            if self.how == "output":
+                return output * 2
+            if self.how == "in place":
+                with torch.no_grad():
+                    output.abs_()
+            if self.how == "random":
+                torch.rand(1)
+
+        return [network.stem.conv.register_forward_hook(look)]
+
+    def after_backward(self, network, iteration):
+        if self.how == "gradients":
+            network.fc.weight.grad.div_(2)
+
+    def table(self):
+        return pandas.DataFrame()
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ("output", "loss and gradients"),
+        ("in place", "loss and gradients"),
+        ("gradients", "loss and gradients"),
+        ("random", "random numbers"),
+    ],
+)
+def test_a_probe_that_changes_what_it_watches_ends_the_training(how, what):
+    one = training(probes=[Meddler(how)])
+    with pytest.raises(
+        rp.UsageError, match=f"^probe meddler changes what it watches: without it the {what} of iteration 2 "
+    ):
+        one.run()
+    assert hook_count(one.network) == 0
+
+
 def test_what_is_copied_shares_nothing():
     held = {"a": [torch.zeros(2), (torch.zeros(2), {"b": torch.zeros(2)})]}
     copied = _copy(held)

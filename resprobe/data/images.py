@@ -102,6 +102,13 @@ class ImageSet:
     def select(self, indices: Tensor) -> ImageSet:
         return ImageSet(self.images[indices], self.labels[indices])
 
+    def digest(self) -> str:
+        """What the images and labels are, as a digest."""
+        found = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.labels):
+            found.update(tensor.cpu().contiguous().numpy())
+        return found.hexdigest()[:16]
+
     def cropped(self, size: int) -> ImageSet:
         """These images: in memory they are as they are."""
         return self
@@ -128,6 +135,9 @@ class Data:
     validation: ImageSet | None = None
 
     def __post_init__(self) -> None:
+        for name in ("name", "identity"):
+            if not (isinstance(value := getattr(self, name), str) and value):
+                raise UsageError(f"data: {name} (={value!r}) must be a text that says which data these are")
         for name in ("train", "test", "validation"):
             part = getattr(self, name)
             if isinstance(part, ImageSet) and len(part):
@@ -148,6 +158,11 @@ class Data:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def digest(self) -> str | None:
+        """What the data are, as a digest; None of image files."""
+        parts = [part for part in (self.train, self.test, self.validation) if part is not None]
+        return "-".join(part.digest() for part in parts) if all(isinstance(part, ImageSet) for part in parts) else None
 
     def cropped(self, size: int) -> Data:
         """The same data, image files tested by a centre crop of `size` pixels."""
