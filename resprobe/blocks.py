@@ -78,7 +78,8 @@ class Block(nn.Module):
         return self.activation(out)
 
     def check_shapes(self) -> None:
-        """Sends a small image through and raises `UsageError` if what comes out is not what was promised."""
+        """Sends a small image through, and gradients back, and raises `UsageError` if that fails or what comes out is not what
+        was promised."""
         size = 4 * self.stride
         parameter = next(self.parameters(), torch.empty(0))
         image = torch.zeros(2, self.in_channels, size, size, device=parameter.device, dtype=parameter.dtype)
@@ -100,7 +101,22 @@ class Block(nn.Module):
                 f"{type(self).__name__} turns an input of {tuple(image.shape)} into {tuple(out.shape)}; "
                 f"expected {expected} (width · expansion = {self.out_channels} channels, stride {self.stride})"
             )
+        self._check_backward(image)
         self._compare_depth()
+
+    def _check_backward(self, image: Tensor) -> None:
+        was_training, learned = self.training, [each for each in self.parameters() if each.requires_grad]
+        try:
+            with torch.enable_grad():
+                out = self.eval()(image.requires_grad_() * 1)  # in a network, what comes in is itself computed
+                if out.requires_grad and learned:
+                    torch.autograd.grad(out.sum(), learned, allow_unused=True)
+        except RuntimeError as error:
+            changing = [name for name, module in self.named_modules() if getattr(module, "inplace", False)]
+            why = f"{', '.join(changing)} works in place" if changing else one_line(error, named=True)
+            raise UsageError(f"{type(self).__name__} fails in the backward pass: {why}") from error
+        finally:
+            self.train(was_training)
 
     def _compare_depth(self) -> None:
         """Notes a branch of one layer after the other with another number of them than `weighted_layers` says."""

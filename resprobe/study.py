@@ -353,12 +353,8 @@ def _gather_on(
     from resprobe.data import load_data
     from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
     from resprobe.distributed import join, leave, team
-    from resprobe.environment import environment, pooled
     from resprobe.extensions import load_plugin
-    from resprobe.networks import check_family, resolve
-    from resprobe.probes import make_probe
-    from resprobe.recipes import parse_changes
-    from resprobe.runs import RunStore, check_seed
+    from resprobe.runs import RunStore
     from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency, run_all, survey
 
@@ -370,28 +366,7 @@ def _gather_on(
     here = device if cluster is None else cluster.here
     precision = resolve_precision(options.precision, device)
     resolve_step(options.step, device, recompute=options.recompute)
-    for name in ("depths", "seeds"):
-        values = getattr(options, name)
-        if not values or len(set(values)) < len(values):
-            raise UsageError(f"{name} (={' '.join(map(str, values))}) must be given, each once")
-    for seed in options.seeds:
-        check_seed(seed)
-    for name in options.probe:
-        make_probe(name)
-    changes = parse_changes(options.recipe)
-    planned = study.plan(options)
-    if options.probe and not planned:
-        raise UsageError(f"probe (={options.probe[0]!r}) watches a training, and nothing is trained here")
-    if changes and not planned:
-        raise UsageError(f"recipe (={options.recipe[0]!r}) is that of a training, and nothing is trained here")
-    if options.shortcut == "none" and "shortcut" in study.built_of(options):
-        raise UsageError(
-            "shortcut (='none') makes plain networks, which are there anyway; name one of residual networks"
-        )
-    _check_weights(study, options)
-    for one in planned:
-        if isinstance(one.network, str):  # a depth or a block that is not there is said before data are looked for
-            check_family(resolve(one.network, **one.options))
+    planned, changes = _planned(study, options)
     if planned and team().size > 1:
         team().told(lambda: bool(load_data(options.data)))  # one of them downloads
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
@@ -429,11 +404,7 @@ def _gather_on(
     if ahead is not None:
         ahead += [] if study.ahead is None else [study.ahead(results)]
         return None
-    made_with, first = environment(here), team().first
-    if runs:  # trained on another day, perhaps, and on another machine; what is measured is measured here
-        parts = [run.environment or made_with for run in runs] + ([made_with] if study.measure else [])
-        made_with = pooled(parts) | {"date": made_with["date"]}
-    made_with["precision"] = precision
+    made_with, first = _made_with(study, runs, here) | {"precision": precision}, team().first
     leave()
     if not first:  # what is left to do is to measure and to write
         return None
@@ -442,6 +413,51 @@ def _gather_on(
     if study.measure is not None:
         results = dataclasses.replace(results, measurements=study.measure(results))
     return results, made_with
+
+
+def _planned(study: Study, options: Options) -> tuple[Sequence[Planned], dict[str, Any]]:
+    """The networks that a study asks for, and what is changed of their recipes. What can be wrong with the options is said here,
+    before data are looked for."""
+    from resprobe.networks import check_family, resolve
+    from resprobe.probes import make_probe
+    from resprobe.recipes import parse_changes
+    from resprobe.runs import check_seed
+
+    for name in ("depths", "seeds"):
+        values = getattr(options, name)
+        if not values or len(set(values)) < len(values):
+            raise UsageError(f"{name} (={' '.join(map(str, values))}) must be given, each once")
+    for seed in options.seeds:
+        check_seed(seed)
+    for name in options.probe:
+        make_probe(name)
+    changes = parse_changes(options.recipe)
+    planned = study.plan(options)
+    if options.probe and not planned:
+        raise UsageError(f"probe (={options.probe[0]!r}) watches a training, and nothing is trained here")
+    if changes and not planned:
+        raise UsageError(f"recipe (={options.recipe[0]!r}) is that of a training, and nothing is trained here")
+    if options.shortcut == "none" and "shortcut" in study.built_of(options):
+        raise UsageError(
+            "shortcut (='none') makes plain networks, which are there anyway; name one of residual networks"
+        )
+    _check_weights(study, options)
+    for one in planned:
+        if isinstance(one.network, str):
+            check_family(resolve(one.network, **one.options))
+    return planned, changes
+
+
+def _made_with(study: Study, runs: Sequence[Run], here: Any) -> dict[str, Any]:
+    """The machine, versions and commit of this process, or of those that trained the runs: on another day, perhaps, and on
+    another machine. What is measured is measured here."""
+    from resprobe.environment import environment, pooled
+
+    ours = environment(here)
+    if not runs:
+        return ours
+    parts = [run.environment or ours for run in runs] + ([ours] if study.measure else [])
+    return pooled(parts) | {"date": ours["date"]}
 
 
 def _check_weights(study: Study, options: Options) -> None:

@@ -286,3 +286,21 @@ def test_a_branch_of_other_depth_than_it_says_is_told(clean_registries):
     said = "^Deeper: weighted_layers = 2, but its branch has 3; depths are counted by what it says$"
     with pytest.warns(UserWarning, match=said):
         rp.build("cifar/resnet-8", block="deeper-than-it-says")
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_block_that_spoils_its_own_gradients_is_refused(inplace, clean_registries):
+    @rp.register_block("spoils")
+    class Spoils(rp.Block):
+        weighted_layers = 2
+
+        def make_branch(self, in_channels, width, stride, layers):
+            squashed = torch.nn.Sequential(layers.conv(in_channels, width, stride=stride), torch.nn.Sigmoid())
+            return torch.nn.Sequential(squashed, torch.nn.ELU(inplace=inplace), layers.conv(width, width))
+
+    if not inplace:
+        rp.build("cifar/resnet-8", block="spoils")
+        return
+    with pytest.raises(rp.UsageError) as caught:
+        rp.build("cifar/resnet-8", block="spoils")
+    assert str(caught.value) == "cifar/resnet-8, stage1.0: Spoils fails in the backward pass: branch.1 works in place"

@@ -145,3 +145,27 @@ def test_from_the_command_line(results, tmp_path, monkeypatch):
     assert [claim["verdict"] for claim in record["claims"]] == ["holds"] * 3 + ["fails"]
     assert not (tmp_path / "runs").exists()
     assert len(pandas.read_csv(tmp_path / "results/complexity/results.csv")) == 4 + 20 + 2
+
+
+def test_ones_own_shortcut_is_counted_beside_the_papers():
+    own = dataclasses.replace(study.presets["quick"], depths=(20,), shortcut="highway")
+    assert [chosen.get("shortcut") for _, chosen in complexity._of_cifar(own)] == [None, "A", "B", "C", "highway"]
+    assert [chosen.get("shortcut") for _, chosen in complexity._of_cifar(study.presets["quick"])][:5] == [
+        *(None, "A", "B", "C"),
+        None,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--depths", "21"], "depth (=21) must be 6n+2 with block 'basic'; nearest are 20 and 26"),
+        (["--block", "nope"], "block (='nope') is unknown"),
+        (["--shortcut", "D"], "shortcut (='D') is unknown"),
+        (["--step", "compile"], "option (='--step') is unknown"),
+    ],
+)
+def test_mistakes_are_said_by_a_dry_run_too(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main([*arguments, "--dry-run"]) == 2
+    assert text in capsys.readouterr().err

@@ -476,10 +476,10 @@ class TestFolder:
     @with_workers
     def test_views_by_workers_come_in_order(self, tmp_path):
         write_images(tmp_path, {f"a/{index:02}.png": (70, 70) for index in range(40)})
-        data = rp.load_data(f"folder:{tmp_path}")
-        many = torch.cat([pixels for pixels, _ in data.test.views(8, 16)])  # 40 files: with workers
+        data = rp.load_data(f"folder:{tmp_path}").cropped(16)
+        many = torch.cat([pixels for pixels, _ in data.test.views(8)])  # 40 files: with workers
         parts = (data.test.select(torch.arange(start, start + 20)) for start in (0, 20))
-        few = torch.cat([pixels for part in parts for pixels, _ in part.views(8, 16)])  # 20 each: without
+        few = torch.cat([pixels for part in parts for pixels, _ in part.views(8)])  # 20 each: without
         assert torch.equal(many, few)
 
     def test_test_folder_will_do_for_val(self, small):
@@ -722,8 +722,8 @@ class TestScaleCrop:
     def test_without_augmentation_crops_are_centre_views(self, large):
         for pixels, labels in self.stream(large, augmentation="none", colour="none"):
             assert len(labels) == len(pixels) == 2
-        images = rp.load_data(f"folder:{large}").train
-        views = torch.cat([view for view, _ in images.views(8, 16)])
+        images = rp.load_data(f"folder:{large}").train.cropped(16)
+        views = torch.cat([view for view, _ in images.views(8)])
         expected = {((view.float() / 255 - 0.5) / 2).numpy().tobytes() for view in views}
         assert {image.contiguous().numpy().tobytes() for image in pixels} <= expected
 

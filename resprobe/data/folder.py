@@ -61,13 +61,13 @@ class FolderSet:
         chosen = [self.files[position * len(self) // count] for position in range(count)]
         return torch.stack([_centre_view(path, self.size) for path in chosen])
 
-    def views(self, batch_size: int, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The files in order as centre views of `size` pixels, in batches (uint8, labels).
+    def views(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The files in order as centre views, in batches (uint8, labels).
 
         The shorter side is resized to 256/224 of the crop, as in testing at 256 and cropping 224 (§3.4).
         """
         loader = DataLoader(
-            _Views(self, size or self.size),
+            _Views(self),
             batch_size,
             num_workers=loader_processes(len(self)),
             generator=torch.Generator(),  # else a loader draws one of the caller's random numbers
@@ -250,14 +250,14 @@ def loader_processes(items: int) -> int:
 
 
 class _Views(Dataset):
-    def __init__(self, images: FolderSet, size: int):
-        self.images, self.size = images, size
+    def __init__(self, images: FolderSet):
+        self.images = images
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return _centre_view(self.images.files[index], self.size), self.images.labels[index]
+        return _centre_view(self.images.files[index], self.images.size), self.images.labels[index]
 
 
 class _Whole(Dataset):

@@ -117,8 +117,8 @@ class ImageSet:
         """Images to fit a normalization on: all of them, being in memory."""
         return self.images
 
-    def views(self, batch_size: int, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images in order, in batches (uint8, labels). `size` is of no concern: they are as they are."""
+    def views(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images in order, in batches (uint8, labels)."""
         for start in range(0, len(self), batch_size):
             yield self.images[start : start + batch_size], self.labels[start : start + batch_size]
 
