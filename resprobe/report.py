@@ -227,6 +227,7 @@ def _how_sure(results: Results) -> str:
 
 
 def render_template(template: str, page: dict[str, Any]) -> str:
+    """The text of one of resprobe's templates with what `page` holds; in those of HTML nothing is taken for markup."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
