@@ -318,12 +318,11 @@ def train(
     """Trains `network` on `data`, or finds that this has been done.
 
     `network`: a name, a specification (initialized from `seed`), with `options` as for `build`, or a built network (trained
-    in place). `data`: a name,
-    `NAME:PATH`, or a `Data`. `recipe`: by default the paper's (`default_recipe`). `runs`: the folder runs are kept in;
-    None keeps nothing on disk. `probes` are attached on their schedules and their tables saved with the run.
-    `recompute`: compute activations again in the backward pass instead of keeping them (see `resprobe.recompute`): the
-    same numbers with less memory. `step`: how steps are executed, "eager", "graph", "compile" or "compile-blocks" (see
-    `resprobe.steps`). `progress`: a bar, or a function that is told at every log point.
+    in place). `data`: a name, `NAME:PATH`, or a `Data`. `recipe`: by default the paper's (`default_recipe`). `runs`: the
+    folder runs are kept in; None keeps nothing on disk. `probes` are attached on their schedules and their tables saved
+    with the run. `recompute`: compute activations again in the backward pass instead of keeping them (see
+    `resprobe.recompute`): the same numbers with less memory. `step`: how steps are executed, "eager", "graph", "compile" or
+    "compile-blocks" (see `resprobe.steps`). `progress`: a bar, or a function that is told at every log point.
 
     Raises `UsageError` for what cannot be done as asked, `TrainingDiverged` when the loss stops being finite, and
     `StorageError` when the disk is full; what is done so far is kept.
@@ -430,9 +429,8 @@ def _train_in_store(
             training.load_state(kept)
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
-    finished = together.told(
-        lambda: store.find(config)
-    )  # which is trained anew for the table of a probe, and keeps its figures
+    # A finished run is trained anew for a probe's table alone, and keeps its figures.
+    finished = together.told(lambda: store.find(config))
     about = environment(device)
 
     def write_environment() -> None:
