@@ -388,11 +388,17 @@ def _check_same_data(found: Run, data: Data, digest: str | None) -> None:
     )
 
 
+def traceback_file(path: Path) -> Path:
+    """Where it is written down in a run's folder how this process failed. What ends one of several that train together ends the
+    others in its wake, each with another error."""
+    together = team()
+    return path / (TRACEBACK if together.size == 1 else f"traceback-{together.rank}.txt")
+
+
 @contextlib.contextmanager
 def _failures_kept(path: Path) -> Iterator[None]:
     """Writes down where in the code what fails inside has failed, unless its text says all that there is to say."""
-    together = team()  # what ends one of several processes ends the others in its wake, each with another error
-    file = path / (TRACEBACK if together.size == 1 else f"traceback-{together.rank}.txt")
+    file = traceback_file(path)
     file.unlink(missing_ok=True)
     try:
         yield

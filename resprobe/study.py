@@ -172,6 +172,13 @@ class Results:
             rows = rows[rows[name] == value]
         return rows.sort_values("seed")[column].tolist()
 
+    def over_seeds(self, *, band: bool = False) -> str:
+        """For a caption: what a mark, or a line in a band, is of the seeds."""
+        seeds = len(self.options.seeds)
+        if seeds == 1:
+            return "one seed"
+        return f"mean over {seeds} seeds, band ± std" if band else f"mean ± std over {seeds} seeds"
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -264,8 +271,11 @@ class Study:
     def survey(self, options: Options) -> list[Survey | Outlook]:
         """What is there and what is to be trained: a round each, and what `measure` trains. What follows a round to be
         trained is not known yet."""
+        from resprobe.data.datasets import without_downloads
+
         ahead: list[Survey | Outlook] = []
-        _gather(self, self._placed(options), ahead)
+        with without_downloads():
+            _gather(self, self._placed(options), ahead)
         return ahead
 
     def _placed(self, options: Options) -> Options:

@@ -31,7 +31,7 @@ from resprobe.environment import device_name
 from resprobe.errors import DamagedFile, ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
-from resprobe.runs import TRACEBACK, Run, RunConfig, RunStore, errors_in_words, train
+from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, traceback_file, train
 from resprobe.sharing import sharing
 from resprobe.training import Progress
 from resprobe.workers import Lost, Perform, side_by_side
@@ -313,10 +313,10 @@ def _train_here(
                 alike = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
                 if team().size > 1 and not alike and not hasattr(error, "known_to_all"):
                     # The others may wait for this process in the middle of a step. When it ends, torchrun ends them.
-                    name, rank = board.names[job.config.key], team().rank
+                    name, where = board.names[job.config.key], traceback_file(store.folder(job.config))
                     raise ProcessFailed(
-                        f"{name}, in process {rank}: {one_line(error)}; finished runs and the last checkpoint are kept in "
-                        f"{store.root}; the same command goes on from there"
+                        f"{name}, in process {team().rank}: {one_line(error)}; {where}; finished runs and the last checkpoint "
+                        f"are kept in {store.root}; the same command goes on from there"
                     ) from error
                 if isinstance(error, UsageError):
                     raise
@@ -465,7 +465,7 @@ class Board:
             f"{job.config.network.name}, seed {job.config.seed}: "
         )  # a training's own error begins so
         self.failures[job.config.key] = why
-        traceback = self.store.folder(job.config) / TRACEBACK
+        traceback = traceback_file(self.store.folder(job.config))
         self._end(job, f"failed: {why}" + (f"; {traceback}" if traceback.is_file() else ""))
 
     def _end(self, job: Job, outcome: str) -> None:

@@ -184,7 +184,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     taken.set_ylim(bottom=0)
     taken.set_title("iterations until it is reached")
     taken.legend(frameon=False, loc="upper left")
-    over = f"mean ± std over {len(options.seeds)} seeds" if len(options.seeds) > 1 else "one seed"
+    over = results.over_seeds()
     missed = (
         "" if training["reached"].all() else " Open triangles: seeds that never reach it, at the end of their training."
     )

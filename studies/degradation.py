@@ -148,7 +148,7 @@ def _beyond_fig_6(depths: Sequence[int]) -> list[int]:
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     options, histories = results.options, results.histories
-    over = f"mean over {len(options.seeds)} seeds, band ± std" if len(options.seeds) > 1 else "one seed"
+    over = results.over_seeds(band=True)
     on, beyond = options.data_name, _beyond_fig_6(options.depths)
     top = rp.figures.error_limit(histories[~histories["depth"].isin(beyond)])
     at_the_edge = "; what ends beyond the axis, as Fig. 6's plain-110, is named at its edge" if beyond else ""

@@ -123,7 +123,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     said = ", ".join(
         f"{depth} layers {row.train_error:.1f} and {row.test_error:.1f} %" for depth, row in means.iterrows()
     )
-    over = f"mean ± std over {len(options.seeds)} seeds" if len(options.seeds) > 1 else "one seed"
+    over = results.over_seeds()
     return {
         "figure": rp.Drawing(
             figure,

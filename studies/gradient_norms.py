@@ -373,7 +373,7 @@ def _problem_two(results: rp.Results) -> rp.Drawing:
     right.set_ylim(0, 100)
     right.set_xlim(left.get_xlim())
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    over = f"mean over {len(options.seeds)} seeds, band ± std" if len(options.seeds) > 1 else "one seed"
+    over = results.over_seeds(band=True)
     return rp.Drawing(
         figure,
         f"Problem two, on {options.data_name}: ratio of the gradients for the first and the last block's output "

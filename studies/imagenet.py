@@ -339,7 +339,7 @@ def _figure_4(results: rp.Results, on: str) -> rp.Drawing:
         axis.set_title(f"{kind} networks")
     panels[0].set_ylabel("top-1 error (%)")
     rp.figures.line_key(panels[1], "validation error")
-    over = f"mean over {len(options.seeds)} seeds, band ± std" if len(options.seeds) > 1 else "one seed"
+    over = results.over_seeds(band=True)
     return rp.Drawing(
         figure,
         f"Training on {on}, in the manner of Fig. 4: plain networks (left) and residual networks (right); {over}. Dashed: "

@@ -113,7 +113,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     rp.figures.line_key(panels[1])
     means = results.table.groupby(["depth", "times"])["train_error"].mean()
     said = ", ".join(f"{depth} layers at {factor}× {error:.1f} %" for (depth, factor), error in means.items())
-    over = f"mean ± std over {len(options.seeds)} seeds" if len(options.seeds) > 1 else "one seed"
+    over = results.over_seeds()
     return {
         "figure": rp.Drawing(
             figure,

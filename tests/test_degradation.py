@@ -572,6 +572,32 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_downloads_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RESPROBE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("resprobe.data.datasets._download", lambda name: pytest.fail("it downloads"))
+    asked = [
+        "--preset",
+        "paper",
+        "--data",
+        "cifar10",
+        "--depths",
+        "8",
+        "--seeds",
+        "0",
+        "--iterations",
+        "2",
+        "--dry-run",
+    ]
+    assert study.main(asked) == 0
+    said = capsys.readouterr()
+    assert "2 runs: 0 finished already, 2 to train\n" in said.out and "\ntime: about " in said.out
+    assert said.err.startswith(
+        "note: cifar10 is not here yet: it is downloaded (170 MB) when the training begins, or named with"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_help_does_not_import_torch():
     code = "import sys, studies.degradation; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

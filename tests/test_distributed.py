@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,10 +169,10 @@ def test_what_one_process_is_alone_with_ends_all(tmp_path):
     ]
     failed = launch(2, *asked, "--plugin", "lonely.py", "--block", "lonely", cwd=tmp_path)
     assert failed.returncode != 0
-    assert (
-        ", in process 1: no room left (lonely.py, line 14); finished runs and the last checkpoint are kept"
-        in failed.stderr
-    )
+    said = r", in process 1: no room left \(lonely.py, line 14\); (\S+); finished runs and the last checkpoint are kept"
+    found = re.search(said, failed.stderr)
+    assert found and Path(tmp_path, found[1]).name == "traceback-1.txt"
+    assert "no room left" in Path(tmp_path, found[1]).read_text()
 
 
 def test_class_folders_of_two_processes(tmp_path):
