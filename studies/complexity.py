@@ -10,12 +10,12 @@ The paper prints multiply-adds and calls them FLOPs. Here they are `macs`: multi
 connected layers for one image. An audit rests on no seed: what would refute it is a single unequal digit.
 
 Measured (2026-11-22, two cores of an AMD EPYC, torch 2.15.0; record in docs/measurements/2026-11-21-complexity):
-- quick, 36 CPU seconds: 10 of 10 pairs equal; ResNet-18 to -152 1.79, 3.64, 3.86, 7.57, 11.28 × 10⁹ multiply-adds, VGG-16
+- quick, 38 s: 10 of 10 pairs equal; ResNet-18 to -152 1.79, 3.64, 3.86, 7.57, 11.28 × 10⁹ multiply-adds, VGG-16
   and -19 15.35 and 19.63; a 256-d block 69,632 → 135,168 weights. C10 to C12 hold; C22 fails,
   since one of the three networks that Table 6 prints beside ResNet-110 is smaller. One thread's forward pass takes
   263 ms for ResNet-152 and 172 ms for VGG-16, for all its multiply-adds; it holds 10 MiB of tensors at most for ResNet-50,
   -101 and -152 alike, and 24.5 for VGG-16;
-- paper, 54 CPU seconds: the same, with 11 of 11 pairs equal, those of 1202 layers with 19,421,274 parameters.
+- paper (no record): the same, with 11 of 11 pairs equal, those of 1202 layers with 19,421,274 parameters.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ A level is reached at the first log point that is at or below it, so iterations 
 10 on the digits) and nothing is interpolated. A seed that never reaches it counts as the least it can be, one window
 after the end, and is named. What would refute the claim: the plain network reaches one of the levels no later.
 
-Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16, n = 3; record in
-docs/measurements/2026-11-21-convergence-quick):
+Measured (2026-11-27, two cores of an Intel Xeon, torch 2.14.1, bf16, n = 3; record in
+docs/measurements/2026-11-27-convergence-quick):
 - quick, digits: training error of 50, 30, 20 % after 20, 30, 30 iterations (plain-20) and 10, 20, 20 (ResNet-20), the
-  same at every seed: one log point. Final test error 2.13 ± 0.58 and 1.85 ± 0.42 %. C8 holds;
+  same at every seed: one log point. Final test error 1.76 ± 0.32 and 1.76 ± 0.42 %. C8 holds;
 - the paper preset: not tested.
 """
 

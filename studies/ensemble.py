@@ -1,4 +1,4 @@
-"""Ensembles: networks whose class probabilities are averaged err less than each alone.
+"""Ensembles: networks whose class probabilities are averaged err less than they do alone, on average.
 
 Claim C17 (Table 5), in a small form of ours.
 

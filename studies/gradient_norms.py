@@ -22,12 +22,13 @@ train, at ten readings in every power of ten of iterations. What a verdict says 
 readings. The lowest (for C6b the highest) is stated beside it: it tells of single mini-batches, and goes further the more
 often one looks. What would refute the claims stands with them below.
 
-Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, training in bf16; n = 3, ± std; record in
-docs/measurements/2026-11-21-gradient-norms-quick/), decades:
+Measured (2026-11-27, two cores of an Intel Xeon, torch 2.14.1, training in bf16; n = 3, ± std; record in
+docs/measurements/2026-11-27-gradient-norms-quick/), decades:
 - at initialization plain-20/56/110 1.06 ± 0.03, 3.33 ± 0.13, 6.78 ± 0.24; their residual twins 0.53 ± 0.03, 0.99 ± 0.08,
   1.30 ± 0.09; the control, plain without batch normalization from small weights, −16.10 ± 0.12, −52.31 ± 0.20, −106.75 ± 0.36;
-- along training plain-20/56, median 0.50 ± 0.05, −0.95 ± 0.21, lowest 0.19 ± 0.06, −4.19 ± 0.49, at 0.03 ± 0.03 and
-  83.30 ± 5.21 % training error. C6 holds; by the lowest single reading it would fail. C6b fails, at initialization;
+- along training plain-20/56, median 0.55 ± 0.06, −0.90 ± 0.64, lowest 0.12 ± 0.13, −5.09 ± 3.05, at 0.02 ± 0.03 and
+  79.65 ± 12.57 % training error. C6 holds; by the lowest single reading it would be inconclusive. C6b fails, at
+  initialization;
 - the paper preset: not tested.
 """
 
