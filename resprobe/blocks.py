@@ -5,6 +5,7 @@ Nothing works in place and every module is used once per pass, so that hooks see
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import OrderedDict
 from typing import ClassVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from resprobe.errors import UsageError, check_whole, one_line
 from resprobe.layers import Layers
+from resprobe.randomness import keeping_random_state
 from resprobe.registry import Registry
 from resprobe.shortcuts import SHORTCUTS
 
@@ -105,18 +107,22 @@ class Block(nn.Module):
         self._compare_depth()
 
     def _check_backward(self, image: Tensor) -> None:
-        was_training, learned = self.training, [each for each in self.parameters() if each.requires_grad]
+        """Tries on a copy, as it is trained, whether gradients come back."""
+        if torch.is_inference_mode_enabled():
+            return
         try:
-            with torch.enable_grad():
-                out = self.eval()(image.requires_grad_() * 1)  # in a network, what comes in is itself computed
-                if out.requires_grad and learned:
-                    torch.autograd.grad(out.sum(), learned, allow_unused=True)
-        except RuntimeError as error:
+            trial = copy.deepcopy(self).train()
+        except Exception:  # of a stranger's modules
+            return
+        try:
+            with torch.enable_grad(), keeping_random_state(self):
+                out = trial(image.requires_grad_() * 1)  # in a network, what comes in is itself computed
+                if out.requires_grad and out.is_floating_point():
+                    out.sum().backward()
+        except Exception as error:
             changing = [name for name, module in self.named_modules() if getattr(module, "inplace", False)]
             why = f"{', '.join(changing)} works in place" if changing else one_line(error, named=True)
-            raise UsageError(f"{type(self).__name__} fails in the backward pass: {why}") from error
-        finally:
-            self.train(was_training)
+            raise UsageError(f"{type(self).__name__} fails when it is trained: {why}") from error
 
     def _compare_depth(self) -> None:
         """Notes a branch of one layer after the other with another number of them than `weighted_layers` says."""

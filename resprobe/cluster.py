@@ -111,7 +111,7 @@ class RayCluster:
         listener.start()
         losses = _Losses(store)
         with _marker(store) as marker:
-            alike = torch.are_deterministic_algorithms_enabled()
+            alike = torch.get_deterministic_debug_mode()
             place = _Place(os.getcwd(), marker, str(self.device), threads, tuple(plugins), alike)
 
             def begin(job: Job) -> Any:
@@ -271,15 +271,15 @@ def _listen(news: Any, board: Board) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a node needs to train as the machine that asks would. `folder`: where its relative paths begin. `alike`: to the
-    same last digits each time."""
+    """What a node needs to train as the machine that asks would. `folder`: where its relative paths begin. `alike`:
+    whether to the same last digits each time, as for a process of `sweep`."""
 
     folder: str
     marker: Path
     device: str
     threads: int
     plugins: tuple[str, ...]
-    alike: bool
+    alike: int
 
     def receive(self, key: str, packed: bytes) -> tuple[Job, RunStore]:
         """The job, and the folder its run is kept in. Raises `UsageError` if this would not be the run of that key."""
@@ -315,7 +315,7 @@ def _train_on_node(place: _Place, key: str, packed: bytes, news: Any) -> dict[st
         warnings.showwarning = lambda message, *_, **__: tell(str(message))
         try:
             job, store = place.receive(key, packed)
-            with deterministic(place.alike):
+            with deterministic(place.alike > 0, warn_only=place.alike == 1):
                 return train_job(job, store, torch.device(place.device), tell)
         except UsageError as error:
             raise type(error)(f"{error} (on node {platform.node()})") from error

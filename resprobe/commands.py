@@ -29,7 +29,7 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
         sys.stdout.reconfigure(errors="replace")
     kept = kept and f"; {kept}"
-    with notes_on_one_line(), _ended_like_interrupted():
+    with notes_on_one_line(), ended_like_interrupted():
         try:
             code = work() or 0
             sys.stdout.flush()
@@ -45,7 +45,7 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
 
 
 @contextlib.contextmanager
-def _ended_like_interrupted() -> Iterator[None]:
+def ended_like_interrupted() -> Iterator[None]:
     """Told to end (by `kill`, `timeout`, a cluster's queue), the process keeps what it has, as after Ctrl-C. Not one of
     torchrun's, which would wait for the others meanwhile."""
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 and threading.current_thread() is threading.main_thread()
@@ -92,7 +92,8 @@ def called_as(study: str = "") -> str:
     if Path(sys.argv[0]).stem == "resprobe":
         return f"resprobe {study}".rstrip()
     main = sys.modules["__main__"]
-    if getattr(main, "__spec__", None) is None and getattr(getattr(main, "study", None), "name", "") == study != "":
+    script = getattr(main, "__spec__", None) is None and hasattr(main, "__file__")  # a notebook has none
+    if script and getattr(getattr(main, "study", None), "name", "") == study != "":
         return f"python {sys.argv[0]}"
     return f"python -m studies.{study}".rstrip(".")
 

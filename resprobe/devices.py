@@ -84,9 +84,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool = True) -> Iterator[None]:
+def deterministic(wanted: bool = True, *, warn_only: bool = False) -> Iterator[None]:
     """Has torch take, within a `with` block, only what computes the same last digits each time on the same machine, as its
-    `torch.use_deterministic_algorithms` does: an operation that has no such way raises `RuntimeError`.
+    `torch.use_deterministic_algorithms` does: an operation that has no such way raises `RuntimeError`, or is warned of.
 
     `wanted` false leaves torch as it is.
     """
@@ -97,7 +97,7 @@ def deterministic(wanted: bool = True) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     filling = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     # A search for the errors of programs that read what nobody wrote: one more pass over every tensor.
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:

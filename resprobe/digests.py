@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import CellType
 from typing import TYPE_CHECKING, Any
 
@@ -150,11 +150,11 @@ def as_text(value: Any, within: tuple[int, ...] = ()) -> str | None:
     `within`: what it is a part of, by `id`, since things may hold one another.
     """
     import numpy
-    from torch import Tensor, device, dtype
+    from torch import Tensor, dtype
 
     if isinstance(value, numpy.generic):
         value = value.item()
-    if isinstance(value, bool | int | float | complex | str | bytes | None | dtype | device | range | slice | PurePath):
+    if isinstance(value, bool | int | float | complex | str | bytes | None | dtype | range | slice):
         return repr(value)
     if isinstance(value, numpy.ndarray) and value.dtype != object:
         return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"

@@ -17,6 +17,7 @@ import resprobe
 from resprobe.devices import cores
 from resprobe.distributed import team
 
+_CODE = (":/resprobe", ":/plugins", ":/studies")
 _PACKAGES = ("torch", "torchvision", "numpy", "pandas", "scipy", "scikit-learn")
 
 
@@ -70,8 +71,9 @@ def git_commit() -> dict[str, object]:
 
 @functools.cache
 def local_changes() -> bytes:
-    """What of this code was changed since its commit, as a patch of that; empty if nothing was, or there is no checkout."""
-    return _git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD") if git_commit().get("local_changes") else b""
+    """What of the code was changed since its commit, as a patch of that; empty if nothing was, or there is no checkout."""
+    changed = git_commit().get("local_changes")
+    return _git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD", "--", *_CODE) if changed else b""
 
 
 def _git(*arguments: str) -> bytes:

@@ -180,7 +180,7 @@ def _departures(study: Study, results: Results, environment: dict[str, Any]) -> 
     data, _, path = results.options.data.partition(":")
     if (weights := bool(getattr(results.options, "weights", ()))) or results.runs:
         if data == "folder":
-            if not (study.paper_data == "ImageNet" and is_imagenet(results.options.data)):
+            if path and not (study.paper_data == "ImageNet" and is_imagenet(results.options.data)):
                 found.append(f"data: the folder {Path(path).name} instead of {study.paper_data}")
         elif data != study.paper_data.lower().replace("-", ""):
             found.append(f"data: {data} instead of {study.paper_data}")

@@ -351,6 +351,7 @@ def train(
     # Of a registered set its own function says what it is, and its source counts; data handed over may be anything.
     digest = loaded.digest() if isinstance(data, Data) else None
     together = team()
+    together.told(lambda: _check_same_data(store.folder(config), config, loaded, digest))
     found = together.told(lambda: store.find(config, made))
     if found is None:
         with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
@@ -361,7 +362,6 @@ def train(
                     found = _train_in_store(
                         store, config, network, loaded, chosen_device, made, recompute, step, progress, digest
                     )
-    _check_same_data(found, loaded, digest)
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
         if found._network is None:
             assert found.path is not None
@@ -369,23 +369,30 @@ def train(
     return found
 
 
-def _check_same_data(found: Run, data: Data, digest: str | None) -> None:
-    """Raises `UsageError` if a run was trained on other data that go by the same identity."""
-    here = len(data.train)
-    there = found.metrics.get("train_images", here)
-    if found.config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
-        there += found.metrics.get("validation_images", 0)
-    known = None
-    if found.path and digest:
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads((found.path / "config.json").read_text()).get("data_digest")
-    if there == here and known in (None, digest):
+def _check_same_data(path: Path, config: RunConfig, data: Data, digest: str | None) -> None:
+    """Raises `UsageError` if the run in this folder is, or was begun, on other data that go by the same identity."""
+    known = _read_json(path / "config.json").get("data_digest")
+    here, metrics = len(data.train), _read_json(path / "result.json").get("metrics")
+    metrics = metrics if isinstance(metrics, dict) else {}
+    there = metrics.get("train_images", here)
+    if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
+        there += metrics.get("validation_images", 0)
+    if there == here and None in (known, digest) or known == digest:
         return
     what = f"{there} training images, not {here}" if there != here else "other images or labels"
     raise UsageError(
-        f"data of identity {data.identity!r} with {what}, are those of {found.path}; give yours an identity of its own: "
+        f"data of identity {data.identity!r} with {what}, are those of {path}; give yours an identity of its own: "
         "dataclasses.replace(data, identity=…)"
     )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """What a file of a run's folder says; nothing where it is not there or damaged."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def traceback_file(path: Path) -> Path:
@@ -443,7 +450,8 @@ def _train_in_store(
         _write_json(path / "environment.json", about | {"step": training.how})
 
     if together.first and finished is None:
-        told = {"data_given": config.data, "data_digest": data_digest, "recipe_name": config.recipe.name}
+        known = _read_json(path / "config.json").get("data_digest")  # of a begin with the data handed over
+        told = {"data_given": config.data, "data_digest": data_digest or known, "recipe_name": config.recipe.name}
         _write_json(path / "config.json", config.identity() | told)
         write_environment()
         _keep_local_changes(path)
@@ -505,7 +513,7 @@ def _train_in_store(
             f"{path.name} was trained anew for a probe's table and ended with {errors_in_words(run.metrics)}, not "
             f"{errors_in_words(finished.metrics)}, as with other threads or on another machine; its figures stay the earlier ones"
         )
-    return replace(finished, tables=run.tables, _network=None if config.start is None else run.network)
+    return replace(finished, tables=run.tables)  # and with its weights, which are read when they are asked for
 
 
 def _keep_local_changes(path: Path) -> None:

@@ -104,7 +104,7 @@ class CapturedStep:
             return update(*self.drawn)
 
         with _without_collector():
-            with undone(network, optimizer), _repeatable(network):
+            with _undone(network, optimizer), _repeatable(network):
                 stream = _warm_up(work, self.drawn[0].device)
             self._replay, self._given = _record(work, stream)
 
@@ -199,7 +199,7 @@ def _repeatable(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+def _undone(network: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Puts back after a `with` block, in place, what training steps change."""
     tensors = [*network.parameters(), *network.buffers()]
     places = [

@@ -96,9 +96,9 @@ class Options:
         return self.data.partition(":")[0]
 
     def measured(self) -> dict[str, Any]:
-        """The options on which it depends what is measured, as far as it does: where a copy of the data lies is no matter."""
+        """The options on which it depends what is measured. Where a copy of CIFAR lies is no matter; a folder may hold any."""
         found = {name: value for name, value in vars(self).items() if name not in _NOT_THE_SETTING}
-        return found | {"data": self.data_name}
+        return found | ({"data": self.data_name} if self.data_name in ("cifar10", "cifar100") else {})
 
 
 def cifar_presets(quick: Options, **paper: Any) -> dict[str, Options]:
@@ -320,9 +320,9 @@ class Study:
 
     def setting(self, options: Options) -> Setting:
         """The preset's name if what is measured is the preset's, else "custom"."""
-        if options.measured() != self.presets[options.preset].measured():
+        preset = self.presets[options.preset]
+        if options.measured() | {"data": options.data_name} != preset.measured() | {"data": preset.data_name}:
             return "custom"
-        # But a folder may hold anything.
         folder = options.data_name == "folder"
         return "custom" if folder and not is_imagenet(options.data) else options.preset
 
@@ -481,7 +481,8 @@ def _check_weights(study: Study, options: Options) -> None:
         if times > 1:  # it would count as one more seed
             raise UsageError(f"weights (={str(path)!r}) are given {times} times; name each once")
     usual = study.presets[options.preset]
-    for name in ("block", "shortcut", "depths", "seeds", "iterations") if weights else ():
+    trained = ("block", "shortcut", "depths", "iterations") + (("seeds",) if study.ahead is None else ())
+    for name in trained if weights else ():  # a study that trains by itself has a seed for that
         given = getattr(options, name)
         if given != getattr(usual, name):
             text = " ".join(map(str, given)) if isinstance(given, tuple) else str(given)

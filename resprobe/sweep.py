@@ -314,9 +314,10 @@ def _train_here(
                 if team().size > 1 and not alike and not hasattr(error, "known_to_all"):
                     # The others may wait for this process in the middle of a step. When it ends, torchrun ends them.
                     name, where = board.names[job.config.key], traceback_file(store.folder(job.config))
+                    aside = f"; {where}" if where.is_file() else ""
                     raise ProcessFailed(
-                        f"{name}, in process {team().rank}: {one_line(error)}; {where}; finished runs and the last checkpoint "
-                        f"are kept in {store.root}; the same command goes on from there"
+                        f"{name}, in process {team().rank}: {one_line(error)}{aside}; finished runs and the last checkpoint are "
+                        f"kept in {store.root}; the same command goes on from there"
                     ) from error
                 if isinstance(error, UsageError):
                     raise
@@ -339,7 +340,7 @@ def _train_in_processes(
     board: Board,
 ) -> None:
     with sharing(device) as variables:
-        alike = torch.are_deterministic_algorithms_enabled()
+        alike = torch.get_deterministic_debug_mode()
         start = partial(_start, variables, threads, tuple(plugins), store.root, device, alike)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
         packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
@@ -362,9 +363,10 @@ def _train_in_processes(
 
 
 def _start(
-    variables: Mapping[str, str], threads: int, plugins: Sequence[str], root: Path, device: torch.device, alike: bool
+    variables: Mapping[str, str], threads: int, plugins: Sequence[str], root: Path, device: torch.device, alike: int
 ) -> Perform:
-    """Readies a process, and gives what trains a job there. `alike`: to the same last digits each time."""
+    """Readies a process, and gives what trains a job there. `alike`: whether to the same last digits each time, in torch's
+    numbers: 0 no, 1 with warnings, 2 yes."""
     os.environ.update(variables)
     prepare_cpu()
     torch.set_num_threads(threads)
@@ -378,7 +380,7 @@ def _start(
         if job.config.key != key:
             raise _edited(job)
         try:
-            with deterministic(alike):
+            with deterministic(alike > 0, warn_only=alike == 1):
                 return train_job(job, store, device, tell)
         except UsageError:
             raise

@@ -6,6 +6,7 @@ device, and the learning rate is a pure function of figures that are known alrea
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -30,10 +31,11 @@ from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import subsampling
 from resprobe.networks import check_logits
 from resprobe.probes import Probe, attach
-from resprobe.randomness import host_random_bytes, host_random_state
+from resprobe.randomness import host_random_state, keeping_random_state
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import calling, recomputing
-from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step, undone
+from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
+from resprobe.watching import Outcome
 
 # What normalizations are fitted on where images come from files; small sets are used whole.
 _FIT_IMAGES = 2000
@@ -50,30 +52,6 @@ class Progress:
     test_error: float | None
     seconds: float
     images_per_second: float
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What forward and backward of an iteration come to."""
-
-    loss: Tensor
-    gradients: dict[str, Tensor]
-    random: tuple[bytes, bytes]
-
-    @classmethod
-    def of(cls, loss: Tensor, network: nn.Module) -> _Outcome:
-        gradients = {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
-        return cls(loss, gradients, host_random_bytes())
-
-    def differs(self, other: _Outcome, allowed: float) -> str:
-        """In what the other differs, by more than this part of its size; nothing where in none."""
-        if self.random != other.random:
-            return "random numbers"
-        pairs = [(self.gradients[name], other.gradients.get(name)) for name in self.gradients]
-        if any(theirs is None for _, theirs in pairs) or len(pairs) != len(other.gradients):
-            return "gradients"
-        apart = [(ours - theirs).norm() > allowed * ours.norm() for ours, theirs in [(self.loss, other.loss), *pairs]]
-        return "loss and gradients" if bool(torch.stack(apart).any()) else ""
 
 
 class Training:
@@ -126,6 +104,7 @@ class Training:
             self.forward = torch.compile(self.parallel)  # type: ignore[assignment]
         self.blocks = CompiledBlocks(self.network) if self.how == "compile-blocks" else None
         self.optimizer = _optimizer(self.network, recipe, device)
+        self.network.zero_grad(set_to_none=True)  # of what was done with a network before it is handed over
         self.rate = recipe.learning_rate
         self._place_rate()
         # Captured at the first step: what is captured must not move to another place in memory afterwards.
@@ -252,29 +231,34 @@ class Training:
             with attach(self.network, *measuring):
                 # Hooks are called by neither a graph nor a compiled network, and twice where activations are recomputed:
                 # the few iterations that are measured run as they are written.
-                loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel)
+                loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel, self.instead)
                 for probe in measuring:
                     probe.after_backward(self.network, self.iteration)
             if unwatched is not None:
-                self._check_harmless(measuring, unwatched, _Outcome.of(loss, self.network))
+                self._check_harmless(measuring, unwatched, Outcome.of(loss, self.network))
             self._descend()
             return loss, wrong
         if self.capturing and self.captured is None:
             self.captured = self._capture(drawn)
         return (self.captured or self._update)(*drawn)
 
-    def _unwatched(self, probes: Sequence[Probe], drawn: tuple[Tensor, ...]) -> _Outcome | None:
-        """What the iteration would come to without these probes, when one of them measures for the first time; it has not
-        happened afterwards. None where each has been looked at, or several processes train."""
-        if self.team.size > 1 or all(probe.name in self.harmless for probe in probes):
+    def _unwatched(self, probes: Sequence[Probe], drawn: tuple[Tensor, ...]) -> Outcome | None:
+        """What the iteration would come to without these probes, when one of them measures for the first time. None where each
+        has been looked at, and where that cannot be told."""
+        told = self.team.size == 1 and self.device.type in ("cpu", "cuda")
+        if not told or all(probe.name in self.harmless for probe in probes):
             return None
-        with undone(self.network, self.optimizer):
-            loss, _ = self._gradients(*self.batches.make(*drawn), self.parallel)
-            found = _Outcome.of(loss, self.network)
-        self.optimizer.zero_grad(set_to_none=True)
-        return found
+        try:
+            alone = copy.deepcopy(self.network)  # so that nothing of it has happened afterwards
+        except Exception:  # of a stranger's modules
+            return None
+        instead = list(subsampling(alone)) if self.device.type == "cpu" else []
+        # A probe of nothing, since under any what is compiled runs as it is written.
+        with keeping_random_state(self.network), attach(alone, Probe()):
+            loss, _ = self._gradients(*self.batches.make(*drawn), alone, instead)
+            return Outcome.of(loss, alone)
 
-    def _check_harmless(self, probes: Sequence[Probe], unwatched: _Outcome, watched: _Outcome) -> None:
+    def _check_harmless(self, probes: Sequence[Probe], unwatched: Outcome, watched: Outcome) -> None:
         """Raises `UsageError` if a measured iteration comes to something else than it does without the probes."""
         # Some of CUDA's kernels add in whatever order, so that no two passes are equal to the last digit.
         if what := unwatched.differs(watched, 0.0 if self.device.type == "cpu" else 1e-2):
@@ -290,18 +274,21 @@ class Training:
         images, labels = self.batches.make(*drawn)
         recomputed = recomputing(self.network) if self.recompute else nullcontext()
         with recomputed, self.blocks.in_use() if self.blocks else nullcontext():
-            given = self._gradients(images, labels, self.forward)
+            given = self._gradients(images, labels, self.forward, self.instead)
         self._descend()
         return given
 
-    def _gradients(self, images: Tensor, labels: Tensor, forward: nn.Module) -> tuple[Tensor, Tensor]:
-        """Forward and backward, in parts where batch normalization is over parts."""
+    def _gradients(
+        self, images: Tensor, labels: Tensor, forward: nn.Module, instead: Sequence[tuple[nn.Module, Callable]]
+    ) -> tuple[Tensor, Tensor]:
+        """Forward and backward, in parts where batch normalization is over parts. `instead`: what is called in the place of
+        modules' own `forward`."""
         loss, wrong = self._zeros(), self._zeros()
         part_size = self.recipe.bn_batch or len(labels)
         left = len(labels)
         for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
             left -= len(part)
-            with gathering(self.parallel, last=left == 0), calling(self.instead):
+            with gathering(self.parallel, last=left == 0), calling(instead):
                 with autocast(self.device, self.precision):
                     logits = forward(part)
                 check_logits(self.network, logits, len(part), self.data.num_classes)
@@ -508,8 +495,11 @@ def _copy(value: Any) -> Any:
         return value.detach().clone()
     if isinstance(value, dict):
         return {key: _copy(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy(entry) for entry in value)
+    if isinstance(value, list):
+        return [_copy(entry) for entry in value]
+    if isinstance(value, tuple):
+        entries = map(_copy, value)
+        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
     return value
 
 

@@ -219,6 +219,8 @@ def _compare(results: rp.Results, higher: tuple[str, int], lower: tuple[str, int
         if all(map(math.isfinite, (*above, *below))):  # without γ and β there is no closed form
             margin = MARGIN * sum(above) / len(above)
             found[reading] = rp.compare(above, below, margin=margin, unit="in mean std")
+    if not {"test", "train"} <= set(found):
+        return "inconclusive", f"{_name(*higher)} or {_name(*lower)} has responses that are no numbers"
     words = {found["test"].verdict, found["train"].verdict}
     others = ", ".join(
         f"{READINGS[name]} {found[name].difference:+.2f}" for name in ("train", "closed") if name in found

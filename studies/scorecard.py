@@ -36,7 +36,7 @@ from typing import Any
 
 import studies
 from resprobe.claims import VERDICTS, Claim
-from resprobe.commands import EXPECTED, Parser, answer, called_as, notes_on_one_line
+from resprobe.commands import EXPECTED, Parser, answer, called_as, ended_like_interrupted, notes_on_one_line
 from resprobe.errors import UsageError, not_accepted, one_line
 from resprobe.study import Study, offered
 
@@ -360,6 +360,9 @@ def _in_a_process(function: Callable, *arguments: Any) -> Any:
     except EOFError:
         process.join()
         raise StudyFailed(f"its process was ended from outside (code {process.exitcode}); out of memory?") from None
+    except KeyboardInterrupt:
+        process.terminate()  # which has heard of Ctrl-C itself, but not of what ended this one
+        raise
     finally:
         process.join()
     if error is not None:
@@ -372,7 +375,8 @@ def _answer(sender: Connection, function: Callable, arguments: Sequence[Any]) ->
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:
-        sender.send((function(*arguments), None))
+        with ended_like_interrupted():
+            sender.send((function(*arguments), None))
     except KeyboardInterrupt:  # what was begun is kept by now; the first process says so
         sys.exit(1)
     except BrokenPipeError:

@@ -303,4 +303,49 @@ def test_a_block_that_spoils_its_own_gradients_is_refused(inplace, clean_registr
         return
     with pytest.raises(rp.UsageError) as caught:
         rp.build("cifar/resnet-8", block="spoils")
-    assert str(caught.value) == "cifar/resnet-8, stage1.0: Spoils fails in the backward pass: branch.1 works in place"
+    assert str(caught.value) == "cifar/resnet-8, stage1.0: Spoils fails when it is trained: branch.1 works in place"
+
+
+class Doubling(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(context, gradient):
+        raise TypeError("no gradient for you")
+
+
+def odd_block(kind):
+    class Odd(rp.Block):
+        weighted_layers = 1
+
+        def make_branch(self, in_channels, width, stride, layers):
+            conv = layers.conv(in_channels, width, stride=stride)
+            more = {"dropout": [torch.nn.Sigmoid(), torch.nn.Dropout(0.5), torch.nn.ReLU(inplace=True)]}.get(kind, [])
+            return torch.nn.Sequential(conv, *more)
+
+        def forward(self, x):
+            if kind == "checkpoint" and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(torch.nn.functional.relu, 1 * self.branch(x), use_reentrant=True)
+                return self.activation(x)
+            return Doubling.apply(super().forward(x)) if kind == "raises" else super().forward(x)
+
+    return Odd
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "dropout"])
+def test_blocks_that_train_pass_the_try(kind):
+    with rp.BLOCKS.temporary("odd", odd_block(kind)), rp.seeded(3):
+        network = rp.build("cifar/plain-5", block="odd", norm="none")
+    assert all(parameter.grad is None for parameter in network.parameters())
+    with rp.seeded(3):
+        other = rp.build("cifar/plain-5", block="single", norm="none")  # of the same layers: trying draws no numbers
+    assert all(map(torch.equal, network.parameters(), other.parameters()))
+
+
+def test_a_backward_that_raises_is_one_line():
+    with rp.BLOCKS.temporary("odd", odd_block("raises")), pytest.raises(rp.UsageError) as caught:
+        rp.build("cifar/plain-5", block="odd")
+    said = "cifar/plain-5, stage1.0: Odd fails when it is trained: TypeError: no gradient for you"
+    assert str(caught.value).startswith(said)

@@ -7,7 +7,7 @@ import functools
 import importlib
 import subprocess
 import sys
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy
 import pytest
@@ -105,13 +105,12 @@ def test_what_a_setting_is_made_of_counts():
         ({"a": [Part(1)]}, {"a": [Part(3)]}),
         (range(3), range(9)),
         (slice(3), slice(9)),
-        (PurePosixPath("a"), PurePosixPath("b")),
-        (torch.device("cpu"), torch.device("meta")),
     ]
     for one, other in settings_of_one_kind:
         assert network_digest(Mine(power=one)) == network_digest(Mine(power=copy.deepcopy(one)))
         assert network_digest(Mine(power=one)) != network_digest(Mine(power=other)), one
     assert as_text(numpy.int64(5)) == as_text(5)
+    assert as_text(torch.device("cpu")) is None, "where a run is trained is no part of what it is"
 
 
 def test_a_schedule_of_numpys_numbers_is_its_numbers():

@@ -1074,6 +1074,9 @@ def test_edited_data_of_the_same_identity_are_refused(tmp_path):
     edited = replace(data, train=rp.ImageSet(255 - data.train.images, data.train.labels))
     with pytest.raises(UsageError, match="^data of identity 'digits 160 60' with other images or labels, are those of"):
         train(tmp_path, data=edited)
+    with pytest.raises(UsageError, match="with other images or labels"):  # before anything is trained on them
+        train(tmp_path, data=edited, probes=[Norms()])
+    assert RunStore(tmp_path).find(configure(spec(), data, RECIPE), ["norms"]) is None
     train(tmp_path, data=replace(edited, identity="mine, inverted"))
     for identity in ("", None):
         with pytest.raises(UsageError, match=r"^data: identity \(=.*\) must be a text that says which data these are$"):

@@ -539,3 +539,21 @@ def test_the_exit_code_tells_of_a_failed_study(three, monkeypatch, capsys):
     monkeypatch.setattr(scorecard, "run_studies", lambda *_, **__: {"b": "failed: no data"})
     assert scorecard.main(["--run", "quick"]) == 1
     assert capsys.readouterr().err == "error: studies.b failed: no data\n"
+
+
+def test_told_to_end_it_ends_the_study_too(tmp_path):
+    """`kill` tells the first process alone."""
+    command = [sys.executable, "-u", "-m", "studies.scorecard", "--run", "quick", "--studies", "convergence"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("time: "):  # the study is about to train
+            break
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 1
+    assert said.endswith(
+        "interrupted; finished studies, runs and checkpoints are kept, the same command goes on from there\n"
+    )

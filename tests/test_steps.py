@@ -258,7 +258,7 @@ def test_a_warm_up_leaves_nothing_behind():
         optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, 3.0 if parameter is first else 0.0)
     places = {name: value.data_ptr() for name, value in net.state_dict().items()}
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    with steps.undone(net, optimizer):
+    with steps._undone(net, optimizer):
         net(torch.randn(8, 1, 8, 8)).square().sum().backward()
         optimizer.step()
         assert tiny.differ(before, net.state_dict())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 import math
@@ -771,7 +772,55 @@ def test_a_probe_that_changes_what_it_watches_ends_the_training(how, what):
     assert hook_count(one.network) == 0
 
 
+class Counts(nn.Module):
+    """Of which Python knows something that no tensor holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def forward(self, x):
+        self.passes += self.training
+        return x * (1 + 0.1 * self.passes)
+
+
+def test_what_python_knows_of_a_network_is_no_fault_of_a_probe():
+    def counting():
+        made = network()
+        made.stage1.append(Counts())
+        return made
+
+    watched, alone = training(counting(), probes=[Watching()]), training(counting())
+    watched.run()
+    alone.run()
+    assert_same(watched.rows, alone.rows)
+    assert watched.network.stage1[-1].passes == alone.network.stage1[-1].passes == 12
+
+
+def test_gradients_from_before_a_training_are_no_part_of_it():
+    used, fresh = network(), network()
+    used(torch.ones(2, 1, 8, 8)).sum().backward()
+    used.load_state_dict(fresh.state_dict())  # running statistics too
+    one, other = training(used, probes=[Watching()]), training(fresh)
+    one.run()
+    other.run()
+    assert_same(one.network.state_dict(), other.network.state_dict())
+
+
+def test_a_probe_that_makes_gradients_no_numbers_is_named():
+    class Dividing(Watching):
+        def after_backward(self, network, iteration):
+            network.fc.weight.grad.div_(0)
+
+    with pytest.raises(
+        rp.UsageError, match="^probe watching changes what it watches: without it the loss and gradients"
+    ):
+        training(probes=[Dividing()]).run()
+
+
 def test_what_is_copied_shares_nothing():
+    pair = collections.namedtuple("Pair", "x y")(torch.zeros(2), 1)
+    assert _copy(pair)._fields == ("x", "y") and _copy(pair).x is not pair.x
     held = {"a": [torch.zeros(2), (torch.zeros(2), {"b": torch.zeros(2)})]}
     copied = _copy(held)
     assert type(copied["a"][1]) is tuple
