@@ -63,7 +63,7 @@ RESIDUAL_GAINS = rp.Claim(
     section="§4.2; Fig. 6 middle, Table 6",
     paper="test error 8.75 → 7.51 → 7.17 → 6.97 → 6.43 % at 20, 32, 44, 56, 110 layers",
     falsifier=f"the test error of the residual network of {DRAWN} layers, or of the deepest, is not below the shallowest's, "
-    "unless both fit every training image",
+    "unless the shallowest fits every training image, and the deeper nearly all",
 )
 
 
@@ -110,7 +110,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         for depth in every[1:]
         if depth in (DRAWN, deep)
     }
-    gains = [fall.gain(unfitted(shallow) + unfitted(depth)) for depth, fall in falls.items()]
+    gains = [fall.gain(unfitted(shallow), unfitted(depth)) for depth, fall in falls.items()]
     evidence = [f"test error, ResNet-{shallow} against ResNet-{depth}: {fall}" for depth, fall in falls.items()]
     if "not tested" in gains:
         evidence.insert(0, FITTED)
@@ -257,7 +257,8 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
-    rules="C2 is not tested where both residual networks that are compared fit every training image, and no gain is shown.",
+    rules="C2 is not tested where no gain is shown, the shallower residual network fits every training image, and the deeper all "
+    "but 0.5 percent of them.",
 )
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ PLAIN_DEGRADE = rp.Claim(
     section="§4.1; Table 2, Fig. 4",
     paper="10-crop top-1 error at 18 → 34 layers: plain 27.94 → 28.54 %, residual 27.88 → 25.03 %; training errors likewise",
     falsifier="plain-34 not above plain-18, or ResNet-34 not below ResNet-18, in training or in validation error, unless both "
-    "ResNets fit every training image",
+    "ResNets fit every training image, or the deeper nearly all",
 )
 DEEPER_IS_BETTER = rp.Claim(
     id="C15",
@@ -229,11 +229,11 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
         return rp.Verdict(PLAIN_DEGRADE, "not tested", "no plain and residual networks of two depths", reason)
     protocol, measured, parts, evidence = _protocol(results), [], [], []
     for kind, higher, lower in (("plain", deep, shallow), ("residual", shallow, deep)):
-        unfitted = [error for depth in (shallow, deep) for error in _errors(results, kind, depth, UNFITTED)]
+        unfitted = [_errors(results, kind, depth, UNFITTED) for depth in (shallow, deep)]
         for part, column in (("training", "train_error"), ("validation", None)):
             errors = {depth: _errors(results, kind, depth, column) for depth in (shallow, deep)}
             comparison = rp.compare(errors[higher], errors[lower])
-            parts.append(comparison.verdict if kind == "plain" else comparison.gain(unfitted))
+            parts.append(comparison.verdict if kind == "plain" else comparison.gain(*unfitted))
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
             name = "plain" if kind == "plain" else "ResNet"
             evidence.append(f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}")
@@ -259,7 +259,7 @@ def _judge_gain(results: rp.Results) -> rp.Verdict:
     parts, evidence = [], []
     for shallow, deep in itertools.pairwise(depths):
         comparison = rp.compare(errors[shallow], errors[deep], margin=SMALLEST_STEP)
-        parts.append(comparison.gain(unfitted.get(shallow, []) + unfitted.get(deep, [])))
+        parts.append(comparison.gain(unfitted.get(shallow, []), unfitted.get(deep, [])))
         evidence.append(f"ResNet-{shallow} above ResNet-{deep}: {comparison}")
     if "not tested" in parts:
         evidence.append(FITTED)
@@ -418,8 +418,8 @@ study = rp.Study(
     paper_data="ImageNet",
     rules=(
         f"C15's margin is {SMALLEST_STEP} points, below the paper's own smallest gain. A gain from depth that is not shown is "
-        "not tested where both networks fit every training image. A claim of several parts holds if all of them do, and fails "
-        "if one does."
+        "not tested where the shallower network fits every training image, and the deeper all but 0.5 percent. A claim of "
+        "several parts holds if all of them do, and fails if one does."
     ),
 )
 

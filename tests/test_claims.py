@@ -161,9 +161,10 @@ def test_more_than_the_margin():
 
 def test_networks_that_fit_every_training_image_refute_no_gain():
     none = rp.compare([1.9, 1.6, 2.2], [2.2, 2.5, 1.9], margin=2.0)
-    assert none.verdict == none.gain([0.0, 0.0, 0.1, 0.0, 0.0, 0.0]) == none.gain([]) == "fails"
-    assert none.gain([0.0] * 6) == "not tested"
-    assert rp.compare([2.2, 2.5, 1.9], [0.9, 0.6, 1.2]).gain([0.0] * 6) == "holds"
+    fits, nearly, degraded = [0.0] * 3, [0.0, 0.0, 0.14], [3.0, 2.0, 4.0]
+    assert none.verdict == none.gain(nearly, fits) == none.gain([], []) == none.gain(fits, degraded) == "fails"
+    assert none.gain(fits, fits) == none.gain(fits, nearly) == "not tested"
+    assert rp.compare([2.2, 2.5, 1.9], [0.9, 0.6, 1.2]).gain(fits, fits) == "holds"
 
 
 @pytest.mark.parametrize(

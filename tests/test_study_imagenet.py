@@ -90,7 +90,7 @@ def test_networks_that_fit_every_training_image_refute_no_gain():
     )
     made.table.loc[made.table["kind"] == "residual", "train_error_single_view"] = 0.0
     assert [verdict.verdict for verdict in judge(made)] == ["inconclusive", "inconclusive"]
-    assert all("fit every training image" in verdict.evidence for verdict in judge(made))
+    assert all("fits every training image" in verdict.evidence for verdict in judge(made))
     made.table.loc[made.table["kind"] == "residual", "train_error_single_view"] = 0.1
     assert [verdict.verdict for verdict in judge(made)] == ["fails", "fails"]
 
