@@ -128,9 +128,8 @@ class Block(nn.Module):
         """Notes a branch of one layer after the other with another number of them than `weighted_layers` says."""
         parts = list(self.branch) if isinstance(self.branch, nn.Sequential) else []
         weighted = sum(isinstance(part, nn.Conv2d | nn.Linear) for part in parts)
-        ours = all(
-            type(part).__module__.startswith(("torch.nn.", "resprobe.")) for part in parts
-        )  # a stranger's may hold more
+        # A stranger's module may hold more.
+        ours = all(type(part).__module__.startswith(("torch.nn.", "resprobe.")) for part in parts)
         if ours and not any(list(part.children()) for part in parts) and weighted not in (0, self.weighted_layers):
             warnings.warn(
                 f"{type(self).__name__}: weighted_layers = {self.weighted_layers}, but its branch has {weighted}; depths are "

@@ -161,9 +161,8 @@ def check_family(spec: NetworkSpec) -> None:
             _made(spec)
     except UsageError:
         raise
-    except (
-        Exception
-    ):  # a block that computes something when it is made; `build` says what is wrong with it, if anything
+    except Exception:
+        # Of a block that computes something when it is made; `build` says what is wrong with it, if anything.
         return
 
 

@@ -174,9 +174,9 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
 def _departures(study: Study, results: Results, environment: dict[str, Any]) -> list[str]:
     """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name, and what is so at one
     depth alone that too."""
-    found = []
     from resprobe.study import is_imagenet
 
+    found = []
     data, _, path = results.options.data.partition(":")
     if (weights := bool(getattr(results.options, "weights", ()))) or results.runs:
         if data == "folder":

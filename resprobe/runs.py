@@ -149,10 +149,7 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """What it was trained with: device, threads, versions. Empty for a run that is not kept."""
-        try:
-            return json.loads((self.path / "environment.json").read_text()) if self.path else {}
-        except (OSError, ValueError):
-            return {}
+        return _read_json(self.path / "environment.json") if self.path else {}
 
     @property
     def network(self) -> nn.Module:
