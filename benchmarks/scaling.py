@@ -10,7 +10,7 @@
   from its first log point to the last but one, "whole sweep" is all images over all time, with the start of processes,
   the survey, the tests and what is written. Why processes take turns on a card, where they do, is said below.
 - checkpoint: seconds to write one, its size, and the share of a training's time at the interval at which
-  `resprobe.runs` writes one.
+  `resprobe.keeping` writes one.
 - start: `python -m studies.degradation --help`, and the same study up to its first iteration.
 
 Depth and batch are trained by resprobe's loop in a process each (see `benchmarks.turns`): in interleaved rounds on a CPU,
@@ -39,7 +39,7 @@ from benchmarks import data as _random  # noqa: F401 (registers the data set)
 from benchmarks.loops import Case, check_network
 from benchmarks.measuring import Deadline, Line, Spread, markdown, seconds, write_json
 from benchmarks.turns import Race, race
-from resprobe import runs
+from resprobe import keeping, runs
 from resprobe.checkpoints import save_checkpoint
 from resprobe.commands import Parser, answer
 from resprobe.devices import flush_denormals, resolve_device, resolve_precision
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 HELP_TARGET = 1.5
 """Seconds that a study's --help may take."""
-INTERVAL = runs._CHECKPOINT_SECONDS
+INTERVAL = keeping.CHECKPOINT_SECONDS
 STUDY = "studies.degradation"
 
 

@@ -18,7 +18,7 @@ import pandas
 
 from resprobe.commands import Parser, answer
 from resprobe.errors import UsageError
-from resprobe.runs import UNFINISHED
+from resprobe.keeping import UNFINISHED
 
 _EVENTS = "events.out.tfevents.*"
 _NO_CURVES = ("iteration", "seconds")
@@ -39,6 +39,8 @@ def export(runs: Path, logdir: Path) -> list[str]:
         raise UsageError(f"runs (={str(runs)!r}) has no runs with a history")
     written = []
     for file in histories:
+        if not file.exists():  # the run has been finished meanwhile
+            file = file.with_name("history.csv")
         place, changed = logdir / file.parent.name, file.stat().st_mtime
         before = list(place.glob(_EVENTS))
         if any(events.stat().st_mtime >= changed for events in before):

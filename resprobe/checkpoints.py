@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import pickle
 import uuid
@@ -104,6 +105,20 @@ def remove_checkpoints(path: Path) -> None:
     """Removes a finished run's checkpoints: its result says all they said."""
     for candidate in _names(path):
         candidate.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes JSON for people to read too. Errors are those of `write_atomically`."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a file of a run's folder says; nothing where it is not there or damaged."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -7,15 +7,11 @@ not of when, where or on which card it ran. `train` looks there first, and goes 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,21 +21,21 @@ from torch import nn
 from resprobe.blocks import BLOCKS
 from resprobe.checkpoints import (
     check_writable,
-    load_checkpoint,
+    read_json,
     read_tensors,
-    remove_checkpoints,
     remove_scratch,
-    save_checkpoint,
     write_atomically,
+    write_json,
     write_tensors,
 )
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, load_data
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.digests import network_digest, sources_of
 from resprobe.distributed import team
-from resprobe.environment import environment, local_changes
+from resprobe.environment import environment
 from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, short
 from resprobe.initialization import INITIALIZATIONS
+from resprobe.keeping import UNFINISHED, Keeper, Kept, failures_kept, read_table, write_table
 from resprobe.networks import NETWORKS, NetworkSpec, Option, build, check_fit, resolve
 from resprobe.normalization import NORMALIZATIONS
 from resprobe.probes import PROBES, Probe, make_probe
@@ -53,15 +49,10 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raised when the meaning of a stored run changes, so that runs of another meaning are not found."""
-UNFINISHED = "history.unfinished.csv"
-"""The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
-TRACEBACK = "traceback.txt"
-"""Where in the code a run failed, in its folder until it is begun again: what is said of it is one line."""
-_CHECKPOINT_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Kept):
     """What a run is. `data` says where the data are (`NAME:PATH`), `data_identity` what they are."""
 
     network: NetworkSpec
@@ -74,7 +65,6 @@ class RunConfig:
     """Digest of the modules and initial weights, for a network that was handed over built; None: initialized from `seed`."""
 
     metrics: ClassVar = ("train_error", "train_loss", "test_error", "test_loss", "iterations", "seconds")
-    """What a result has at least."""
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -108,21 +98,13 @@ class RunConfig:
         prints = {f"{registry.kind} {name}": registry.fingerprint(name) for registry, name in known}
         return {what: digest for what, digest in prints.items() if digest is not None}
 
-    @property
-    def key(self) -> str:
-        """Hash of the identity."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
-
-    @property
-    def folder_name(self) -> str:
-        """For reading, with the key at its end."""
-        parts = [self.network.name.replace("/", "-")]
+    def called(self) -> list[str]:
+        """Network, block and shortcut, data, iterations and seed."""
         block, shortcut = self.network.get("block"), self.network.get("shortcut")
+        parts = [self.network.name.replace("/", "-")]
         parts += [str(block)] if block not in (None, "basic", "bottleneck") else []
         parts += [str(shortcut)] if shortcut is not None else []
-        data = self.data.partition(":")[0]
-        parts += [data, f"{self.recipe.iterations}it", f"seed{self.seed}", self.key]
-        return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts)
+        return [*parts, self.data.partition(":")[0], f"{self.recipe.iterations}it", f"seed{self.seed}"]
 
 
 @dataclass
@@ -149,7 +131,7 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """What it was trained with: device, threads, versions. Empty for a run that is not kept."""
-        return _read_json(self.path / "environment.json") if self.path else {}
+        return read_json(self.path / "environment.json") if self.path else {}
 
     @property
     def network(self) -> nn.Module:
@@ -165,10 +147,10 @@ def errors_in_words(metrics: Mapping[str, float]) -> str:
 
 
 def check_seed(seed: int) -> int:
-    """A seed is a whole number from 0 on."""
+    """A seed is a whole number from 0 on, of 32 bits: more torch's generator on a CPU does not take in."""
     check_whole("seed", seed, 0)
-    if seed >= 2**63:
-        raise UsageError(f"seed (={seed}) must be below 2⁶³")
+    if seed >= 2**32:
+        raise UsageError(f"seed (={seed}) must be below 2³²")
     return seed
 
 
@@ -180,11 +162,11 @@ class RunStore:
         if writes:
             check_writable(self.root, "runs")
 
-    def folder(self, config: RunConfig) -> Path:
+    def folder(self, config: Kept) -> Path:
         """Where a run is, or would be."""
         return self.root / config.folder_name
 
-    def find(self, config: RunConfig, probes: Sequence[str | Probe] = ()) -> Run | None:
+    def find(self, config: Kept, probes: Sequence[str | Probe] = ()) -> Run | None:
         """The finished run, if it is there with the tables of these probes, given as objects or by their names.
 
         A table counts if it is that of a probe of the same identity; for a name that is not registered, any counts.
@@ -196,36 +178,38 @@ class RunStore:
             asked |= {made.name: made.identity()} if made else {probe: None}
         try:
             metrics = json.loads((path / "result.json").read_text())["metrics"]
-            history = _read_table(path / "history.csv")
+            history = read_table(path / "history.csv")
             tables = {}
             for name, identity in asked.items():
                 about = _about_table(path, name)
                 if identity and about.get("identity", identity) != identity:
                     return None  # the table is that of a probe with other settings, or another source
-                tables[name] = _read_table(path / "probes" / f"{name}.csv", about.get("columns", {}))
+                tables[name] = read_table(path / "probes" / f"{name}.csv", about.get("columns", {}))
             if missing := [name for name in config.metrics if name not in metrics]:
                 raise ValueError(f"{', '.join(missing)} not there")
             if int(history["iteration"].max()) != config.recipe.iterations:
                 raise ValueError("its history ends early")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except OSError as error:  # of a disk that is away for a moment: no reason to train a finished run again
+            raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError) as error:
             warnings.warn(f"the result in {path} is damaged ({error}); the run is made again")
             return None
         return Run(config, metrics, history, tables, path)
 
-    def iterations_done(self, config: RunConfig) -> int:
+    def iterations_done(self, config: Kept) -> int:
         """How far an unfinished run has come: iterations at its last checkpoint."""
         path = self.folder(config)
         if not (path / "checkpoint.pt").is_file():
             return 0
         try:
-            return int(_read_table(path / UNFINISHED)["iteration"].max())
+            return int(read_table(path / UNFINISHED)["iteration"].max())
         except (OSError, ValueError, KeyError):
             return 0
 
     @contextlib.contextmanager
-    def lock(self, config: RunConfig, tell: Callable[[str], None]) -> Iterator[None]:
+    def lock(self, config: Kept, tell: Callable[[str], None]) -> Iterator[None]:
         """One writer a run. A second process waits; a lock whose holder was killed is free."""
         path = self.folder(config)
         try:
@@ -355,7 +339,7 @@ def train(
             # It may have been finished while another command held the lock.
             found = together.told(lambda: store.find(config, made))
             if found is None:
-                with _failures_kept(store.folder(config)):
+                with failures_kept(store.folder(config)):
                     found = _train_in_store(
                         store, config, network, loaded, chosen_device, made, recompute, step, progress, digest
                     )
@@ -368,50 +352,19 @@ def train(
 
 def _check_same_data(path: Path, config: RunConfig, data: Data, digest: str | None) -> None:
     """Raises `UsageError` if the run in this folder is, or was begun, on other data that go by the same identity."""
-    known = _read_json(path / "config.json").get("data_digest")
-    here, metrics = len(data.train), _read_json(path / "result.json").get("metrics")
+    known = read_json(path / "config.json").get("data_digest")
+    here, metrics = len(data.train), read_json(path / "result.json").get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     there = metrics.get("train_images", here)
     if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
         there += metrics.get("validation_images", 0)
-    if there == here and None in (known, digest) or known == digest:
+    if known == digest is not None or (there == here and None in (known, digest)):
         return
     what = f"{there} training images, not {here}" if there != here else "other images or labels"
     raise UsageError(
         f"data of identity {data.identity!r} with {what}, are those of {path}; give yours an identity of its own: "
         "dataclasses.replace(data, identity=…)"
     )
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """What a file of a run's folder says; nothing where it is not there or damaged."""
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def traceback_file(path: Path) -> Path:
-    """Where it is written down in a run's folder how this process failed. What ends one of several that train together ends the
-    others in its wake, each with another error."""
-    together = team()
-    return path / (TRACEBACK if together.size == 1 else f"traceback-{together.rank}.txt")
-
-
-@contextlib.contextmanager
-def _failures_kept(path: Path) -> Iterator[None]:
-    """Writes down where in the code what fails inside has failed, unless its text says all that there is to say."""
-    file = traceback_file(path)
-    file.unlink(missing_ok=True)
-    try:
-        yield
-    except (UsageError, StorageError, TrainingDiverged):
-        raise
-    except Exception:
-        with contextlib.suppress(StorageError):  # which must not take the place of what went wrong
-            write_atomically(file, traceback.format_exc().encode())
-        raise
 
 
 def _train_in_store(
@@ -428,43 +381,41 @@ def _train_in_store(
 ) -> Run:
     together = team()
     path = store.folder(config)
-    checkpoint = path / "checkpoint.pt"
+    keeper = Keeper(path)
     if together.first:
         remove_scratch(path)
     training = _prepare(config, network, data, device, probes, recompute, step)
-    kept = together.told(lambda: load_checkpoint(checkpoint))
+    kept = together.told(keeper.load)
     if kept is not None:
         known = kept.get("identities", {name: training.identities.get(name) for name in kept["probes"]})
         if training.identities.items() <= known.items():
             training.load_state(kept)
+            for probe in probes:
+                seen = any(map(probe.schedule, range(training.iteration)))
+                if together.first and seen and type(probe).state is Probe.state:
+                    warnings.warn(
+                        f"{path.name} goes on from iteration {training.iteration:,}, and probe {probe.name} has no state(): its "
+                        "table lacks what was seen before, unless it keeps nothing"
+                    )
         else:
             warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
+    began = training.iteration
     # A finished run is trained anew for a probe's table alone, and keeps its figures.
     finished = together.told(lambda: store.find(config))
     about = environment(device)
-
-    def write_environment() -> None:
-        _write_json(path / "environment.json", about | {"step": training.how})
-
     if together.first and finished is None:
-        known = _read_json(path / "config.json").get("data_digest")  # of a begin with the data handed over
+        known = read_json(path / "config.json").get("data_digest")  # of a begin with the data handed over
         told = {"data_given": config.data, "data_digest": data_digest or known, "recipe_name": config.recipe.name}
-        _write_json(path / "config.json", config.identity() | told)
-        write_environment()
-        _keep_local_changes(path)
+        keeper.begin(config.identity() | told, about | {"step": training.how})
         for digest in config._sources().values():  # a stranger's file may be edited, or lost, tomorrow
             for name, text in sources_of(digest).items():
                 write_atomically(path / "sources" / digest[:8] / name, text)
-    saved_at = time.monotonic()
 
     with _watching(progress if together.first else False, config) as watch:
 
         def at_log_point(training: Training, news: Progress) -> None:
-            nonlocal saved_at
-            if together.first and time.monotonic() - saved_at > _CHECKPOINT_SECONDS:
-                save_checkpoint(checkpoint, training.state())
-                _write_history(path / UNFINISHED, training)
-                saved_at = time.monotonic()
+            if together.first and keeper.due:
+                keeper.save(training.state(), training.rows)
             watch(news)
 
         try:
@@ -472,9 +423,12 @@ def _train_in_store(
         except StorageError:
             raise
         except BaseException as error:  # an interrupt above all: what is done must not be lost
-            if together.first:
-                save_checkpoint(checkpoint, training.last_good)
-                _write_history(path / UNFINISHED, training)
+            # Of a begin with other probes that is broken off at once, an earlier checkpoint has more to keep.
+            if together.first and (training.last_good["iteration"] > began or not keeper.checkpoint.is_file()):
+                try:
+                    keeper.save(training.last_good, training.rows)
+                except StorageError as other:  # which must not take the place of what ends the training
+                    warnings.warn(str(other))
             if isinstance(error, TrainingDiverged):
                 raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
             raise
@@ -489,16 +443,18 @@ def _train_in_store(
     def keep() -> None:
         if finished is None:
             _write_network(training, running, path)
-            _write_history(path / "history.csv", training)
-            write_environment()  # again: a step that could not be captured ran in another way than it was to
+            # Again: a step that could not be captured ran in another way than it was to.
+            write_json(path / "environment.json", about | {"step": training.how})
         for name, table in run.tables.items():
-            _write_table(path / "probes" / f"{name}.csv", table)
+            file = path / "probes" / f"{name}.csv"
+            file.unlink(missing_ok=True)  # never under what is said of another one
             about_table = {"identity": training.identities[name], "columns": _kinds(table)}
-            _write_json(path / "probes" / f"{name}.json", about_table)
-        if finished is None:  # last, since its presence says that all the rest is there
-            _write_json(path / "result.json", {"metrics": run.metrics})
-        remove_checkpoints(checkpoint)
-        (path / UNFINISHED).unlink(missing_ok=True)
+            write_json(file.with_suffix(".json"), about_table)
+            write_table(file, table)
+        if finished is None:
+            keeper.finish(run.metrics, training.rows)
+        else:
+            keeper.clear()
 
     together.told(keep)
     if broken is not None:
@@ -511,15 +467,6 @@ def _train_in_store(
             f"{errors_in_words(finished.metrics)}, as with other threads or on another machine; its figures stay the earlier ones"
         )
     return replace(finished, tables=run.tables)  # and with its weights, which are read when they are asked for
-
-
-def _keep_local_changes(path: Path) -> None:
-    """The commit in a run's record is its code only with what was changed since."""
-    patch, file = local_changes(), path / "local_changes.patch"
-    if patch:
-        write_atomically(file, patch)
-    else:
-        file.unlink(missing_ok=True)  # of a begin that is not gone on with
 
 
 def _table_of(probe: Probe) -> pandas.DataFrame:
@@ -562,24 +509,11 @@ def _finish(training: Training, config: RunConfig, path: Path | None) -> tuple[R
     return Run(config, metrics, pandas.DataFrame(training.rows), {}, path, training.network), running
 
 
-def _write_json(path: Path, content: object) -> None:
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _write_history(file: Path, training: Training) -> None:
-    import pandas
-
-    if training.rows:  # a table without columns cannot be read again
-        _write_table(file, pandas.DataFrame(training.rows))
-
-
 def _about_table(path: Path, name: str) -> dict[str, Any]:
     """The identity of the probe that a table is from, and the kinds of its columns; nothing where that was not written
-    down."""
-    try:
-        return json.loads((path / "probes" / f"{name}.json").read_text())
-    except FileNotFoundError:
-        return {}
+    down, and no identity where it is damaged."""
+    file = path / "probes" / f"{name}.json"
+    return read_json(file) or ({"identity": None} if file.exists() else {})
 
 
 def _kinds(table: pandas.DataFrame) -> dict[str, str]:
@@ -588,32 +522,6 @@ def _kinds(table: pandas.DataFrame) -> dict[str, str]:
 
     found = {str(name): pandas.api.types.infer_dtype(table[name], skipna=True) for name in table}
     return {name: kind for name, kind in found.items() if kind in ("string", "boolean")}
-
-
-def _write_table(path: Path, table: pandas.DataFrame) -> None:
-    # "nan" for what was not measured, so that it is not taken for an empty text.
-    write_atomically(path, table.to_csv(index=False, na_rep="nan").encode())
-
-
-def _read_table(path: Path, kinds: Mapping[str, str] = MappingProxyType({})) -> pandas.DataFrame:
-    """A table as it was written, to the last bit: pandas' own parser rounds some numbers differently. `kinds`: of columns
-    that are no numbers, though they may read like some."""
-    import pandas
-
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-    for column in table:
-        if kinds.get(column) == "string":
-            continue
-        if kinds.get(column) == "boolean" and set(table[column]) <= {"True", "False"}:
-            table[column] = table[column] == "True"
-            continue
-        # A gap in a column of numbers is a missing number; a column of gaps alone is one of empty texts.
-        filled = table[column].where(table[column] != "", "nan") if (table[column] != "").any() else table[column]
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
-                table[column] = filled.map(kind)
-                break
-    return table
 
 
 def _write_network(training: Training, running: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from resprobe.checkpoints import read_json
 from resprobe.data import Normalization
 from resprobe.errors import UsageError, one_line, short
 from resprobe.networks import Network, NetworkSpec, Option, build, resolve
@@ -171,7 +171,7 @@ def check_weights_there(path: Path, there: bool) -> None:
 def _run_spec(path: Path) -> NetworkSpec | None:
     """What the network of a run is, by its folder or the weights in it; None for what is neither."""
     config = (path.parent if path.name == _RUN_FILE else path) / "config.json"
-    network = json.loads(config.read_text()).get("network") if config.is_file() else None
+    network = read_json(config).get("network")
     return NetworkSpec(**network) if isinstance(network, dict) else None  # a detector's has the name of its backbone
 
 

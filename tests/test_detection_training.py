@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import resprobe as rp
 from plugins.detection import draw_shapes, faster_rcnn, load_detection, training
 from plugins.detection.recipes import DetectionRecipe, coco_paper, shapes_quick, voc_paper
 from plugins.detection.training import batch_choices, score, train_detector, training_batch
-from tests import tiny
+from resprobe import keeping
 
 RECIPE = DetectionRecipe("tiny", 6, batch_size=2, learning_rate=0.01, milestones=(4,), window=2, evaluations=2)
 SMALL = {
@@ -100,8 +101,11 @@ def test_flipped_images_keep_their_boxes_and_difficult_objects_are_left_out(data
     assert moved["boxes"][:, 0].tolist() == (48 - target["boxes"][:, 2]).tolist()
     part = data.train.select(range(1))
     part.targets[0]["difficult"][0] = True
-    ((only,),) = (training_batch(part, replace(never, batch_size=1), 0, 0)[1],)
+    (only,) = training_batch(part, replace(never, batch_size=1), 0, 0)[1]
     assert len(only["boxes"]) == len(part.targets[0]["boxes"]) - 1
+    part.targets[0]["iscrowd"][1] = 1  # nor are crowds learned, of which a box holds many
+    (only,) = training_batch(part, replace(never, batch_size=1), 0, 0)[1]
+    assert len(only["boxes"]) == len(part.targets[0]["boxes"]) - 2
 
 
 class Killed(BaseException):
@@ -109,7 +113,7 @@ class Killed(BaseException):
 
 
 def test_a_resumed_run_ends_in_the_same_bits(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0.0)
     whole = train(data, runs=tmp_path / "whole")
 
     def kill(row):
@@ -188,7 +192,6 @@ def test_a_detector_learns_to_find_what_it_was_shown():
     recipe = replace(RECIPE, iterations=120, learning_rate=0.05, milestones=(100,), flip=0.0, window=10, evaluations=1)
     run = train(few, recipe, roi_batch=32, rpn_batch=32)
     first, last = run.history["mAP"].iloc[[0, -1]]
-    print(run.history, run.metrics)
     assert run.history["loss"].iloc[-1] < 0.8 * run.history["loss"].iloc[1]
     assert last > first + 10
 
@@ -201,6 +204,44 @@ def test_perfect_predictions_score_a_hundred_percent(data):
     assert found["mAP"] == found["mAP all-point"] == found["COCO AP50"] == pytest.approx(100)
     label = int(data.test.targets[0]["labels"][0])
     assert found[f"AP {data.classes[label - 1]}"] == pytest.approx(100)
+
+
+def test_mean_ap_is_of_eleven_points_and_the_other_is_said_to_be_all_point(data):
+    """VOC 07's rule, by which Table 7 is: the case of test_detection_metrics that tells the two apart."""
+    boxes = torch.tensor([[0, 0, 10, 10], [20, 0, 30, 10], [60, 60, 70, 70]]).float()
+    target = {
+        "boxes": boxes[:2],
+        "labels": torch.ones(2, dtype=torch.long),
+        "difficult": torch.zeros(2, dtype=torch.bool),
+        "iscrowd": torch.zeros(2, dtype=torch.long),
+        "area": torch.full((2,), 100.0),
+    }
+    part = replace(data.test.select(range(1)), targets=(data.test.targets[0] | target,))
+    seen = [0, 2, 0, 1]
+    prediction = {
+        "boxes": boxes[seen],
+        "labels": torch.ones(4, dtype=torch.long),
+        "scores": torch.tensor([0.9, 0.8, 0.7, 0.6]),
+    }
+    found = score([prediction], part, data.classes)
+    name = data.classes[0]
+    assert found[f"AP {name}"] == pytest.approx(100 * 8.5 / 11)
+    assert found[f"AP {name} all-point"] == pytest.approx(75)
+
+
+def test_the_rate_falls_and_weights_decay(data):
+    """The parameters themselves, not what the history says of the rate."""
+    still = replace(RECIPE, iterations=1, milestones=(), momentum=0.0, weight_decay=0.0)
+    first = dict(train(data, still).model.named_parameters())
+    stopped = dict(train(data, replace(still, iterations=3, milestones=(1,), decay=1e12)).model.named_parameters())
+    before = dict(training.begin(network(), data, still, 0, **SMALL)[1].named_parameters())
+    decayed = dict(train(data, replace(still, weight_decay=1.0)).model.named_parameters())
+    moved = 0
+    for name, parameter in first.items():
+        torch.testing.assert_close(stopped[name], parameter, rtol=0, atol=1e-6)
+        torch.testing.assert_close(decayed[name], parameter - still.learning_rate * before[name], rtol=0, atol=1e-5)
+        moved += not torch.equal(parameter, before[name])
+    assert moved > len(first) / 2
 
 
 def test_divergence_is_one_clear_line(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from test_sweep import alive
 
 import resprobe as rp
-from resprobe import cluster, runs
+from resprobe import cluster, keeping, runs
 from resprobe.cluster import RayCluster, ray_cluster
 from resprobe.sweep import Job
 
@@ -113,9 +114,9 @@ from pathlib import Path
 
 import resprobe as rp
 import torch
-from resprobe import runs
+from resprobe import keeping
 
-runs._CHECKPOINT_SECONDS = 0
+keeping.CHECKPOINT_SECONDS = 0
 GO = Path(__file__).with_name("go")
 
 
@@ -181,8 +182,8 @@ def contents(root: Path) -> dict[str, tuple[dict, dict, dict]]:
         assert {"result.json", "history.csv", "network.safetensors"} <= {file.name for file in folder.iterdir()}
         assert not list(folder.glob("checkpoint*"))
         assert not list(folder.glob(".*.tmp"))
-        history = runs._read_table(folder / "history.csv").to_dict("list")
-        metrics = runs.json.loads((folder / "result.json").read_text())["metrics"]
+        history = keeping.read_table(folder / "history.csv").to_dict("list")
+        metrics = json.loads((folder / "result.json").read_text())["metrics"]
         store[folder.name] = load_file(folder / "network.safetensors"), history, metrics
     return store
 
@@ -215,7 +216,7 @@ def test_a_lost_node_changes_nothing(nodes, patient, tmp_path, monkeypatch):
     )
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "_CHECKPOINT_SECONDS", runs._CHECKPOINT_SECONDS)
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", keeping.CHECKPOINT_SECONDS)
     from studies.degradation import study
 
     with tiny.one_thread():

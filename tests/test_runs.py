@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -26,8 +27,7 @@ from tiny import RECIPE, assert_same, digits, hook_count, network, one_thread, r
 from torch import nn
 
 import resprobe as rp
-from resprobe import checkpoints
-from resprobe import runs as runs_module
+from resprobe import checkpoints, keeping
 from resprobe.blocks import BLOCKS, BasicBlock
 from resprobe.errors import StorageError, TrainingDiverged, UsageError
 from resprobe.evaluation import evaluate
@@ -44,7 +44,7 @@ def single_thread():
 @pytest.fixture(autouse=True)
 def unchanged_code(monkeypatch):
     """A run keeps what was changed in the checkout, of which the tests must not depend."""
-    monkeypatch.setattr(runs_module, "local_changes", lambda: b"")
+    monkeypatch.setattr(keeping, "local_changes", lambda: b"")
 
 
 def train(folder, net=None, data="digits", chosen=RECIPE, **options) -> rp.Run:
@@ -123,7 +123,7 @@ def test_the_second_call_finds_what_the_first_trained(tmp_path, no_training):
 
 @pytest.mark.parametrize("changes", [b"", b"--- a/resprobe/training.py\n"])
 def test_what_is_in_a_runs_folder(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs_module, "local_changes", lambda: changes)
+    monkeypatch.setattr(keeping, "local_changes", lambda: changes)
     run = train(tmp_path, chosen=recipe(name="mine"))
     names = ["config.json", "environment.json", "history.csv", "lock", "network.safetensors", "result.json"]
     assert sorted(os.listdir(run.path)) == sorted(names + ["local_changes.patch"] * bool(changes))
@@ -690,6 +690,72 @@ def test_a_run_begun_without_the_probe_begins_again_and_says_so(tmp_path, whole)
     assert_same(result_of(run), whole)
 
 
+def test_a_begin_with_other_probes_that_is_broken_off_leaves_what_was_done(tmp_path, whole):
+    """It has nothing to keep, and the checkpoint of the other begin has."""
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, progress=stop_at(6))
+    before = RunStore(tmp_path).iterations_done(config())
+
+    class Stopping(Norms):
+        def after_backward(self, network, iteration):
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="it begins again$"), pytest.raises(KeyboardInterrupt):
+        train(tmp_path, probes=[Stopping()])
+    assert RunStore(tmp_path).iterations_done(config()) == before == 6
+    checkpoint = checkpoints.load_checkpoint(RunStore(tmp_path).folder(config()) / "checkpoint.pt")
+    assert checkpoint["iteration"] == 6
+    assert_same(result_of(train(tmp_path)), whole)
+
+
+def test_an_interrupt_is_one_though_nothing_can_be_written(tmp_path, monkeypatch):
+    """A full disk must not take its place: the next run would be begun."""
+
+    def full(*_):
+        raise StorageError("cannot write there: no space left on device")
+
+    monkeypatch.setattr(keeping, "save_checkpoint", full)
+    with pytest.warns(UserWarning, match="no space left on device"), pytest.raises(KeyboardInterrupt):
+        train(tmp_path, progress=stop_at(6))
+
+
+def test_a_probe_without_state_is_told_of_when_a_run_goes_on(tmp_path):
+    class Forgetting(Norms):
+        name = "forgetting"
+        state, load_state = rp.Probe.state, rp.Probe.load_state
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, probes=[Forgetting()], progress=stop_at(6))
+    said = "goes on from iteration 6, and probe forgetting has no state(): its table lacks what was seen before"
+    with pytest.warns(UserWarning, match=re.escape(said)):
+        run = train(tmp_path, probes=[Forgetting()])
+    assert list(run.tables["forgetting"].iteration) == [8]
+
+
+def test_a_result_that_cannot_be_read_now_is_not_made_again(tmp_path, monkeypatch):
+    run, read = train(tmp_path), Path.read_text
+
+    def away(file, *arguments, **options):
+        if file.name == "result.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", away)
+    with pytest.raises(StorageError, match=f"^cannot read {run.path}: Input/output error$"):
+        train(tmp_path)
+
+
+def test_a_table_is_never_found_under_what_is_said_of_another(tmp_path):
+    run = train(tmp_path, probes=[Norms()])
+    about = run.path / "probes" / "norms.json"
+    store, chosen = RunStore(tmp_path), config()
+    assert store.find(chosen, [Norms()]) is not None
+    about.write_text("{")
+    assert store.find(chosen, [Norms()]) is None
+    about.unlink()  # as runs of old have it
+    assert store.find(chosen, [Norms()]) is not None
+
+
 def test_divergence_names_the_run_and_keeps_the_last_good_weights(tmp_path):
     huge = recipe(learning_rate=1e30, warm_up_rate=0.01, warm_up_iterations=7, milestones=())
     for _ in range(2):  # from the start, and from the checkpoint
@@ -753,7 +819,7 @@ def test_a_missing_history_is_made_again(tmp_path, whole):
 
 @pytest.mark.parametrize("both", [False, True])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, whole, monkeypatch, both):
-    monkeypatch.setattr(runs_module, "_CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, progress=stop_at(9))
     folder = RunStore(tmp_path).folder(config())
@@ -808,7 +874,7 @@ def test_a_read_only_folder_is_said_before_training(tmp_path, no_training, monke
 @pytest.mark.parametrize("failing", range(9))
 def test_a_full_disk_half_way_leaves_nothing_half_written(tmp_path, whole, monkeypatch, failing):
     """The disk is full from the `failing`-th file on, then it is not."""
-    monkeypatch.setattr(runs_module, "_CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0)
     store, real, calls = RunStore(tmp_path), os.fsync, []
 
     def full(descriptor):
@@ -869,21 +935,32 @@ def processes():
         process.join()
 
 
-def in_another_process(folder: str, queue, pause: float, chosen: rp.Recipe) -> None:
-    """Trains slowly, with a checkpoint at every log point; says what it did."""
+def in_another_process(folder: str, queue, pause: float | Path, chosen: rp.Recipe) -> None:
+    """Trains slowly, with a checkpoint at every log point; says what it did. `pause`: seconds at each, or a file that is waited
+    for at the first."""
     torch.set_num_threads(1)
-    runs_module._CHECKPOINT_SECONDS = 0
+    keeping.CHECKPOINT_SECONDS = 0
     iterations = []
 
     def watch(news):
         iterations.append(news.iteration)
         queue.put(("at", os.getpid(), news.iteration))
-        time.sleep(pause)
+        if isinstance(pause, Path):
+            while not pause.exists():
+                time.sleep(0.02)
+        else:
+            time.sleep(pause)
 
-    with warnings.catch_warnings(record=True) as told:
+    def hear(message, *_, **__):
+        told.append(str(message))
+        queue.put(("told", os.getpid(), str(message)))
+
+    told: list[str] = []
+    warnings.showwarning = hear
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
         run = train(folder, chosen=chosen, progress=watch, probes=[Norms()])
-    queue.put(("done", os.getpid(), (iterations, run.metrics, [str(warning.message) for warning in told])))
+    queue.put(("done", os.getpid(), (iterations, run.metrics, told)))
 
 
 def hold_the_lock(folder: str, chosen: rp.Recipe, queue) -> None:
@@ -914,7 +991,9 @@ def quiet_lock(folder, chosen) -> bool:
 
 def test_killed_again_and_again_it_ends_with_the_same_bits(tmp_path, processes):
     undisturbed = train(tmp_path / "undisturbed", chosen=LONG, probes=[Norms()])
-    chance, kills, reached = random.Random(), 0, []
+    seed = random.randrange(2**32)
+    print(f"the moments are those of seed {seed}")
+    chance, kills, reached = random.Random(seed), 0, []
     folder = tmp_path / "killed"
     result = RunStore(folder).folder(undisturbed.config) / "result.json"
     while kills < 5:
@@ -965,10 +1044,13 @@ def test_of_two_processes_that_want_the_same_run_one_trains(tmp_path, processes)
 
 
 def test_the_second_waits_and_says_so(tmp_path, processes):
-    queue, second = processes.context.Queue(), processes.context.Queue()
-    processes(in_another_process, str(tmp_path), queue, 0.02, LONG)
+    queue, second, go_on = processes.context.Queue(), processes.context.Queue(), tmp_path / "go on"
+    folder = str(tmp_path / "runs")
+    processes(in_another_process, folder, queue, go_on, LONG)
     assert queue.get(timeout=180)[0] == "at", "the first trains"
-    processes(in_another_process, str(tmp_path), second, 0, LONG)
+    processes(in_another_process, folder, second, 0, LONG)
+    assert second.get(timeout=180)[0] == "told", "the second waits"
+    go_on.touch()
     what, _, (iterations, metrics, told) = second.get(timeout=180)
     assert what == "done"
     assert iterations == []
@@ -1052,7 +1134,7 @@ def test_a_history_with_gaps_is_read_as_numbers(tmp_path):
             {"network": network(), "width": 4},
             r"^option \(='width'\) is for a network that is to be built; this one is$",
         ),
-        ({"seed": 2**70}, r"^seed \(=1180591620717411303424\) must be below 2⁶³$"),
+        ({"seed": 2**70}, r"^seed \(=1180591620717411303424\) must be below 2³²$"),
     ],
 )
 def test_arguments_of_another_kind(options, text):
@@ -1081,3 +1163,18 @@ def test_edited_data_of_the_same_identity_are_refused(tmp_path):
     for identity in ("", None):
         with pytest.raises(UsageError, match=r"^data: identity \(=.*\) must be a text that says which data these are$"):
             replace(data, identity=identity)
+
+
+def test_a_registered_set_that_has_shrunk_is_refused(tmp_path, clean_registries):
+    """It is given by its name, and there is no digest of such a set's images."""
+    images = [160]
+
+    @rp.register_dataset("shrinking")
+    def shrinking(path=None):
+        return replace(digits(train=images[0]), name="shrinking", identity="shrinking")
+
+    common = {"recipe": recipe(iterations=2), "runs": tmp_path, "device": "cpu", "progress": False}
+    rp.train("cifar/resnet-8", "shrinking", **common)
+    images[0] = 100
+    with pytest.raises(UsageError, match="with 160 training images, not 100, are those of"):
+        rp.train("cifar/resnet-8", "shrinking", **common)

@@ -80,3 +80,22 @@ def test_mistakes_get_one_line(runs, tmp_path, monkeypatch, capsys):
     assert main(["--runs", str(runs), "--logdir", str(tmp_path / "log")]) == 2
     assert capsys.readouterr().err == "error: tensorboard is not installed; pip install 'resprobe[tensorboard]'\n"
     assert not (tmp_path / "log").exists()
+
+
+def test_a_run_that_is_finished_meanwhile_is_written_whole(runs, tmp_path, monkeypatch):
+    """Its history along the training goes when the whole one is there."""
+    from pathlib import Path
+
+    whole = runs / "one" / "history.csv"
+    unfinished = whole.with_name("history.unfinished.csv")
+    whole.rename(unfinished)
+    glob = Path.glob
+
+    def finish(folder, pattern):
+        found = list(glob(folder, pattern))
+        if pattern.endswith("history.csv"):
+            unfinished.rename(whole)
+        return found
+
+    monkeypatch.setattr(Path, "glob", finish)
+    assert export(runs, tmp_path / "log") == ["one"]

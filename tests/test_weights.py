@@ -444,6 +444,9 @@ class TestRuns:
 
     def test_a_file_beside_anothers_configuration_is_read(self, tmp_path):
         network = lively(rp.build("cifar/plain-8", width=4))
+        (tmp_path / "config.json").write_text('{"network": ')
+        with pytest.raises(rp.UsageError, match="must be the folder of a finished run, with config.json in it$"):
+            rp.load_network(tmp_path)
         (tmp_path / "config.json").write_text('{"network": {"family": "else", "depth": 1}}')
         save_file(network.state_dict(), tmp_path / "mine.safetensors")
         assert torch.equal(

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 import time
@@ -39,31 +37,23 @@ from plugins.detection.metrics import coco_metrics, voc_average_precision
 from plugins.detection.model import Detector, faster_rcnn
 from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
-from resprobe.checkpoints import (
-    load_checkpoint,
-    read_tensors,
-    remove_checkpoints,
-    remove_scratch,
-    save_checkpoint,
-    write_atomically,
-    write_tensors,
-)
+from resprobe.checkpoints import read_tensors, remove_scratch, write_json, write_tensors
 from resprobe.data.images import generator
 from resprobe.devices import resolve_device, synchronize
 from resprobe.digests import network_digest
 from resprobe.environment import environment
+from resprobe.keeping import Keeper, Kept, failures_kept
 from resprobe.runs import check_seed
 
 FORMAT = 1
 """Raised when the meaning of a stored run changes."""
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg")
-_CHECKPOINT_SECONDS = 30.0
 
 Prediction = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class DetectorConfig:
+class DetectorConfig(Kept):
     """What a detector's run is. `start` is a digest of the weights that it begins with, the new layers' among them."""
 
     network: str
@@ -74,7 +64,6 @@ class DetectorConfig:
     seed: int
     start: str
     metrics: ClassVar = ("mAP",)
-    """What a result has at least."""
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides the numbers, as JSON. What network, data and recipe are called does not."""
@@ -88,17 +77,10 @@ class DetectorConfig:
             "start": self.start,
         }
 
-    @property
-    def key(self) -> str:
-        """Hash of the identity."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:12]
-
-    @property
-    def folder_name(self) -> str:
-        """For reading, with the key at its end."""
-        parts = ["detector", self.network, self.detector.bn, self.data, f"{self.recipe.iterations}it"]
-        parts += [f"seed{self.seed}", self.key]
-        return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts)
+    def called(self) -> list[str]:
+        """Backbone, batch normalization, data, iterations and seed."""
+        parts = ["detector", self.network, self.detector.bn, self.data]
+        return [*parts, f"{self.recipe.iterations}it", f"seed{self.seed}"]
 
 
 @dataclass
@@ -137,12 +119,16 @@ def train_detector(
     if runs is None:
         return _train(model.to(device), data, config, None, device, progress)
     store = runs if isinstance(runs, rp.RunStore) else rp.RunStore(runs)
-    with store.lock(config, print):
-        found, path = store.find(config), store.folder(config)
-        if found is None:
-            return _train(model.to(device), data, config, path, device, progress)
-        model.load_state_dict(read_tensors(path / "detector.safetensors"))
-        return DetectorRun(config, found.metrics, found.history, model.eval(), path)
+    path = store.folder(config)
+    found = store.find(config)
+    if found is None:
+        with store.lock(config, print):
+            found = store.find(config)  # it may have been finished while another command held the lock
+            if found is None:
+                with failures_kept(path):
+                    return _train(model.to(device), data, config, path, device, progress)
+    model.load_state_dict(read_tensors(path / "detector.safetensors"))
+    return DetectorRun(config, found.metrics, found.history, model.eval(), path)
 
 
 def begin(
@@ -243,21 +229,18 @@ def _train(
     rows: list[dict[str, float]] = []
     done, counted, before = 0, 0, 0.0
     sums = torch.zeros(len(LOSSES), device=device)  # of the losses since the last log point, on the device
-    kept = load_checkpoint(path / "checkpoint.pt") if path else None
+    keeper = Keeper(path) if path else None
+    kept = keeper.load() if keeper else None
     if kept is not None:
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         rows, done, counted, before = kept["rows"], kept["done"], kept["counted"], kept["seconds"]
         sums.copy_(kept["sums"])
-    if path:
-        remove_scratch(path)
-        write_atomically(
-            path / "config.json", _json(config.identity() | {"network": config.network, "name": config.data})
-        )
-        write_atomically(path / "environment.json", _json(environment(device)))
+    if keeper:
+        remove_scratch(keeper.path)
+        keeper.begin(config.identity() | {"network": config.network, "name": config.data}, environment(device))
     measured_at = {round(recipe.iterations * k / recipe.evaluations) for k in range(recipe.evaluations)}
     started = time.monotonic() - before
-    saved_at = time.monotonic()
 
     with _watching(progress, config) as tell:
 
@@ -295,26 +278,22 @@ def _train(
             sums += torch.stack([losses[name].detach() for name in LOSSES])
             counted, done = counted + 1, iteration + 1
             to_log = done in measured_at or done % recipe.window == 0 or done == recipe.iterations
-            to_save = path is not None and time.monotonic() - saved_at >= _CHECKPOINT_SECONDS
+            to_save = keeper is not None and keeper.due
             if to_log or to_save:  # between them nothing is asked of the device
                 check()
             if to_log:
                 log(measure=done in measured_at)
-            if to_save:
+            if keeper and to_save:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "done": done}
-                state |= {"sums": sums, "counted": counted, "seconds": time.monotonic() - started}
-                save_checkpoint(path / "checkpoint.pt", state)
-                saved_at = time.monotonic()
+                keeper.save(state | {"sums": sums, "counted": counted, "seconds": time.monotonic() - started}, rows)
     predictions = predict(model, data.test, device)
     metrics = score(predictions, data.test, data.classes)
     rows[-1]["mAP"] = metrics["mAP"]
     run = DetectorRun(config, metrics, pandas.DataFrame(rows), model.cpu().eval(), path)
-    if path:
-        write_tensors(path / "detector.safetensors", model.state_dict())
-        write_atomically(path / "history.csv", run.history.to_csv(index=False, na_rep="nan").encode())
-        write_atomically(path / "detections.json", _json([_as_rows(each) for each in predictions]))
-        write_atomically(path / "result.json", _json({"metrics": metrics}))  # last: it says that all the rest is there
-        remove_checkpoints(path / "checkpoint.pt")
+    if keeper:
+        write_tensors(keeper.path / "detector.safetensors", model.state_dict())
+        write_json(keeper.path / "detections.json", [_as_rows(each) for each in predictions])
+        keeper.finish(metrics, rows)
     return run
 
 
@@ -377,10 +356,6 @@ def _as_rows(prediction: Prediction) -> list[dict[str, Any]]:
     """The detections of one image as JSON: `box`, `label`, `score`."""
     columns = [prediction[name].tolist() for name in ("boxes", "labels", "scores")]
     return [dict(zip(("box", "label", "score"), values, strict=True)) for values in zip(*columns, strict=True)]
-
-
-def _json(content: object) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
 
 
 @contextlib.contextmanager
