@@ -24,6 +24,11 @@ from torch import Tensor, nn
 from resprobe.errors import UsageError
 from resprobe.recipes import Recipe
 
+_PATIENCE = timedelta(seconds=10)
+"""How long a process that has failed waits for the others to say that they have too."""
+_ASIDE: dict[str, Any] = {}
+"""The group of the same processes in which they speak of failures, while others of them may be amid a step."""
+
 
 @dataclass(frozen=True)
 class Team:
@@ -71,6 +76,15 @@ class Team:
             raise message[1]
         return message[0]
 
+    def all_met(self, what: str) -> bool:
+        """Whether every process has met `what` and says so now. One that does not may be waiting for this one amid a step."""
+        told: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(told, what, group=_ASIDE.get("group"))
+        except RuntimeError:  # somebody says nothing
+            return False
+        return all(each == what for each in told)
+
     def parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
         """The network as all processes train it: gradients averaged, buffers each process's own."""
         if self.size == 1:
@@ -106,12 +120,14 @@ def join(device: torch.device) -> torch.device:
         # The others wait while the first downloads, or tests a million images: longer than the half hour that is usual.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
+        _ASIDE["group"] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return device
 
 
 def leave() -> None:
     """Takes leave of the other processes."""
     if dist.is_available() and dist.is_initialized():
+        _ASIDE.clear()
         dist.destroy_process_group()
 
 

@@ -12,6 +12,7 @@ import os
 import pickle
 import sys
 import threading
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +32,8 @@ from resprobe.environment import device_name
 from resprobe.errors import DamagedFile, ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
 from resprobe.estimates import costs
 from resprobe.extensions import load_plugin
-from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, traceback_file, train
+from resprobe.keeping import traceback_file
+from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, train
 from resprobe.sharing import sharing
 from resprobe.training import Progress
 from resprobe.workers import Lost, Perform, side_by_side
@@ -246,29 +248,45 @@ def run_all(
         elif ordered:
             here = workers <= 1 and usable(device)  # the survey may have left it unable
             left = _train_here(ordered, store, device, ahead.threads, board) if here else ordered
-            if left and together.size == 1:
+            if left and together.size > 1:
+                raise ProcessFailed(f"process {together.rank} cannot compute on {device} any more; begin again")
+            if left:
                 _train_in_processes(left, store, device, workers, ahead.threads, plugins, board)
     if failures := board.failures:
-        kept = len(jobs) - len(failures)
+        together.told(lambda: None)  # the first has spoken; torchrun ends it when another one has ended
+        kept = ahead.total - len(failures)
         alike = Counter(failures.values())
         said = dict.fromkeys(
             f"{board.names[key]}: {why}" if alike[why] == 1 else f"{why} ({alike[why]} runs)"
             for key, why in failures.items()
         )
         raise SweepFailed(
-            f"{len(failures)} of {len(jobs)} runs failed: "
+            f"{len(failures)} of {ahead.total} runs failed: "
             + "; ".join(said)
-            + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; "
-            "the same command goes on from there",
+            + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; {_what_next(failures)}",
             failures,
         )
     found = []
     for job in jobs:
-        run = store.find(job.config, job.probes)
+        run = together.told(
+            lambda job=job: store.find(job.config, job.probes)
+        )  # on another machine it need not be there
         if run is None:  # its probes are others in the processes that trained
             raise _edited(job)
         found.append(run)
     return found
+
+
+def _what_next(failures: Mapping[str, str]) -> str:
+    """What is to be done about failed runs, by why each failed."""
+    diverged = sum(
+        why.startswith(("the loss is not finite at ", "the loss is not finite after ")) for why in failures.values()
+    )
+    again = len(failures) - diverged
+    lines = [f"the same command tries {'it' if again == 1 else 'them'} again from there"] if again else []
+    if diverged:
+        lines.append("what diverged would diverge again, but not by another --recipe, such as a lower learning_rate")
+    return "; ".join(lines)
 
 
 def _edited(job: Job) -> UsageError:
@@ -309,9 +327,7 @@ def _train_here(
                 metrics = train_job(job, store, device, lambda news, job=job: board.tell(job.config.key, news))
                 board.finished(job, metrics)
             except Exception as error:
-                # A mistake of use all processes find, but for a file that one of them reads.
-                alike = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
-                if team().size > 1 and not alike and not hasattr(error, "known_to_all"):
+                if team().size > 1 and not _known_to_all(error):
                     # The others may wait for this process in the middle of a step. When it ends, torchrun ends them.
                     name, where = board.names[job.config.key], traceback_file(store.folder(job.config))
                     aside = f"; {where}" if where.is_file() else ""
@@ -325,6 +341,16 @@ def _train_here(
                 if not usable(device):
                     return jobs[done + 1 :]
     return []
+
+
+def _known_to_all(error: Exception) -> bool:
+    """Whether all processes that train together have met this."""
+    # A mistake of use all find, but for a file that one of them reads.
+    alike = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
+    if alike or hasattr(error, "known_to_all"):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return team().all_met(f"{one_line(error, named=True)} at {last.filename}:{last.lineno}")
 
 
 # -- several processes ---------------------------------------------------------------------------------------------
@@ -385,9 +411,14 @@ def _start(
         except UsageError:
             raise
         except Exception as error:
-            if not usable(device):
+            # Without others beside it, it may find the memory that it needs.
+            if isinstance(error, torch.OutOfMemoryError) or not usable(device):
                 raise Lost(one_line(error)) from error
             raise
+        finally:
+            if device.type == "cuda":
+                with suppress(RuntimeError):
+                    torch.cuda.empty_cache()  # which the other processes may need
 
     return perform
 
@@ -467,8 +498,8 @@ class Board:
             f"{job.config.network.name}, seed {job.config.seed}: "
         )  # a training's own error begins so
         self.failures[job.config.key] = why
-        traceback = traceback_file(self.store.folder(job.config))
-        self._end(job, f"failed: {why}" + (f"; {traceback}" if traceback.is_file() else ""))
+        file = traceback_file(self.store.folder(job.config))
+        self._end(job, f"failed: {why}" + (f"; {file}" if file.is_file() else ""))
 
     def _end(self, job: Job, outcome: str) -> None:
         with self.lock:

@@ -12,6 +12,7 @@ import math
 import random
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resprobe.data import Data, FolderBatches, Normalization, TensorBatches, batches_of
+from resprobe.data.images import generator
 from resprobe.devices import autocast, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged, UsageError, one_line
@@ -168,7 +170,14 @@ class Training:
 
     def _remember(self) -> dict[str, Any]:
         """A copy of the state on the device, to go back to if the loss stops being finite."""
-        return _copy(self.state())
+        state = self.state()
+        for name, kept in state["probes"].items():
+            if odd := _not_plain(kept):
+                raise UsageError(
+                    f"probe {name}: state() holds a {odd}, which a checkpoint cannot keep; accepted: tensors, Python's numbers "
+                    "and texts, lists, tuples and dicts of them"
+                )
+        return _copy(state)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -189,10 +198,10 @@ class Training:
                 if self.iteration not in log_points:
                     continue
                 window = self.iteration - since
-                # The only wait for the device: two figures, once a window.
-                figures = self.team.total(torch.stack([loss_sum / self.team.size, wrong_sum]))
-                mean_loss, error = (figures / window).tolist()
-                if not math.isfinite(mean_loss):
+                figures = self.team.total(torch.stack([loss_sum / self.team.size, wrong_sum])) / window
+                # The only wait for the device: three figures, once a window. The last loss is that before the last update.
+                mean_loss, error, largest = torch.stack([*figures, self._largest_weight()]).tolist()
+                if not math.isfinite(mean_loss + largest):
                     self._report_divergence()
                 error *= 100 / recipe.batch_size
                 self.lowest_error = error if self.lowest_error is None else min(error, self.lowest_error)
@@ -253,10 +262,13 @@ class Training:
         except Exception:  # of a stranger's modules
             return None
         instead = list(subsampling(alone)) if self.device.type == "cpu" else []
-        # A probe of nothing, since under any what is compiled runs as it is written.
-        with keeping_random_state(self.network), attach(alone, Probe()):
-            loss, _ = self._gradients(*self.batches.make(*drawn), alone, instead)
-            return Outcome.of(loss, alone)
+        try:
+            # A probe of nothing, since under any what is compiled runs as it is written.
+            with keeping_random_state(self.network), attach(alone, Probe()):
+                loss, _ = self._gradients(*self.batches.make(*drawn), alone, instead)
+                return Outcome.of(loss, alone)
+        except torch.OutOfMemoryError:  # for a second network there is no room
+            return None
 
     def _check_harmless(self, probes: Sequence[Probe], unwatched: Outcome, watched: Outcome) -> None:
         """Raises `UsageError` if a measured iteration comes to something else than it does without the probes."""
@@ -324,7 +336,11 @@ class Training:
         return batches_of(self.data.train, self.recipe, self.seed, self.normalization, self.device, part)
 
     def _first_random_state(self) -> dict[str, Any]:
-        return _seeded_random_state(self.seed + (self.team.rank << 32), self.device)
+        """Of the first process that of the seed; of the others, which draw other numbers, one of each iteration begun at."""
+        seed = self.seed
+        if not self.team.first:
+            seed = generator("process", self.seed, self.team.rank, self.iteration).initial_seed()
+        return _seeded_random_state(seed, self.device)
 
     def _plateaus(self) -> int:
         if self.recipe.plateau is None:
@@ -366,6 +382,11 @@ class Training:
             speed,
         )
 
+    def _largest_weight(self) -> Tensor:
+        """In size; not a number if one is none."""
+        weights = [parameter.detach() for parameter in self.network.parameters()]
+        return nn.utils.get_total_norm(weights, norm_type=math.inf).float()
+
     def _report_divergence(self) -> None:
         """Goes back to the last log point and repeats the window step by step, to name where the numbers broke."""
         where = ""
@@ -386,7 +407,9 @@ class Training:
                 break
             self.iteration += 1
             if self.iteration in _log_points(self.recipe):
-                break  # it did not happen again: the device does not compute the same twice
+                if not torch.isfinite(self._largest_weight()):
+                    where = f" after iteration {self.iteration}, learning rate {rate:g}, which makes weights infinite"
+                break  # else it did not happen again: the device does not compute the same twice
         self.load_state(self.last_good)
         raise TrainingDiverged(
             f"the loss is not finite{where}; the weights of iteration {self.iteration}, the last good ones, are kept"
@@ -497,10 +520,19 @@ def _copy(value: Any) -> Any:
         return {key: _copy(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_copy(entry) for entry in value]
-    if isinstance(value, tuple):
-        entries = map(_copy, value)
-        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
-    return value
+    return tuple(map(_copy, value)) if isinstance(value, tuple) else value
+
+
+def _not_plain(value: Any) -> str:
+    """The type of something in `value` that is read back from no checkpoint, which runs no code; nothing if there is none.
+
+    A subclass of what is accepted, as numpy's float64 is of float, is not."""
+    if type(value) in (dict, OrderedDict):
+        value = [*value, *value.values()]
+    if type(value) in (list, tuple):
+        return next(filter(None, map(_not_plain, value)), "")
+    plain = isinstance(value, Tensor) or type(value) in (int, float, bool, str, bytes, complex, set, type(None))
+    return "" if plain else f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, precision: str) -> str:

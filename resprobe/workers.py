@@ -133,10 +133,12 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 def _serve(connection: Connection, start: Callable[[], Perform]) -> None:
-    busy = False
+    busy = stopping = False
 
     def stop(*_: object) -> None:
         """A task is interrupted, and keeps what it has; without one there is nothing to keep."""
+        nonlocal stopping
+        stopping = True
         if busy:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # told once more, it must not leave that half-done
             raise KeyboardInterrupt
@@ -165,6 +167,8 @@ def _serve(connection: Connection, start: Callable[[], Perform]) -> None:
             except Exception as error:
                 said = ("failed", one_line(error))
             busy = False
+            if stopping:  # whatever has become of the interrupt in the task, nobody waits for what it came to
+                os._exit(0)
             connection.send(said)
             if said[0] == "lost":
                 return

@@ -23,12 +23,12 @@ ROOT = Path(__file__).parent.parent
 TRAIN = """
 import os, signal, sys, torch
 import resprobe as rp
-from resprobe import runs
+from resprobe import keeping
 from resprobe.distributed import join, leave
 from tests import tiny
 
 torch.set_num_threads(1)
-runs._CHECKPOINT_SECONDS = 0
+keeping.CHECKPOINT_SECONDS = 0
 device = join(torch.device("cpu"))
 kill_at = int(sys.argv[2])
 
@@ -173,6 +173,33 @@ def test_what_one_process_is_alone_with_ends_all(tmp_path):
     found = re.search(said, failed.stderr)
     assert found and Path(tmp_path, found[1]).name == "traceback-1.txt"
     assert "no room left" in Path(tmp_path, found[1]).read_text()
+
+
+RAISES = """
+import resprobe as rp
+
+
+@rp.register_block("raises")
+class Raises(rp.BLOCKS["basic"]):
+    def forward(self, x):
+        if self.training and self.shortcut is None and len(x) > 2:  # where it is tried it has two images
+            raise MemoryError("no room at all")
+        return super().forward(x)
+"""
+
+
+def test_what_all_processes_meet_alike_ends_one_run(tmp_path):
+    """As a block of a stranger that raises: the other runs are trained."""
+    (tmp_path / "raises.py").write_text(RAISES)
+    asked = ["-m", "studies.degradation", "--depths", "8", "--seeds", "0", "--iterations", "6", "--precision", "fp32"]
+    failed = launch(2, *asked, "--plugin", "raises.py", "--block", "raises", cwd=tmp_path)
+    assert failed.returncode != 0
+    assert (
+        "1 of 2 runs failed: cifar/plain-8, seed 0: no room at all (raises.py, line 9); 1 finished runs"
+        in failed.stderr
+    )
+    (finished,) = tmp_path.glob("runs/*/result.json")
+    assert finished.parent.name.startswith("cifar-resnet-8_raises_")
 
 
 def test_class_folders_of_two_processes(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from resprobe import sweep
 from resprobe.devices import deterministic
 from resprobe.runs import configure
 from resprobe.sweep import Job, SweepFailed, parse_concurrency, run_all, survey
+from resprobe.workers import Lost
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -75,9 +77,14 @@ def test_short_runs_need_no_processes(seconds, workers, tmp_path, monkeypatch):
 def test_short_runs_are_trained_with_the_threads_of_a_process(tmp_path, monkeypatch):
     """A slow moment of the machine may make them long: the same numbers must come out."""
     seen = []
+
+    def stop(*_):
+        seen.append(torch.get_num_threads())
+        raise RuntimeError("seen enough")
+
     monkeypatch.setattr(sweep, "cores", lambda: 2)
     monkeypatch.setattr(sweep, "_seconds", lambda *asked: (1.0, 1.0))
-    monkeypatch.setattr(sweep, "train_job", lambda *asked: seen.append(torch.get_num_threads()) or {}["stop"])
+    monkeypatch.setattr(sweep, "train_job", stop)
     with rp.cpu_threads(2), pytest.raises(SweepFailed):
         run_all(jobs(8, 14), rp.RunStore(tmp_path), device=CPU)
     assert seen == [1, 1]
@@ -132,12 +139,36 @@ def test_a_failed_run_does_not_take_the_others_down(bad, plugin, tmp_path, capsy
     with pytest.raises(
         SweepFailed,
         match=r"1 of 3 runs failed: cifar/resnet-8, block explodes, seed 0: the loss is not finite at iteration 1, ",
-    ):
+    ) as caught:
         run_all(asked, store, device=CPU, concurrency=2, plugins=[plugin])
+    assert str(caught.value).endswith(
+        f"are kept in {store.root}; what diverged would diverge again, but not by another --recipe, such as a lower learning_rate"
+    )
     assert store.find(bad.config) is None
     assert all(store.find(job.config) is not None for job in asked[1:])
     said = capsys.readouterr().out
     assert "first in stage1.0.branch.1" in said
+
+
+def test_what_failed_otherwise_is_worth_another_try():
+    diverged = "the loss is not finite at iteration 3, learning rate 5, first in fc; the weights of iteration 0, …"
+    again = "the same command tries {} again from there"
+    assert sweep._what_next({"a": "no memory"}) == again.format("it")
+    assert sweep._what_next({"a": "no memory", "b": "killed"}) == again.format("them")
+    assert sweep._what_next({"a": "no memory", "b": diverged}).startswith(f"{again.format('it')}; what diverged would")
+    # With several processes, or on a device that does not compute the same twice, it may go well.
+    assert sweep._what_next({"a": "the loss is not finite; the weights of iteration 5 are kept"}) == again.format("it")
+
+
+def test_a_run_that_finds_no_memory_is_tried_again_alone(tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(sweep, "train_job", full)
+    (job,) = jobs(8)
+    perform = sweep._start({}, torch.get_num_threads(), (), tmp_path, CPU, 0)
+    with pytest.raises(Lost, match="^CUDA out of memory"):
+        perform((job.config.key, pickle.dumps(job)), lambda news: None)
 
 
 RAISES = """

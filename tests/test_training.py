@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import resprobe as rp
+from resprobe import distributed
 from resprobe.checkpoints import load_checkpoint, save_checkpoint
 from resprobe.data import Data, FolderSet, Normalization
 from resprobe.errors import TrainingDiverged, UsageError
@@ -819,14 +820,68 @@ def test_a_probe_that_makes_gradients_no_numbers_is_named():
 
 
 def test_what_is_copied_shares_nothing():
-    pair = collections.namedtuple("Pair", "x y")(torch.zeros(2), 1)
-    assert _copy(pair)._fields == ("x", "y") and _copy(pair).x is not pair.x
     held = {"a": [torch.zeros(2), (torch.zeros(2), {"b": torch.zeros(2)})]}
     copied = _copy(held)
     assert type(copied["a"][1]) is tuple
     for tensor in (held["a"][0], held["a"][1][0], held["a"][1][1]["b"]):
         tensor += 1
     assert not any(tensor.any() for tensor in (copied["a"][0], copied["a"][1][0], copied["a"][1][1]["b"]))
+
+
+Pair = collections.namedtuple("Pair", "x y")
+
+
+@pytest.mark.parametrize(
+    ("state", "odd"),
+    [
+        ({"rows": [(1, np.float64(2.0))]}, "numpy.float64"),
+        ([np.zeros(3)], "numpy.ndarray"),
+        (Pair(1, 2), "test_training.Pair"),
+    ],
+)
+def test_a_probe_s_state_that_no_checkpoint_can_keep_is_refused(state, odd):
+    """It would be written, and be taken for damaged when it is read."""
+
+    class Odd(Watching):
+        def state(self):
+            return state
+
+    with pytest.raises(UsageError) as caught:
+        training(probes=[Odd()])
+    assert str(caught.value).startswith(
+        f"probe watching: state() holds a {odd}, which a checkpoint cannot keep; accepted: "
+    )
+
+
+@pytest.mark.parametrize(("broken", "kept"), [(3, 0), (6, 3)], ids=["at a log point", "at the end"])
+def test_weights_that_the_last_update_of_a_window_breaks_are_no_good_ones(broken, kept):
+    """The loss is that before the update, and finite."""
+    late = {"warm_up_rate": 0.01, "warm_up_iterations": broken - 1, "learning_rate": 1e300}
+    one = training(iterations=6, milestones=(), window=3, **late)
+    with pytest.raises(TrainingDiverged) as caught:
+        one.run()
+    assert str(caught.value) == (
+        f"the loss is not finite after iteration {broken}, learning rate 1e+300, which makes weights infinite; "
+        f"the weights of iteration {kept}, the last good ones, are kept"
+    )
+    assert one.iteration == kept
+    assert all(torch.isfinite(tensor).all() for tensor in one.network.state_dict().values())
+
+
+def test_processes_that_train_together_draw_other_numbers(monkeypatch):
+    """Those of the first are the seed's. A process that goes on draws no numbers twice."""
+    one = training()
+    draws = {}
+    for rank in (0, 1, 2):
+        for iteration in (0, 6):
+            one.team, one.iteration = distributed.Team(rank, 3), iteration
+            generator = torch.Generator()
+            generator.set_state(one._first_random_state()["cpu"])
+            draws[rank, iteration] = torch.rand(4, generator=generator)
+    assert torch.equal(draws[0, 0], draws[0, 6])
+    assert torch.equal(draws[0, 0], torch.rand(4, generator=torch.Generator().manual_seed(one.seed)))
+    different = [draws[0, 0], draws[1, 0], draws[1, 6], draws[2, 0], draws[2, 6]]
+    assert len({tuple(draw.tolist()) for draw in different}) == 5
 
 
 @pytest.mark.parametrize(("fuse", "kept"), [(1, 0), (4, 3), (8, 6), (9, 6), (12, 9)])

@@ -48,6 +48,8 @@ def do(task: tuple, tell) -> Any:
             time.sleep(60)
         except KeyboardInterrupt:
             given[0].write_text("kept")
+            if given[1:]:
+                raise ValueError("the disk is full") from None
             raise
     return what
 
@@ -113,9 +115,10 @@ def test_a_task_that_is_lost_twice_is_lost(task, why):
     assert said[0][2] != said[2][2], "another process goes on"
 
 
-def test_who_asked_may_leave(tmp_path):
+@pytest.mark.parametrize("otherwise", [(), ("fails",)], ids=["interrupted", "another error in the interrupt's place"])
+def test_who_asked_may_leave(tmp_path, otherwise):
     kept, never = tmp_path / "kept", tmp_path / "never"
-    with closing(side_by_side([("who",), ("wait", kept), ("wait", never)], 1, start)) as said:
+    with closing(side_by_side([("who",), ("wait", kept, *otherwise), ("wait", never)], 1, start)) as said:
         _, _, process = next(said)
         assert next(said) == (1, "news", "begun")
     assert kept.read_text() == "kept", "what is interrupted keeps what it has"
