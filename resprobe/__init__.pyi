@@ -21,7 +21,7 @@ from .data import (
     load_data as load_data,
     register_dataset as register_dataset,
 )
-from .devices import cpu_threads as cpu_threads
+from .devices import cpu_threads as cpu_threads, deterministic as deterministic
 from .errors import (
     StorageError as StorageError,
     TrainingDiverged as TrainingDiverged,
@@ -31,6 +31,7 @@ from .errors import (
 from .evaluation import (
     Evaluation as Evaluation,
     evaluate as evaluate,
+    normalization_of as normalization_of,
     precise_batch_norm as precise_batch_norm,
     scores as scores,
     tally as tally,
@@ -46,6 +47,7 @@ from .networks import (
     register_network as register_network,
 )
 from .normalization import NORMALIZATIONS as NORMALIZATIONS, register_normalization as register_normalization
+from .options import Options as Options, cifar_presets as cifar_presets
 from .probes import PROBES as PROBES, Probe as Probe, attach as attach, register_probe as register_probe
 from .randomness import keeping_random_state as keeping_random_state, seeded as seeded
 from .recipes import Recipe as Recipe, learning_rate as learning_rate
@@ -59,11 +61,9 @@ from .runs import (
 from .shortcuts import SHORTCUTS as SHORTCUTS, register_shortcut as register_shortcut
 from .study import (
     Drawing as Drawing,
-    Options as Options,
     Planned as Planned,
     Results as Results,
     Study as Study,
-    cifar_presets as cifar_presets,
 )
 from .weights import load_network as load_network, load_weights as load_weights
 

@@ -142,15 +142,19 @@ class Recipe:
         if self.augmentation == "scale-crop" and self.crop > self.scale[0]:
             raise UsageError(f"crop (={self.crop}) must not be larger than the smallest scale (={self.scale[0]})")
 
-    def unread(self) -> set[str]:
-        """Fields that say nothing beside the others: of padding without any, say."""
-        fields = {
-            "pad-crop": {"scale", "crop", "colour"},
-            "scale-crop": {"pad", "pad_value"},
-            "none": {"pad", "pad_value", "flip", "scale", "colour"},
+    def unread(self) -> dict[str, str]:
+        """Fields that say nothing beside the others, of padding without any say, and beside which others."""
+        idle = {
+            "pad-crop": ("scale", "crop", "colour"),
+            "scale-crop": ("pad", "pad_value"),
+            "none": ("pad", "pad_value", "flip", "scale", "colour"),
         }[self.augmentation]
-        fields |= set() if self.momentum else {"momentum_form"}
-        return fields | (set() if self.warm_up_rate else {"warm_up_until"})
+        found = dict.fromkeys(idle, f"augmentation {self.augmentation!r}")
+        if not self.momentum:
+            found["momentum_form"] = "momentum 0"
+        if self.warm_up_rate is None:
+            found["warm_up_until"] = "warm_up_rate None"
+        return found
 
     def with_iterations(self, iterations: int) -> Recipe:
         """The same recipe with its whole schedule scaled to `iterations`."""

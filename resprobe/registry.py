@@ -85,10 +85,10 @@ class Registry(Generic[T]):
         return self._things[name].about
 
     @contextmanager
-    def temporary(self, name: str, thing: T) -> Iterator[T]:
-        """Registers `thing` for the length of a `with` block, for tests and notebooks."""
+    def temporary(self, name: str, thing: T, about: Any = None) -> Iterator[T]:
+        """As `register`, for the length of a `with` block: for tests and notebooks."""
         before = self._things.get(name)
-        self.register(name)(thing)
+        self.register(name, about)(thing)
         try:
             yield thing
         finally:

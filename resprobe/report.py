@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from resprobe.checkpoints import write_atomically
 from resprobe.claims import LEVEL, MARGIN, Verdict
+from resprobe.errors import UsageError
 from resprobe.figures import render, render_for_page
+from resprobe.networks import NetworkSpec, resolve
 from resprobe.recipes import cifar_paper, departures, imagenet_paper
 from resprobe.sweep import in_words
 
@@ -200,12 +202,24 @@ def _departures(study: Study, results: Results, environment: dict[str, Any]) -> 
             if any(other == recipe for other, _ in lacking):
                 where = f"{recipe.name}, {depth} layers: "
             found.append(f"{where}{line}")
+    for network in dict.fromkeys(run.config.network for run in results.runs):
+        width, usual = network.get("width"), _usual_width(network)
+        if width != usual is not None:
+            found.append(f"width: {width} filters in the first stage instead of {usual}")
     if study.departs is not None:
         found += study.departs(results.options)
     processes = environment.get("processes", 1)
     if processes > 1 and any(recipe.bn_batch is None for recipe, _ in trained):
         found.append(f"batch normalization over the images of each of {processes} processes, not over the mini-batch")
     return list(dict.fromkeys(found))
+
+
+def _usual_width(network: NetworkSpec) -> object:
+    """That of the network's family; None where that is none of ours, or has no width."""
+    try:
+        return resolve(network.name).get("width")
+    except UsageError:  # it was built elsewhere
+        return None
 
 
 def _how_sure(results: Results) -> str:

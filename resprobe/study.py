@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import itertools
 import json
 import os
-import re
 import shlex
 import sys
 import time
@@ -20,16 +17,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from resprobe.claims import Claim, Verdict
+from resprobe.claims import Claim, Verdict, from_paper
 from resprobe.commands import answer, called_as
 from resprobe.errors import SweepFailed, UsageError, not_accepted, short
+from resprobe.options import Options, arguments_of, check_kinds, offered, parse_options, preset_in
 
 if TYPE_CHECKING:
     import pandas
+    import torch
     from matplotlib.figure import Figure
     from torch import nn
 
@@ -37,96 +34,13 @@ if TYPE_CHECKING:
     from resprobe.data import Data
     from resprobe.networks import NetworkSpec
     from resprobe.recipes import Recipe
-    from resprobe.runs import Run
+    from resprobe.runs import Run, RunStore
     from resprobe.sweep import Job, Outlook, Survey
 
+    Labelled = Sequence[tuple[dict[str, Any], Job]]
+    """Runs that are asked for, each behind the labels of its row."""
+
 Setting = Literal["quick", "paper", "custom"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every study can be asked. A study's presets are instances; what is not given is the preset's."""
-
-    preset: Literal["quick", "paper"] = "quick"
-    """quick: minutes on a laptop, on embedded data. paper: the paper's recipe."""
-    data: str = "digits"
-    """data set: digits, digits-64, cifar10, cifar100, or NAME:PATH to read a local copy; folder:PATH for class folders"""
-    depths: tuple[int, ...] = (20, 56)
-    """depths in weighted layers, as the paper counts them"""
-    block: str = "basic"
-    """block of the networks: basic, bottleneck, single, or one that a plugin registers"""
-    shortcut: str = "A"
-    """shortcuts of the residual networks: A, A-centred, B, C, or one that a plugin registers (highway)"""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """one run for each; verdicts rest on the spread over them"""
-    iterations: int = 64_000
-    """training iterations (mini-batches); the whole schedule is scaled, and printed as a departure"""
-    recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """fields of the recipe to be trained by instead, as bn_batch=64 learning_rate=0.05; printed as departures"""
-    device: str = "auto"
-    """auto, cpu, cuda or mps"""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the processor computes in it, else fp32; weights stay in fp32"""
-    recompute: bool = False
-    """compute activations again in the backward pass instead of keeping them: same numbers, less memory, more time"""
-    step: Literal["auto", "eager", "graph", "compile", "compile-blocks"] = "auto"
-    """training steps operation by operation, as one captured CUDA graph (auto on CUDA), or compiled, whole or by blocks"""
-    deterministic: bool = False
-    """compute the same last digits each time on the same machine, also on a GPU, where it takes more time"""
-    concurrency: str = "auto"
-    """runs at a time; auto: one a core on a CPU (one in all if they are short), one on a GPU"""
-    executor: Literal["local", "ray"] = "local"
-    """where runs are trained: on this machine, or on the nodes of a Ray cluster, which share the folder of runs"""
-    address: str = ""
-    """Ray cluster, HOST:PORT; by default RAY_ADDRESS, the cluster that runs on this machine, or a new one of it alone"""
-    plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE|MODULE")] = ()
-    """plugin to load first: a file (my_block.py) or a module (package.module)"""
-    probe: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
-    """probe to watch every training with: gradient-norms, or one that a plugin registers; its table is put beside the report"""
-    dry_run: bool = False
-    """say what would be trained, how much of it is there, and how long the rest will take; then stop"""
-    out: str = ""
-    """folder for the report, figures and tables; by default results/STUDY"""
-    runs: str = "runs"
-    """folder in which finished runs are kept and found again"""
-
-    @property
-    def data_name(self) -> str:
-        """The data set's name, without the place of a copy."""
-        return self.data.partition(":")[0]
-
-    def measured(self) -> dict[str, Any]:
-        """The options on which it depends what is measured. Where a copy of CIFAR lies is no matter; a folder may hold any."""
-        found = {name: value for name, value in vars(self).items() if name not in _NOT_THE_SETTING}
-        return found | ({"data": self.data_name} if self.data_name in ("cifar10", "cifar100") else {})
-
-
-def cifar_presets(quick: Options, **paper: Any) -> dict[str, Options]:
-    """The presets of a study of CIFAR networks: `quick`, and the same in the paper's setting, 64,000 iterations on CIFAR-10
-    (§4.2). `paper`: further options that differ there, such as depths."""
-    return {
-        "quick": quick,
-        "paper": dataclasses.replace(quick, preset="paper", data="cifar10", iterations=64_000, **paper),
-    }
-
-
-# What does not change what is measured: where it is computed and where it is put. See `Options.measured`.
-_NOT_THE_SETTING = {
-    "preset",
-    "device",
-    "precision",
-    "recompute",
-    "step",
-    "deterministic",
-    "concurrency",
-    "executor",
-    "address",
-    "dry_run",
-    "plugin",
-    "probe",
-    "out",
-    "runs",
-}
 
 
 @dataclass(frozen=True)
@@ -229,24 +143,25 @@ class Study:
 
     def parse(self, arguments: Sequence[str]) -> Options:
         """Options from a command line. Raises `UsageError` in one line."""
-        preset = _preset(arguments)
+        preset = preset_in(arguments)
         if preset not in self.presets:
             raise not_accepted("--preset", preset, self.presets)
-        return _parse_with_tyro(self, self.presets[preset], arguments)
+        return parse_options(self.presets[preset], arguments, called=called_as(self.name), description=self.description)
 
     def run(self, options: Options, arguments: Sequence[str] = ()) -> dict[str, Any]:
         """Does the study and writes its report. Returns what `verdict.json` holds; nothing for a dry run
         or in a process that only helped to train."""
         started = time.perf_counter()
         asked, options = options, self._placed(options)
-        arguments = arguments or self._arguments(asked)
+        arguments = arguments or arguments_of(asked, self.presets[asked.preset])
         if options.dry_run:
             ahead = self.survey(options)
             print("\n".join(map(str, ahead)) or "nothing to train")
             if self.then is not None and len(ahead) == 1 and ahead[0].missing:  # type: ignore[union-attr]
                 print("a second round of training follows, from what comes out of this one")
             return {}
-        gathered = _gather(self, options)
+        with _ready(self, options, writes=True) as ready:
+            gathered = _gathered(ready)
         if gathered is None:  # of several processes the first alone reports
             return {}
         results, environment = gathered
@@ -273,38 +188,22 @@ class Study:
         trained is not known yet."""
         from resprobe.data.datasets import without_downloads
 
-        ahead: list[Survey | Outlook] = []
-        with without_downloads():
-            _gather(self, self._placed(options), ahead)
-        return ahead
+        with without_downloads(), _ready(self, self._placed(options), writes=False) as ready:
+            return _surveyed(ready)
 
     def _placed(self, options: Options) -> Options:
         """Checked, and with paths as they are meant: a shell leaves alone the ~ of `--out=~/mine`."""
-        _check_kinds(options)
+        if not isinstance(options, kind := type(self.presets["quick"])):
+            raise UsageError(
+                f"options (={short(options)}) must be the {kind.__qualname__} of {kind.__module__}; "
+                "dataclasses.replace(study.presets['quick'], …) makes one"
+            )
+        check_kinds(options)
         paths: dict[str, Any] = {"out": options.out or f"results/{self.name}", "runs": options.runs}
         paths = {name: os.path.expanduser(path) for name, path in paths.items()}
         if weights := getattr(options, "weights", ()):
             paths["weights"] = tuple(map(os.path.expanduser, weights))
         return dataclasses.replace(options, **paths)
-
-    def _arguments(self, options: Options) -> list[str]:
-        """The command line that asks for `options`, as given in Python."""
-        asked = ["--preset", options.preset] if options.preset != "quick" else []
-        told = get_type_hints(type(options), include_extras=True)
-        for name, value in vars(options).items():
-            if name == "preset" or value == getattr(self.presets[options.preset], name):
-                continue
-            flag = f"--{name.replace('_', '-')}"
-            if isinstance(value, tuple):
-                one_by_one = tyro.conf.UseAppendAction in get_args(told[name])
-                asked += (
-                    [word for each in value for word in (flag, str(each))] if one_by_one else [flag, *map(str, value)]
-                )
-            elif isinstance(value, bool):
-                asked.append(flag if value else f"--no-{flag[2:]}")
-            else:
-                asked += [flag, str(value)]
-        return asked
 
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
         """Block and shortcut, and the preset's, where they are not the preset's."""
@@ -317,6 +216,11 @@ class Study:
         paper = self.presets["paper"]
         alike = dataclasses.replace(options, preset="paper", depths=paper.depths, seeds=paper.seeds)
         return self.setting(alike) == "paper"
+
+    def from_paper(self, options: Options, values: Sequence[float], paper: float) -> str:
+        """For behind the paper's number in a table: how far the mean of `values` is from it, in parentheses; nothing where the
+        two are of different settings."""
+        return f" ({from_paper(values, paper)})" if self.beside_paper(options) else ""
 
     def setting(self, options: Options) -> Setting:
         """The preset's name if what is measured is the preset's, else "custom"."""
@@ -338,83 +242,136 @@ def is_imagenet(data: str) -> bool:
     return (len(there.train), len(there.test), there.num_classes) == (1_281_167, 50_000, 1000)
 
 
-def _gather(
-    study: Study, options: Options, ahead: list[Survey | Outlook] | None = None
-) -> tuple[Results, dict[str, Any]] | None:
-    """Finds or trains the runs and puts them into tables. With `ahead`, only surveys are made, and put there."""
+@contextlib.contextmanager
+def _ready(study: Study, options: Options, *, writes: bool) -> Iterator[_Ready]:
+    """Everything that a study's trainings need, for as long as the `with` block lasts. What can be wrong is said here, before
+    anything is trained; `writes`: or written, if anything is going to be."""
     from resprobe.devices import deterministic
 
-    if options.executor == "ray":
-        from resprobe.cluster import ray_cluster
+    with contextlib.ExitStack() as held:
+        cluster = None
+        if options.executor == "ray":
+            from resprobe.cluster import ray_cluster
 
-        with ray_cluster(options.address, options.device) as cluster, deterministic(options.deterministic):
-            return _gather_on(cluster, study, options, ahead)
-    if options.address:
-        raise UsageError(f"address (={options.address!r}) is that of a Ray cluster; it needs --executor ray")
-    with deterministic(options.deterministic):
-        return _gather_on(None, study, options, ahead)
+            cluster = held.enter_context(ray_cluster(options.address, options.device))
+        elif options.address:
+            raise UsageError(f"address (={options.address!r}) is that of a Ray cluster; it needs --executor ray")
+        held.enter_context(deterministic(options.deterministic))
+        yield _made_ready(study, options, cluster, writes=writes)
 
 
-def _gather_on(
-    cluster: RayCluster | None, study: Study, options: Options, ahead: list[Survey | Outlook] | None
-) -> tuple[Results, dict[str, Any]] | None:
-    """Does what `_gather` says, with the runs trained on a cluster or on this machine."""
+def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, writes: bool) -> _Ready:
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
     from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
-    from resprobe.distributed import join, leave, team
+    from resprobe.distributed import join, team
     from resprobe.extensions import load_plugin
     from resprobe.runs import RunStore
     from resprobe.steps import resolve_step
-    from resprobe.sweep import parse_concurrency, run_all, survey
+    from resprobe.sweep import parse_concurrency
 
     prepare_cpu()
     for plugin in options.plugin:
         load_plugin(plugin)
     concurrency = parse_concurrency(options.concurrency)
     device = join(resolve_device(options.device)) if cluster is None else cluster.device
-    here = device if cluster is None else cluster.here
     precision = resolve_precision(options.precision, device)
     resolve_step(options.step, device, recompute=options.recompute)
     planned, changes = _planned(study, options)
-    if planned and team().size > 1:
-        team().told(lambda: bool(load_data(options.data)))  # one of them downloads
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
-    fresh = _jobs(planned, options, data, precision, changes) if data else []
-    _check_networks({job.config.network for _, job in fresh})
+    jobs = _jobs(planned, options, data, precision, changes) if data else []
+    _check_networks({job.config.network for _, job in jobs})
     notes = list(_too_few(study, options))
-    if ahead is None:
+    if writes:
         # Nothing is written before everything that was asked for is known to make sense.
         check_writable(Path(options.out), "out")
         notes += _replaced(study, options)
-    if fresh and team().first:
+    if jobs and team().first:
         for note in notes:  # hours before the report is there
             print(f"note: {note}", file=sys.stderr, flush=True)
-    store = RunStore(options.runs, writes=ahead is None) if fresh else None
-    labelled, runs = [], []
-    for then in (study.then, None):
-        jobs = [job for _, job in fresh]
-        if ahead is not None:
-            ahead += [survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster)] if jobs else []
-            if jobs and ahead[-1].missing:  # type: ignore[union-attr]
-                labelled, fresh, runs, then = [], [], [], None  # what they end with is not known yet
-            runs += [store.find(job.config, job.probes) for _, job in fresh]
-        elif jobs:
-            try:
-                runs += run_all(
-                    jobs, store, device=device, concurrency=concurrency, plugins=options.plugin, cluster=cluster
-                )
-            except SweepFailed as error:
-                raise SweepFailed(f"{error}{_without(error.keys, options, fresh)}", error.keys) from error
-        labelled += fresh
-        results = _tables(options, labelled, runs, device=str(here), precision=precision)
-        if then is None:
-            break
-        fresh = _jobs(then(results), options, data, precision, changes, later=True) if data else []
-    if ahead is not None:
-        ahead += [] if study.ahead is None else [study.ahead(results)]
-        return None
-    made_with, first = _made_with(study, runs, here) | {"precision": precision}, team().first
+    store = RunStore(options.runs, writes=writes) if jobs else None
+    here = device if cluster is None else cluster.here
+    return _Ready(study, options, cluster, device, here, precision, concurrency, data, changes, jobs, store)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A study whose options make sense. `device`: where runs are trained; `here`: where the rest is done. `jobs`: those of the
+    first round, with the labels of their rows."""
+
+    study: Study
+    options: Options
+    cluster: RayCluster | None
+    device: torch.device
+    here: torch.device
+    precision: str
+    concurrency: int | None
+    data: Data | None
+    changes: Mapping[str, Any]
+    jobs: Labelled
+    store: RunStore | None
+
+    def trained(self, labelled: Labelled) -> list[Run]:
+        """The runs, found or trained."""
+        from resprobe.sweep import run_all
+
+        if self.store is None or not labelled:
+            return []
+        jobs, plugins = [job for _, job in labelled], self.options.plugin
+        where = {"device": self.device, "concurrency": self.concurrency, "cluster": self.cluster}
+        try:
+            return run_all(jobs, self.store, plugins=plugins, **where)
+        except SweepFailed as error:
+            raise SweepFailed(f"{error}{_without(error.keys, self.options, labelled)}", error.keys) from error
+
+    def surveyed(self, labelled: Labelled) -> tuple[list[Survey], list[Run] | None]:
+        """What is there of the runs and what is to be trained, and the runs; None if some are still to be trained."""
+        from resprobe.sweep import survey
+
+        if self.store is None or not labelled:
+            return [], []
+        jobs = [job for _, job in labelled]
+        ahead = survey(jobs, self.store, device=self.device, concurrency=self.concurrency, cluster=self.cluster)
+        if ahead.missing:
+            return [ahead], None
+        return [ahead], [self.store.find(job.config, job.probes) for job in jobs]  # type: ignore[misc]
+
+    def further(self, results: Results) -> Labelled:
+        """The jobs of the second round, which depends on what came out of the first."""
+        if self.study.then is None or self.data is None:
+            return []
+        planned = self.study.then(results)
+        return _jobs(planned, self.options, self.data, self.precision, self.changes, later=True)
+
+    def results(self, labelled: Labelled, runs: Sequence[Run]) -> Results:
+        """The runs in tables."""
+        return _tables(self.options, labelled, runs, device=str(self.here), precision=self.precision)
+
+
+def _surveyed(ready: _Ready) -> list[Survey | Outlook]:
+    """What is ahead: a round each, and what `measure` trains. What follows a round to be trained is not known yet."""
+    ahead: list[Survey | Outlook] = []
+    known, runs = ready.surveyed(ready.jobs)
+    ahead += known
+    results = ready.results([], []) if runs is None else ready.results(ready.jobs, runs)
+    if runs is not None and (second := ready.further(results)):
+        known, others = ready.surveyed(second)
+        ahead += known
+        results = ready.results([], []) if others is None else ready.results([*ready.jobs, *second], [*runs, *others])
+    return ahead if ready.study.ahead is None else [*ahead, ready.study.ahead(results)]
+
+
+def _gathered(ready: _Ready) -> tuple[Results, dict[str, Any]] | None:
+    """All results, and the environment that made them; None in a process that only helped to train."""
+    from resprobe.distributed import leave, team
+
+    study, labelled = ready.study, list(ready.jobs)
+    runs = ready.trained(labelled)
+    results = ready.results(labelled, runs)
+    if second := ready.further(results):
+        labelled, runs = [*labelled, *second], [*runs, *ready.trained(second)]
+        results = ready.results(labelled, runs)
+    made_with, first = _made_with(study, runs, ready.here) | {"precision": ready.precision}, team().first
     leave()
     if not first:  # what is left to do is to measure and to write
         return None
@@ -489,22 +446,7 @@ def _check_weights(study: Study, options: Options) -> None:
             raise UsageError(f"{name} (={text!r}) is that of a training, and with --weights nothing is trained")
 
 
-def _check_kinds(options: Options) -> None:
-    """Raises `UsageError` for a value of another kind than its option has, as may be given in Python."""
-    hints = get_type_hints(type(options))
-    for option in dataclasses.fields(options):
-        value, hint = getattr(options, option.name), hints[option.name]
-        kind = get_origin(hint) or hint
-        fits = isinstance(value, kind) if kind in (tuple, str, bool) else type(value) in (int, kind)
-        if kind is Literal and value not in get_args(hint):
-            raise not_accepted(option.name, value, get_args(hint))
-        if kind is not Literal and not fits:
-            raise UsageError(
-                f"{option.name} (={short(value)}) must be of type {kind.__name__}, such as {option.default!r}"
-            )
-
-
-def _without(failed: frozenset[str], options: Options, labelled: Sequence[tuple[dict[str, Any], Job]]) -> str:
+def _without(failed: frozenset[str], options: Options, labelled: Labelled) -> str:
     """How to have the report of what did not fail: the seeds, or else the depths, of which no run has."""
     for name, label in (("seeds", "seed"), ("depths", "depth")):
         ended = {labels.get(label) for labels, job in labelled if job.config.key in failed}
@@ -551,7 +493,7 @@ def _jobs(
     changes: Mapping[str, Any],
     *,
     later: bool = False,
-) -> list[tuple[dict[str, Any], Job]]:
+) -> Labelled:
     """One job for each planned network and seed, with the labels of its row. Raises `UsageError` for one of the `changes` of
     the recipe that the study sets itself, but not `later`, when something is trained already."""
     from torch import nn
@@ -586,8 +528,7 @@ def _jobs(
     for name, value in changes.items() if labelled and not later else ():
         recipes = [job.config.recipe for _, job in labelled]
         if all(name in recipe.unread() for recipe in recipes):
-            why = f"augmentation {recipes[0].augmentation!r}" if name not in _OF_THE_RATE else "the others as they are"
-            raise UsageError(f"recipe (='{name}={value}') does nothing with {why}")
+            raise UsageError(f"recipe (='{name}={value}') does nothing with {recipes[0].unread()[name]}")
         if name == "milestones" and all(max(recipe.milestones, default=0) >= recipe.iterations for recipe in recipes):
             raise UsageError(
                 f"recipe (='{name}={value}'): the training ends after {recipes[0].iterations:,} iterations"
@@ -595,13 +536,9 @@ def _jobs(
     return labelled
 
 
-_OF_THE_RATE = ("warm_up_until", "momentum_form")
-"""Fields of a recipe that others than its augmentation may make idle."""
-
-
 def _tables(
     options: Options,
-    labelled: Sequence[tuple[dict[str, Any], Job]],
+    labelled: Labelled,
     runs: Sequence[Run],
     *,
     device: str,
@@ -639,79 +576,3 @@ def _check_networks(specs: set[NetworkSpec]) -> None:
 
     for spec in sorted(specs, key=lambda spec: (spec.depth or 0, spec.family)):
         build(spec)
-
-
-# -- the command line ------------------------------------------------------------------------------------------------
-
-
-def offered(options: type[Options]) -> list[str]:
-    """Names of the options that a command line takes: those that the study does not put away."""
-    hints = get_type_hints(options, include_extras=True)
-    return [name for name, hint in hints.items() if tyro.conf.Suppress not in get_args(hint)]
-
-
-def _preset(arguments: Sequence[str]) -> str:
-    """The preset is needed before the rest, since it holds the defaults that `--help` shows."""
-    preset = "quick"
-    for argument, following in itertools.pairwise([*arguments, ""]):
-        if argument == "--preset":
-            preset = following
-        elif argument.startswith("--preset="):
-            preset = argument.partition("=")[2]
-    return preset
-
-
-def _parse_with_tyro(study: Study, defaults: Options, arguments: Sequence[str]) -> Options:
-    said = io.StringIO()
-    try:
-        # Its errors are boxes of several lines; what is in them is said in one.
-        with contextlib.redirect_stderr(said):
-            options = tyro.cli(
-                type(defaults),
-                prog=called_as(study.name),
-                description=study.description,
-                default=defaults,
-                args=list(arguments),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise UsageError(_one_line(said.getvalue(), defaults)) from None
-    _check_repeated(type(defaults), arguments)
-    for argument, following in itertools.pairwise([*arguments, "--"]):
-        if argument.startswith("--") and following.startswith("--"):
-            name = argument[2:].replace("-", "_")
-            if getattr(defaults, name, None) == getattr(options, name, None) == ():  # else it would count as not given
-                raise UsageError(f"{argument} needs a value after it, or several")
-    return options
-
-
-def _check_repeated(kind: type[Options], arguments: Sequence[str]) -> None:
-    """Raises `UsageError` for an option that is given twice, of which the first would be lost."""
-    hints, told = get_type_hints(kind), get_type_hints(kind, include_extras=True)
-    given = Counter(
-        argument.partition("=")[0][2:].replace("-", "_") for argument in arguments if argument.startswith("--")
-    )
-    for name, times in given.items():
-        if times > 1 and tyro.conf.UseAppendAction not in get_args(told.get(name)):
-            several = ", with all its values" if get_origin(hints.get(name)) is tuple else ""
-            raise UsageError(f"--{name.replace('_', '-')} is given {times} times; accepted: once{several}")
-
-
-def _one_line(box: str, defaults: Options) -> str:
-    """What a box says of an error: value, what is accepted, nearest name."""
-    lines = [line.strip(" │").strip() for line in box.splitlines()]
-    paragraphs = " ".join("\n" if set(line) <= set("─╭╮╰╯- ") else line for line in lines[1:]).split("\n")
-    text = next((paragraph.strip() for paragraph in paragraphs if paragraph.strip()), "unusable arguments")
-    if unknown := re.search(r"^Unrecognized options: (\S+?),?(?: |$)", text):
-        known = [f"--{name.replace('_', '-')}" for name in offered(type(defaults))]
-        return str(not_accepted("option", unknown.group(1), known))
-    if choice := re.search(r"invalid choice '(.*?)' for argument '(--\S+)'. Expected one of \((.*?)\)", text):
-        return str(not_accepted(choice.group(2), choice.group(1), re.findall(r"'(.*?)'", choice.group(3))))
-    if unreadable := re.search(r"^Error parsing (--\S+): .*?(\[?'[^']*'(?:, '[^']*')*\]?)$", text):
-        option, value = unreadable.groups()
-        accepted = re.search(rf"{option} (.*?)(?:  |$|\n)", "\n".join(lines))
-        kind = {"INT": "a whole number", "[INT [INT ...]]": "whole numbers with spaces between them"}
-        wanted = accepted.group(1).strip() if accepted else "another value"
-        return f"{option} (={value.strip('[]')}) cannot be read; accepted: {kind.get(wanted, wanted)}"
-    return text

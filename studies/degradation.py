@@ -205,13 +205,11 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     rows = []
     on_cifar10 = results.options.data_name == "cifar10"
-    beside_paper = study.beside_paper(results.options)
     for (kind, depth), group in results.table.groupby(["kind", "depth"], sort=False):
         of_the_paper = kind == "residual" and not study.built_of(results.options)
         paper = PAPER_TEST_ERROR.get(depth) if of_the_paper else None
-        note = "" if on_cifar10 else " (CIFAR-10)"
-        if paper and beside_paper:
-            note = f" ({rp.from_paper(group['test_error'].tolist(), paper)})"
+        away = study.from_paper(results.options, group["test_error"].tolist(), paper) if paper else ""
+        note = away or ("" if on_cifar10 else " (CIFAR-10)")
         rows.append(
             {
                 "network": f"{kind}-{depth}",

@@ -140,11 +140,8 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     import pandas
 
     def beside(depth: int, errors: list[float]) -> str:
-        if (paper := PAPER_TEST_ERROR.get(depth)) is None:
-            return "–"
-        return (
-            f"{paper:.2f} ({rp.from_paper(errors, paper)})" if study.beside_paper(results.options) else f"{paper:.2f}"
-        )
+        paper = PAPER_TEST_ERROR.get(depth)
+        return f"{paper:.2f}{study.from_paper(results.options, errors, paper)}" if paper else "–"
 
     return pandas.DataFrame(
         {

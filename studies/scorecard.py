@@ -38,7 +38,8 @@ import studies
 from resprobe.claims import VERDICTS, Claim
 from resprobe.commands import EXPECTED, Parser, answer, called_as, ended_like_interrupted, notes_on_one_line
 from resprobe.errors import UsageError, not_accepted, one_line
-from resprobe.study import Study, offered
+from resprobe.options import offered
+from resprobe.study import Study
 
 UNTESTED = {
     Claim(

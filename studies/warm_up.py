@@ -218,11 +218,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
 def tabulate(results: rp.Results) -> pandas.DataFrame:
     import pandas
 
-    def beside(start: str) -> str:
-        if start == COLD or not study.beside_paper(results.options):
-            return PAPER[start]
-        return f"{PAPER[start]} ({rp.from_paper(results.values('test_error', start=start), PAPER_MEAN)})"
-
+    away = {WARM: study.from_paper(results.options, results.values("test_error", start=WARM), PAPER_MEAN)}
     return pandas.DataFrame(
         {
             f"ResNet-{results.options.depth}": start,
@@ -231,7 +227,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
             "iterations to 80 %": _in_words(_seeds(results, start, "below_80")),
             "training error (%)": rp.mean_std(results.values("train_error", start=start)),
             "test error (%)": rp.mean_std(results.values("test_error", start=start)),
-            "paper (%)": beside(start),
+            "paper (%)": PAPER[start] + away.get(start, ""),
         }
         for start in (WARM, COLD)
     )

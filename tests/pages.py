@@ -65,7 +65,9 @@ def study() -> rp.Study:
 def write(out: Path, *, setting: str = "quick", trained: bool = True, environment: dict | None = None) -> Path:
     """Writes the report into the folder `out`, and returns the path of the page."""
     options = rp.Options(out=str(out), data="digits:some/where", seeds=(0, 1, 2))
-    config = SimpleNamespace(recipe=rp.recipes.cifar_paper(iterations=400), network=SimpleNamespace(depth=20))
+    config = SimpleNamespace(
+        recipe=rp.recipes.cifar_paper(iterations=400), network=rp.networks.resolve("cifar/resnet-20", width=8)
+    )
     runs = [SimpleNamespace(metrics={"seconds": 90.0}, config=config)] * 3 if trained else []
     table = pandas.DataFrame({"network": ["plain-20"], "seed": [0]}) if trained else pandas.DataFrame()
     results = rp.Results(options, table, pandas.DataFrame(), runs)

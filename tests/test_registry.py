@@ -128,6 +128,12 @@ def test_temporary_leaves_what_was_there_before(fruits):
     assert fruits["apple"] is apple
 
 
+def test_what_is_told_of_a_temporary_name_goes_with_it(fruits):
+    with fruits.temporary("green-apple", apple, about="green"):
+        assert fruits.about("green-apple") == "green"
+    assert "green-apple" not in fruits
+
+
 def test_what_is_told_of_a_name_is_that_names_alone(fruits):
     fruits.register("red-apple", about="red")(apple)
     fruits.register("green-apple", about="green")(apple)

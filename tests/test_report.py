@@ -185,6 +185,7 @@ def test_how_it_was_made_on_several_machines(tmp_path):
 def test_departures_and_evidence_are_said(html):
     assert "<li>data: digits instead of CIFAR-10</li>" in html
     assert "<li>iterations: 400 instead of 64,000 (the whole schedule scaled)</li>" in html
+    assert "<li>width: 8 filters in the first stage instead of 16</li>" in html
     assert html.count("<dt>would refute it</dt><dd>the &lt;opposite&gt;</dd>") == 4
     assert "3 seeds a network" in html
     assert html.count("<dt>why</dt>") == 1  # of what was not tested, at once; of the rest further down

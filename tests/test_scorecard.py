@@ -545,15 +545,20 @@ def test_told_to_end_it_ends_the_study_too(tmp_path):
     """`kill` tells the first process alone."""
     command = [sys.executable, "-u", "-m", "studies.scorecard", "--run", "quick", "--studies", "convergence"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("time: "):  # the study is about to train
-            break
-    process.terminate()
-    said = process.communicate(timeout=120)[1]
+    errors = tmp_path / "stderr"  # a pipe that nobody reads meanwhile may be full
+    with errors.open("w") as stream:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=stream, text=True
+        )
+    try:
+        for line in process.stdout:
+            if line.startswith("time: "):  # the study is about to train
+                break
+        process.terminate()
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 1
-    assert said.endswith(
+    assert errors.read_text().endswith(
         "interrupted; finished studies, runs and checkpoints are kept, the same command goes on from there\n"
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +45,11 @@ def test_imports_run_one_way_and_take_what_is_documented(file):
         assert not name.startswith("_"), f"{module}.{name} is private"
         thing = getattr(importlib.import_module(module), name, None)  # None: a module of a package, imported on demand
         assert not callable(thing) or thing.__doc__, f"{module}.{name} is not documented"
+
+
+def test_no_study_imports_what_takes_time_before_there_is_something_to_do():
+    """Else `--help` would wait for it."""
+    studies = ", ".join(f"studies.{file.stem}" for file in (ROOT / "studies").glob("*.py") if file.stem[0] != "_")
+    slow = "{'torch', 'pandas', 'matplotlib', 'scipy', 'captum'}"
+    code = f"import sys, {studies}; assert not (there := {slow} & set(sys.modules)), there"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

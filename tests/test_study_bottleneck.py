@@ -1,8 +1,6 @@
 """The bottleneck study: weights and measured time turn one verdict, training errors the other."""
 
 import dataclasses
-import subprocess
-import sys
 
 import pandas
 import pytest
@@ -229,8 +227,3 @@ def test_a_mistake_gets_one_line(arguments, text, tmp_path, monkeypatch, capsys)
 def test_the_presets_are_the_studys():
     assert study.setting(study.presets["quick"]) == "quick"
     assert study.setting(dataclasses.replace(study.presets["quick"], repeats=3)) == "custom"
-
-
-def test_help_does_not_import_torch():
-    code = "import sys, studies.bottleneck; assert not {'torch', 'pandas'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

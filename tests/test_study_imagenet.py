@@ -1,8 +1,6 @@
 """The ImageNet study: verdicts follow the data; files are trained on and tested at 224 pixels; published weights are read."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -425,8 +423,3 @@ def test_weights_of_no_use_are_refused(generated, tmp_path, monkeypatch, capsys)
     ):
         assert study.main([*arguments, file]) == 2
         assert f"error: weights (='{file}') {said}" in capsys.readouterr().err
-
-
-def test_help_does_not_import_torch():
-    code = "import sys, studies.imagenet; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

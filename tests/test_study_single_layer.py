@@ -1,8 +1,5 @@
 """The single-layer study: an advantage refutes the claim, its exclusion confirms it; and what a linear block is."""
 
-import subprocess
-import sys
-
 import pandas
 import pytest
 import torch
@@ -193,8 +190,3 @@ def test_a_small_study(tmp_path, monkeypatch):
     # The activation has no weights, and neither has option A.
     assert table[table["block"] != "basic"]["parameters"].nunique() == 1
     assert (tmp_path / "results/single_layer/figure-depth.png").stat().st_size > 10_000
-
-
-def test_help_does_not_import_torch():
-    code = "import sys, studies.single_layer; assert not {'torch', 'pandas'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
