@@ -286,7 +286,7 @@ def pictures(
         map_ = row.attribution.sum(0).numpy()
         limit = abs(map_).max() or 1.0
         below.imshow(map_, cmap="RdBu_r", vmin=-limit, vmax=limit)
-        below.set_title(f"delta {row.delta:+.1g}\nof {row.difference:.2f}", fontsize=9, y=-0.3)
+        below.set_title(f"sum off by {row.delta:+.1g}\nof {row.difference:.2f}", fontsize=9, y=-0.3)
     return figure
 
 
@@ -308,6 +308,26 @@ class Tap(nn.Module):
         out = self.inner(x)
         return out.view_as(out)
 
+    # A block whose own forward pass looks into its branch finds what is there. That it does not call it is said afterwards.
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.inner)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.inner[index]
+
 
 class _Block(NamedTuple):
     name: str
@@ -322,6 +342,8 @@ class _Twin:
 
     def __init__(self, network: nn.Module):
         network = rp.probes.unwrap(network)
+        if any(parameter.is_meta for parameter in network.parameters()):
+            raise rp.UsageError("attribution explains numbers, and a network on device 'meta' has none")
         try:
             self.network = copy.deepcopy(network, rp.probes.without_hooks(network)).eval().requires_grad_(False)
         except Exception as error:
@@ -397,8 +419,8 @@ class _Twin:
             for tap in filter(None, (block.branch, block.shortcut)):
                 if tap.uses != 1:
                     raise rp.UsageError(
-                        f"attribution cannot measure {block.name!r} ({block.kind}): it is used {tap.uses} times in one "
-                        "pass; expected once"
+                        f"attribution cannot measure {block.name!r} ({block.kind}): its branch or shortcut is called {tap.uses} "
+                        "times in one pass; expected once"
                     )
         return sorted(
             (block._replace(position=order[block.branch]) for block in blocks), key=lambda each: each.position

@@ -11,8 +11,8 @@
 
 The paper's FLOPs are multiply-adds: one multiplication and the addition that follows it are one. Other tools count two,
 or also count the additions of biases. Here `macs` are those of convolutions and matrix products, which is what Table 1
-holds. Everything else (normalization, additions, nonlinearities, pooling, resizing) is no part of `macs` and is listed,
-operator by operator, so that nothing is left out in silence.
+holds. Everything else (normalization, additions, nonlinearities, pooling, resizing; deformable convolutions and bilinear
+layers too) is no part of `macs` and is listed, operator by operator, so that nothing is left out in silence.
 
 One row for each module that holds parameters or does counted work itself, in the order of the first calls:
 
@@ -113,6 +113,7 @@ COUNTED: dict[Any, Callable[[Sequence[Any], Any], int]] = {
     aten.convolution: _of_convolution,
     aten._convolution: _of_convolution,
     aten.convolution_overrideable: _of_convolution,
+    aten.linear: _of_product(0),
     aten.mm: _of_product(0),
     aten.bmm: _of_product(0),
     aten.mv: _of_product(0),

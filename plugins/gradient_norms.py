@@ -41,7 +41,8 @@ instead of None look like accumulated ones: call `probe.read()` after each step.
 `table()` too, ends the sum over blocks, not that over weights. Under autocast the norms of half-precision
 gradients are summed up in float32; those of large bfloat16 tensors on a CPU are good to about 1e-4. Norms whose squares
 leave float32's range (below 1e-14, above 1e18) are summed up in float64. With a loss that a `GradScaler` has scaled, call
-`probe.read()` after `unscale_`.
+`probe.read(scale=scaler.get_scale())` after `unscale_`, which divides the weights' gradients, and before `update`: those of
+blocks' outputs are divided here.
 
 A block has NaN where several backward passes went through the same forward pass (`retain_graph`, a gradient penalty): the
 gradients of the parts of a loss add up to its own, their norms do not. With reentrant checkpointing one backward pass
@@ -58,8 +59,9 @@ from __future__ import annotations
 import math
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy
 import pandas
@@ -148,7 +150,7 @@ class GradientNorms(rp.Probe):
         self._measured: list[tuple[int, int]] = []  # iteration, index of the layout
         self._figures = array("d")
         self._network: nn.Module | None = None
-        self._order: dict[nn.Module, int] = {}
+        self._order: MutableMapping[nn.Module, int] = WeakKeyDictionary()
         self._on_tensors: list[RemovableHandle] = []
         self._forget()
 
@@ -164,8 +166,8 @@ class GradientNorms(rp.Probe):
         for block in self._blocks:
             yield block.module.register_forward_hook(self._watch_block(block))
         modules = {part.module: None for part in (*self._layers, *self._blocks)}
-        if self._order.keys() != modules.keys():
-            self._order = {}
+        if set(self._order) != set(modules):
+            self._order = WeakKeyDictionary()
             for module in modules:
                 yield module.register_forward_hook(self._note_order)
 
@@ -201,6 +203,8 @@ class GradientNorms(rp.Probe):
                     f"{self.name} cannot measure {name!r} ({type(module).__name__}): scripted code calls no hooks; "
                     "attach the probe before scripting"
                 )
+            if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
+                raise rp.UsageError(f"{self.name} cannot measure {name!r}: it is on device 'meta' and has no data")
             if module._parameters:
                 layers.extend(Part(*each, module, weight) for *each, weight in _weights(module, name, stage, block))
             for child_name, child in module._modules.items():
@@ -282,10 +286,11 @@ class GradientNorms(rp.Probe):
         self.read(iteration)
 
     @torch.no_grad()
-    def read(self, iteration: int | None = None) -> None:
+    def read(self, iteration: int | None = None, *, scale: float = 1.0) -> None:
         """Reads the gradients as they are now; does nothing if no backward pass has come since the last reading.
 
-        `iteration` is what the rows are filed under; None: one more than the last. This is the one wait for the device.
+        `iteration` is what the rows are filed under; None: one more than the last. `scale`: what the loss was multiplied by,
+        and weights' gradients are divided by already. This is the one wait for the device.
         """
         # Of an output without tensors to be seen, gradients alone tell that there was a backward pass.
         unsure = self._unsure and any(layer.weight.grad is not None for layer in self._layers)
@@ -313,7 +318,7 @@ class GradientNorms(rp.Probe):
         values[[index for index, gradient in enumerate(gradients) if gradient is not None], 0] = of_gradients
         with numpy.errstate(divide="ignore", invalid="ignore"):
             values[: len(weights), 2] = values[: len(weights), 0] / of_weights
-        own = iter(of_passes)
+        own = iter(of_passes / scale)
         for row, passes in zip(values[len(weights) :], seen, strict=True):
             if len({number for number, _, _ in passes}) < len(passes):  # several backward passes through one
                 for _ in passes:

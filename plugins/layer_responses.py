@@ -207,7 +207,8 @@ class LayerResponses(rp.Probe):
 
     def _check(self, name: str, module: nn.Module) -> None:
         inside = [type(child).__name__ for child in module.children() if not isinstance(child, nn.Identity)]
-        if _is_normalization(module) and inside:
+        holds = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if inside and (_is_normalization(module) or (holds and _named(module))):
             raise rp.UsageError(
                 f"{self.name} cannot measure {name!r} ({type(module).__name__}): it has {', '.join(inside)} inside, so "
                 "its response before the nonlinearity is never given; use a normalization and an activation of their own"
@@ -494,8 +495,11 @@ def _std(squares: float, count: int) -> float:
 
 
 def _is_normalization(module: nn.Module) -> bool:
-    named = "norm" in type(module).__name__.lower() and next(module.children(), None) is None
-    return isinstance(module, NORMALIZATIONS) or named
+    return isinstance(module, NORMALIZATIONS) or (_named(module) and next(module.children(), None) is None)
+
+
+def _named(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _places(modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:

@@ -84,10 +84,11 @@ class Block(nn.Module):
         was promised."""
         size = 4 * self.stride
         parameter = next(self.parameters(), torch.empty(0))
-        image = torch.zeros(2, self.in_channels, size, size, device=parameter.device, dtype=parameter.dtype)
-        was_training = self.training
+        drawn = torch.randn(2, self.in_channels, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
+        drawn = drawn.to(parameter.device, parameter.dtype)
+        image, modes = drawn.clone(), [(module, module.training) for module in self.modules()]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), keeping_random_state(self):
                 out = self.eval()(image)
         except UsageError:
             raise
@@ -96,7 +97,13 @@ class Block(nn.Module):
                 f"{type(self).__name__} fails on an input of {tuple(image.shape)}: {one_line(error, named=True)}"
             ) from error
         finally:
-            self.train(was_training)
+            for module, training in modes:
+                module.training = training
+        if not image.is_meta and not torch.equal(image, drawn):
+            raise UsageError(
+                f"{type(self).__name__} changes what it is given: {self._in_place() or 'its forward pass'} works in place, and "
+                "the shortcut needs the same"
+            )
         expected = (2, self.out_channels, size // self.stride, size // self.stride)
         if tuple(out.shape) != expected:
             raise UsageError(
@@ -116,13 +123,16 @@ class Block(nn.Module):
             return
         try:
             with torch.enable_grad(), keeping_random_state(self):
-                out = trial(image.requires_grad_() * 1)  # in a network, what comes in is itself computed
+                out = trial(image.requires_grad_().relu())  # in a network, what comes in is itself computed, and kept
                 if out.requires_grad and out.is_floating_point():
                     out.sum().backward()
         except Exception as error:
-            changing = [name for name, module in self.named_modules() if getattr(module, "inplace", False)]
-            why = f"{', '.join(changing)} works in place" if changing else one_line(error, named=True)
+            why = f"{self._in_place()} works in place" if self._in_place() else one_line(error, named=True)
             raise UsageError(f"{type(self).__name__} fails when it is trained: {why}") from error
+
+    def _in_place(self) -> str:
+        """The modules that say that they work in place, by their names."""
+        return ", ".join(name for name, module in self.named_modules() if getattr(module, "inplace", False))
 
     def _compare_depth(self) -> None:
         """Notes a branch of one layer after the other with another number of them than `weighted_layers` says."""

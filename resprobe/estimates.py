@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from resprobe.data import Data, FolderSet, Normalization, batches_of
 from resprobe.data.folder import loader_processes
 from resprobe.devices import autocast, cpu_threads, synchronize
+from resprobe.layers import subsampling
 from resprobe.networks import NetworkSpec, build
 from resprobe.randomness import keeping_random_state
 from resprobe.recipes import Recipe
-from resprobe.recompute import recomputing
+from resprobe.recompute import calling, recomputing
 
 _SMALL_BATCH = 8
 _LONG_STEP = 0.5
@@ -84,11 +85,12 @@ def _timed(
     images = torch.zeros(recipe.batch_size, *_shape(data, recipe), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.zeros(recipe.batch_size, dtype=torch.long, device=device)
+    instead = list(subsampling(network)) if device.type == "cpu" else []
     part_size = recipe.bn_batch or recipe.batch_size
 
     def step(count: int) -> None:
         network.train()
-        with recomputing(network) if recompute else nullcontext():
+        with calling(instead), recomputing(network) if recompute else nullcontext():
             for part, part_labels in zip(images[:count].split(part_size), labels[:count].split(part_size), strict=True):
                 with autocast(device, precision):
                     logits = network(part)
@@ -139,7 +141,9 @@ def _reading(data: Data, recipe: Recipe) -> float:
     """Seconds a loader needs for one image, with all its processes."""
     few = dataclasses.replace(recipe, batch_size=_SMALL_BATCH, iterations=2)
     nothing = Normalization.channels((0.0,) * 3, (1.0,) * 3)
-    read = batches_of(data.train, few, 0, nothing, torch.device("cpu")).drawn(0)
+    # So few that this process reads them itself: a loader's would have read the second batch beside the first.
+    files = data.train.select(torch.linspace(0, len(data.train) - 1, 2 * _SMALL_BATCH).long())
+    read = batches_of(files, few, 0, nothing, torch.device("cpu")).drawn(0)
     next(read)
     started = time.perf_counter()
     next(read)

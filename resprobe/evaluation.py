@@ -45,6 +45,32 @@ def evaluation_mode(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def normalization_of(network: nn.Module, data: Data | None) -> Normalization:
+    """How a network's inputs are normalized: as it was trained (`network.normalization`), else by the per-pixel mean of the
+    training part of `data` (§3.4, §4.2), with a warning if the network is not one that `rp.build` made.
+
+    Raises `UsageError` if neither is there.
+    """
+    network = _within(network)
+    own = getattr(network, "normalization", None)
+    if isinstance(own, Normalization):
+        return own
+    if data is None:
+        raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
+    if not isinstance(network, Network):  # it may well have been trained by another one
+        warnings.warn(
+            f"{type(network).__name__} does not say how its inputs are normalized; the data's mean image is subtracted. "
+            "evaluate takes normalization=…"
+        )
+    return Normalization.fit(data.train.sample(2000), "per-pixel-mean")
+
+
+def _within(network: nn.Module) -> nn.Module:
+    """What `DataParallel` or `DistributedDataParallel` is wrapped around, which alone says what it is."""
+    wrapped = isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel)
+    return network.module if wrapped else network
+
+
 def evaluate(
     network: nn.Module | Sequence[nn.Module],
     data: str | Data | ImageSet | FolderSet,
@@ -116,12 +142,13 @@ def _scoring(
     if batch_size is not None:
         check_whole("batch_size", batch_size, 1)
     images: ImageSet | FolderSet
+    loaded = None
     if isinstance(data, ImageSet | FolderSet):
-        images, fitted = data, None
+        images = data
     else:
         loaded = load_data(data)
-        images, fitted = loaded.test, loaded.train
-        for spec in (getattr(member, "spec", None) for member in networks):
+        images = loaded.test
+        for spec in (getattr(_within(member), "spec", None) for member in networks):
             if isinstance(spec, NetworkSpec):
                 check_fit(spec, loaded)
     device = resolve_device(device)
@@ -131,17 +158,7 @@ def _scoring(
         batch_size = 2000 if device.type == "cuda" and isinstance(images, ImageSet) else 250
     members: list[tuple[nn.Module, Normalization]] = []
     for member in networks:
-        chosen = normalization or getattr(member, "normalization", None)
-        if not isinstance(chosen, Normalization):
-            if fitted is None:
-                raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
-            if not isinstance(member, Network):  # it may well have been trained by another one
-                warnings.warn(
-                    f"{type(member).__name__} does not say how its inputs are normalized; the data's mean image is subtracted. "
-                    "evaluate takes normalization=…"
-                )
-            chosen = Normalization.fit(fitted.sample(2000), "per-pixel-mean")
-        members.append((member, chosen.to(device)))
+        members.append((member, (normalization or normalization_of(member, loaded)).to(device)))
     views = {"single-view": _single_view, "ten-crop": _ten_crop, "multi-scale": _multi_scale}[protocol](
         images, batch_size
     )

@@ -145,7 +145,12 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
             except UsageError as error:
                 raise UsageError(f"{spec.name}, {name}: {error}") from error.__cause__
     if spec.get("init") is not None:  # a stranger's family without that option initializes its networks itself
-        initialize(result, str(spec["init"]))
+        try:
+            initialize(result, str(spec["init"]))
+        except UsageError:
+            raise
+        except Exception as error:  # of a stranger's module that does so itself
+            raise UsageError(f"{spec} cannot be initialized: {one_line(error, named=True)}") from error
     return result
 
 

@@ -64,20 +64,27 @@ def at(iterations: Iterable[int]) -> Schedule:
 def unwrap(network: nn.Module) -> nn.Module:
     """The module itself, beneath `torch.compile` and `DistributedDataParallel`: what a probe is attached to.
 
-    Raises `UsageError` for `DataParallel`, which runs copies of the module that live for one pass.
+    Raises `UsageError` for `DataParallel`, which runs copies of the module that live for one pass; within the network too.
     """
     while True:
-        if isinstance(network, nn.DataParallel):
-            raise UsageError(
-                "a probe cannot be attached to DataParallel, whose copies live for one pass; attach it to its .module "
-                "on one device, or use DistributedDataParallel"
-            )
         if isinstance(network, nn.parallel.DistributedDataParallel):
             network = network.module
         elif isinstance(getattr(network, "_orig_mod", None), nn.Module):  # made by torch.compile
             network = network._orig_mod  # type: ignore[assignment]
         else:
-            return network
+            break
+    for name, module in network.named_modules():
+        if isinstance(module, nn.DataParallel) and (not name or len(module.device_ids) > 1):
+            where = f", as {name} is" if name else ""
+            raise UsageError(
+                f"a probe cannot be attached to DataParallel{where}, whose copies live for one pass; attach it to its .module "
+                "on one device, or use DistributedDataParallel"
+            )
+    return network
+
+
+_HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks"))
+"""Where a module keeps its hooks. By torch's own names: a stranger's attribute may end like them (`use_hooks`)."""
 
 
 def without_hooks(network: nn.Module) -> dict[int, Any]:
@@ -85,9 +92,21 @@ def without_hooks(network: nn.Module) -> dict[int, Any]:
 
     It tells what has been copied already: here, of each table of hooks, an empty one.
     """
-    # Those of torch's own, by name: a stranger's attribute may end like them (`use_hooks`).
-    tables = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
-    return {id(getattr(module, name)): OrderedDict() for module in network.modules() for name in tables}
+    return {id(getattr(module, name)): OrderedDict() for module in network.modules() for name in _HOOKS}
+
+
+@contextmanager
+def _no_hooks_left(network: nn.Module) -> Iterator[None]:
+    """Where the `with` block fails, takes off the hooks that were registered in it, whose handles nobody may have."""
+    tables = [table for module in network.modules() for name, table in vars(module).items() if name in _HOOKS]
+    before = [set(table) for table in tables]
+    try:
+        yield
+    except BaseException:
+        for table, known in zip(tables, before, strict=True):
+            for new in set(table) - known:
+                del table[new]
+        raise
 
 
 @functools.cache
@@ -194,14 +213,18 @@ class Probe:
             raise UsageError(f"probe {called} must call super().__init__() in its own")
         if self._handles:
             raise UsageError(f"probe {called} is attached already; detach it first")
+        network = unwrap(network)
         try:
             if _Uncompiled.needed():
                 self._handles.append(_Uncompiled())
-            handles = self.hook(unwrap(network))
-            if handles is None:
-                raise UsageError(f"probe {called}: hook must return the handles it registers")
-            for handle in handles:
-                self._handles.append(handle)
+            with _no_hooks_left(network):
+                handles = self.hook(network)
+                for handle in handles if isinstance(handles, Iterable) else [handles]:
+                    if isinstance(handle, Iterable) or not hasattr(handle, "remove"):
+                        raise UsageError(
+                            f"probe {called}: hook must return the handles it registers, not {short(handle)}"
+                        )
+                    self._handles.append(handle)
         except BaseException:
             self.detach()
             raise

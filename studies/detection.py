@@ -28,7 +28,9 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -173,16 +175,27 @@ def _check(options: Options) -> None:
     _read.cache_clear()  # files may have changed since another study of this process
     # What is wrong with the detectors is said before their backbones are trained.
     data, _ = _read(options.detection), recipe_of(options)
+    further = options.refine or options.context or options.scales or options.bn == "both"
+    if further and not data.test.labelled:
+        raise rp.UsageError(
+            f"detection (={options.detection!r}) has no public truth to test on, by which --refine, --context, --scales and --bn "
+            "both are judged; test on another part, as voc:PATH@2012-train/2012-val"
+        )
+    if data.problems:
+        file, what = data.problems[0].file, data.problems[0].what
+        warnings.warn(f"{_left_out(data)}; the first, in {file}: {what}")
     rcnn.DetectorSpec(len(data.classes) + 1, **shape_of(options))
     if not options.weights:  # with which nothing is trained on the data, and they need not be there
         _check_channels(options.data)
 
 
+def _left_out(data: DetectionData) -> str:
+    return f"{len(data.problems)} bad annotations or images were left out, or cut at the image's border"
+
+
 def _check_channels(data: str) -> None:
     """Networks are fitted to the data that they are trained on, and the images to detect in have three channels."""
-    from resprobe.distributed import team
-
-    channels = team().told(lambda: rp.load_data(data).in_channels)  # one process downloads
+    channels = rp.load_data(data).in_channels
     if channels != 3:
         raise rp.UsageError(
             f"data (={data!r}) must have images of 3 channels, as those to detect in have, not of {channels}; accepted: "
@@ -228,6 +241,8 @@ def departs(options: Options) -> list[str]:
     found, recipe = [], recipe_of(options)
     if options.detection.partition(":")[0] == "shapes":
         found.append("detection: in drawn shapes instead of PASCAL VOC and COCO; anchors and proposals for their size")
+    with suppress(rp.UsageError):  # of data that are not there nothing is left out
+        found += [f"detection: {_left_out(data)}"] if (data := _read(options.detection)).problems else []
     if options.backbones != _PAPER_BACKBONES:
         found.append(f"backbones: {' and '.join(options.backbones)} instead of VGG-16 and ResNet-101")
     if options.weights:

@@ -326,6 +326,30 @@ class Uncopied(nn.Sequential):
         raise RuntimeError("no\ncopies")
 
 
+class LooksInside(rp.BLOCKS["basic"]):
+    """Its own forward pass takes the branch layer by layer."""
+
+    def forward(self, x):
+        out = self.branch.conv1(x) if len(self.branch) == 5 and self.branch[0] is self.branch.conv1 else x
+        for layer in list(self.branch)[1:]:
+            out = layer(out)
+        return self.activation(out + self.shortcut(x))
+
+
+def test_a_block_that_looks_into_its_branch_is_named():
+    net = nn.Sequential(LooksInside(1, 1, shortcut="A"), nn.Flatten(), nn.Linear(64, 10))
+    said = r"^attribution cannot measure '0' \(LooksInside\): its branch or shortcut is called 0 times in one pass; expected"
+    with pytest.raises(rp.UsageError, match=said):
+        branch_and_shortcut(net, *batch())
+
+
+def test_a_network_without_data_is_refused():
+    with torch.device("meta"):
+        net = rp.build("cifar/resnet-8", in_channels=1)
+    with pytest.raises(rp.UsageError, match="^attribution explains numbers, and a network on device 'meta' has none$"):
+        branch_and_shortcut(net, *batch())
+
+
 def test_what_cannot_be_measured_is_named():
     images, labels = batch()
     tail = [nn.Flatten(), nn.Linear(64, 10)]
@@ -338,8 +362,16 @@ def test_what_cannot_be_measured_is_named():
             "attribution finds no block in Sequential: it knows resprobe.Block (`.branch` and `.shortcut`) and "
             "torchvision's BasicBlock and Bottleneck",
         ),
-        (Shared(), "attribution cannot measure 'block' (BasicBlock): it is used 2 times in one pass; expected once"),
-        (unused, "attribution cannot measure '1.spare' (BasicBlock): it is used 0 times in one pass; expected once"),
+        (
+            Shared(),
+            "attribution cannot measure 'block' (BasicBlock): its branch or shortcut is called 2 times in one pass; "
+            "expected once",
+        ),
+        (
+            unused,
+            "attribution cannot measure '1.spare' (BasicBlock): its branch or shortcut is called 0 times in one pass; "
+            "expected once",
+        ),
         (
             weighed.eval(),
             "attribution cannot measure '0' (Weighed): it does not add its branch and its shortcut as they are",
@@ -668,12 +700,12 @@ def test_pictures(count, channels):
     shown = [axis for axis in figure.axes if axis.images]
     assert len(shown) == 2 * count
     table = integrated_gradients(net, images, labels, steps=8)
-    below = [axis for axis in shown if axis.get_title().startswith("delta")]
-    assert below[0].get_title() == f"delta {table.delta[0]:+.1g}\nof {table.difference[0]:.2f}"
+    below = [axis for axis in shown if axis.get_title().startswith("sum off by")]
+    assert below[0].get_title() == f"sum off by {table.delta[0]:+.1g}\nof {table.difference[0]:.2f}"
     numpy.testing.assert_array_equal(below[0].images[0].get_array(), table.attribution[0].sum(0))
     low, high = below[0].images[0].get_clim()
     assert low == -high < 0
-    above = [axis.get_title() for axis in shown if not axis.get_title().startswith("delta")]
+    above = [axis.get_title() for axis in shown if not axis.get_title().startswith("sum off by")]
     assert above[0] == f"class {labels[0]}\nlogit {table.logit[0]:.2f}"
     assert rp.figures.render(figure, "png").startswith(b"\x89PNG")
 

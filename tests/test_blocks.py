@@ -306,6 +306,63 @@ def test_a_block_that_spoils_its_own_gradients_is_refused(inplace, clean_registr
     assert str(caught.value) == "cifar/resnet-8, stage1.0: Spoils fails when it is trained: branch.1 works in place"
 
 
+@pytest.mark.parametrize("shortcut", ["A", "none"])
+def test_a_block_that_changes_what_it_is_given_is_refused(shortcut, clean_registries):
+    """The shortcut would carry what the branch has left: in silence, where autograd has nothing against it."""
+
+    @rp.register_block("begins-in-place")
+    class BeginsInPlace(rp.Block):
+        weighted_layers = 2
+
+        def make_branch(self, in_channels, width, stride, layers):
+            convolutions = layers.conv(in_channels, width, stride=stride), layers.conv(width, width)
+            return torch.nn.Sequential(torch.nn.ReLU(inplace=True), *convolutions)
+
+    with pytest.raises(rp.UsageError) as caught:
+        rp.build("cifar/resnet-8", block="begins-in-place", norm="none", shortcut=shortcut)
+    assert str(caught.value) == (
+        "cifar/resnet-8, stage1.0: BeginsInPlace changes what it is given: branch.0 works in place, and "
+        "the shortcut needs the same"
+    )
+
+
+def test_trying_a_block_leaves_its_modes_and_the_random_numbers(clean_registries):
+    @rp.register_block("half-frozen")
+    class HalfFrozen(rp.Block):
+        weighted_layers = 1
+
+        def make_branch(self, in_channels, width, stride, layers):
+            always = torch.nn.Module()
+            always.forward = lambda x: torch.nn.functional.dropout(x, 0.5, training=True)
+            return torch.nn.Sequential(
+                layers.conv(in_channels, width, stride=stride), layers.norm(width).eval(), always
+            )
+
+    with rp.seeded(3):
+        network = rp.build("cifar/plain-5", block="half-frozen")
+    assert not network.stage1[0].branch[1].training and network.stage1[0].branch[0].training
+    with rp.seeded(3):
+        other = rp.build("cifar/plain-5", block="single")
+    assert torch.equal(network.fc.weight, other.fc.weight)
+
+
+def test_a_module_that_fails_to_initialize_itself_is_one_line(clean_registries):
+    @rp.register_block("not-initialized")
+    class NotInitialized(rp.Block):
+        weighted_layers = 1
+
+        def make_branch(self, in_channels, width, stride, layers):
+            return layers.conv(in_channels, width, stride=stride)
+
+        def initialize(self, weights):
+            """Of another meaning."""
+
+    with pytest.raises(
+        rp.UsageError, match=r"^cifar/plain-5 \(.*\) cannot be initialized: TypeError: .*missing 1 required"
+    ):
+        rp.build("cifar/plain-5", block="not-initialized")
+
+
 class Doubling(torch.autograd.Function):
     @staticmethod
     def forward(context, x):

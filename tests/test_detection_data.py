@@ -227,6 +227,42 @@ def test_bad_voc_files_are_reported_and_left_out_or_stop(tmp_path):
         read_voc(tmp_path, ["all"], on_bad="stop")
 
 
+def test_what_is_said_of_difficult_does_not_lose_an_object(tmp_path):
+    words = ("0", "1", "False", "true", "Unspecified", "hard")
+    voc_image(tmp_path, "a", *(voc_object("dog", difficult=word) for word in words))
+    part = read_voc(tmp_path)
+    assert part.targets[0]["difficult"].tolist() == [False, True, False, True, False, False]
+    what = "difficult (='hard') of an object of class 'dog' is neither 0 nor 1, and taken for 0"
+    assert part.problems == (Problem("Annotations/a.xml", what),)
+
+
+def test_an_image_of_another_size_than_annotated_is_left_out(tmp_path):
+    """Turned by a camera's note, or an annotation with its sides the wrong way round: the boxes lie elsewhere."""
+    for name in ("a", "b", "c"):
+        voc_image(tmp_path, name, voc_object())
+    Image.new("RGB", (50, 60)).save(tmp_path / "JPEGImages" / "b.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (50, 60)).save(tmp_path / "JPEGImages" / "c.png", exif=turned)
+    part = read_voc(tmp_path)
+    assert part.names == ("a",)
+    what = "the image has 50×60 pixels, not 60×50 as annotated"
+    assert part.problems == (
+        Problem("JPEGImages/b.png", what),
+        Problem("JPEGImages/c.png", f"{what}; its EXIF says that it is to be turned"),
+    )
+
+
+def test_what_is_left_of_a_box_is_a_pixel_or_more(tmp_path):
+    """In the precision in which boxes are kept: torchvision ends a training at a box without width."""
+    good = {"id": 7, "image_id": 200, "category_id": 3, "bbox": [1, 1, 9, 9]}
+    slivers = [{**good, "id": 8 + i, "bbox": [edge, 5, 5, 5]} for i, edge in enumerate((59.9999999, 59.5))]
+    coco_folder(tmp_path, annotations=[good, *slivers])
+    part = read_coco(tmp_path, ["train2017"])
+    assert [len(target["boxes"]) for target in part.targets].count(1) == 1 and len(part.problems) == 2
+    assert all("is outside the image of" in problem.what for problem in part.problems)
+
+
 def test_an_annotation_may_leave_out_the_size_and_the_flags(tmp_path):
     voc_image(tmp_path, "a", voc_object("dog", (70, 5, 80, 9)), voc_object("cat", difficult=None), stated=False)
     part = read_voc(tmp_path)
@@ -236,7 +272,8 @@ def test_an_annotation_may_leave_out_the_size_and_the_flags(tmp_path):
 
 def test_a_damaged_image_is_named_when_it_is_read(tmp_path):
     voc_image(tmp_path, "a", voc_object())
-    (tmp_path / "JPEGImages" / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    file = tmp_path / "JPEGImages" / "a.png"
+    file.write_bytes(file.read_bytes()[:60])  # whose size can still be read
     with pytest.raises(rp.UsageError, match=r"image .*a\.png cannot be read"):
         read_voc(tmp_path)[0]
 

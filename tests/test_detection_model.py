@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import pytest
+import tiny
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from plugins.detection.improvements import adjacent_scales, detect, refine, vote
 from plugins.detection.model import Detector, RegionFeatures, cost, faster_rcnn, trainable
 from plugins.detection.normalization import FrozenBatchNorm2d, freeze_batch_norm
 from plugins.detection.spec import DetectorSpec
-from tests import tiny
 
 SMALL = {
     "shorter_side": 64,
@@ -165,6 +165,21 @@ def test_batch_normalization_without_affine_part_freezes_and_without_statistics_
     torch.testing.assert_close(FrozenBatchNorm2d.of(norm)(x), norm(x))
     with pytest.raises(rp.UsageError, match=r"bn \(='frozen'\) needs .* accepted with them: bn='trained'"):
         freeze_batch_norm(nn.Sequential(nn.BatchNorm2d(4, track_running_stats=False)))
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    """As timm's, with the activation in it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def test_batch_normalization_that_does_more_is_not_replaced() -> None:
+    said = (
+        r"^bn \(='frozen'\) cannot fix '1': a ActivatedNorm does more than batch normalization; accepted: bn='trained'$"
+    )
+    with pytest.raises(rp.UsageError, match=said):
+        freeze_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), ActivatedNorm(4)))
 
 
 # Where a network is cut
@@ -732,3 +747,48 @@ def test_nothing_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         detector().train()(images(), targets())
+
+
+def test_every_number_of_the_specification_gets_to_its_place() -> None:
+    numbers = {
+        "proposals_train": 51,
+        "proposals_test": 21,
+        "candidates_train": 201,
+        "candidates_test": 101,
+        "rpn_nms": 0.61,
+        "rpn_foreground": 0.71,
+        "rpn_background": 0.31,
+        "rpn_batch": 33,
+        "rpn_foreground_fraction": 0.41,
+        "roi_foreground": 0.51,
+        "roi_batch": 17,
+        "roi_foreground_fraction": 0.26,
+        "score_threshold": 0.06,
+        "nms": 0.37,
+        "detections": 7,
+    }
+    model = detector(**numbers)
+    rpn, heads = model.rpn, model.roi_heads
+    assert (rpn._pre_nms_top_n, rpn._post_nms_top_n) == (
+        {"training": 201, "testing": 101},
+        {"training": 51, "testing": 21},
+    )
+    assert (rpn.nms_thresh, rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold) == (
+        0.61,
+        0.71,
+        0.31,
+    )
+    sampler = rpn.fg_bg_sampler
+    assert (sampler.batch_size_per_image, sampler.positive_fraction) == (33, 0.41)
+    sampler = heads.fg_bg_sampler
+    assert (sampler.batch_size_per_image, sampler.positive_fraction) == (17, 0.26)
+    assert (heads.proposal_matcher.high_threshold, heads.proposal_matcher.low_threshold) == (0.51, 0.51)
+    assert (heads.score_thresh, heads.nms_thresh, heads.detections_per_img) == (0.06, 0.37, 7)
+    assert heads.box_coder.weights == (10.0, 10.0, 5.0, 5.0)
+    assert model.transform.min_size == (64,) and model.transform.max_size == 96
+
+
+def test_an_anchor_s_ratio_is_height_over_width() -> None:
+    (cells,) = detector(anchor_sizes=(32,), anchor_ratios=(2.0,)).rpn.anchor_generator.cell_anchors
+    width, height = (cells[0, 2:] - cells[0, :2]).tolist()
+    assert height / width == pytest.approx(2, rel=0.1) and height * width == pytest.approx(32**2, rel=0.1)

@@ -186,6 +186,16 @@ def test_more_logits_than_classes_are_none_of_our_business():
     assert rp.evaluate(network, "digits", normalization=PLAIN, device="cpu").images == 360
 
 
+def test_a_wrapped_network_says_what_it_was_trained_with(net):
+    """`DataParallel` hands on nothing but the forward pass."""
+    net.normalization = rp.Normalization.channels((0.2,), (3.0,))
+    wrapped = nn.DataParallel(net)
+    assert on(wrapped, "digits") == on(net, "digits")
+    assert rp.normalization_of(wrapped, None) is net.normalization
+    with pytest.raises(rp.UsageError, match=r"^in_channels \(=1\) of cifar/resnet-8 does not fit data 'shapes'"):
+        on(wrapped, "shapes")
+
+
 def test_a_strangers_network_that_says_nothing_of_its_inputs_is_told_of():
     """Published weights were trained on pixels of some mean and std; by another the error would be wrong, and plausible."""
     network = Answers(lambda count: torch.eye(10).repeat(count, 1)[:count])

@@ -857,3 +857,38 @@ def test_scripted_code_is_refused_by_name():
 def test_one_name_is_no_list_of_names():
     with pytest.raises(rp.UsageError, match=r"^blocks \(='stage1'\) must be a list of names or classes"):
         GradientNorms(blocks="stage1")
+
+
+def readings(scale: float) -> pandas.DataFrame:
+    torch.manual_seed(0)
+    net = rp.build("cifar/resnet-8", width=4).train()
+    with rp.attach(net, "gradient-norms") as probe:
+        (scale * net(torch.randn(4, 3, 32, 32)).square().mean()).backward()
+        for parameter in net.parameters():
+            parameter.grad /= scale  # as `unscale_` does
+        probe.read(scale=scale)
+    return probe.table()
+
+
+def test_what_a_loss_was_scaled_by_is_divided_out():
+    pandas.testing.assert_frame_equal(readings(1024.0), readings(1.0), rtol=1e-5)
+
+
+def test_a_probe_does_not_keep_the_network():
+    net = rp.build("cifar/resnet-8", width=4)
+    with rp.attach(net, "gradient-norms") as probe:
+        net(torch.randn(2, 3, 32, 32)).sum().backward()
+    gone = weakref.ref(net.stage1[0])
+    del net
+    gc.collect()
+    assert gone() is None and len(probe.table())
+
+
+def test_a_network_without_data_is_refused():
+    with torch.device("meta"):
+        net = rp.build("cifar/resnet-8")
+    probe = GradientNorms()
+    with pytest.raises(
+        rp.UsageError, match=r"^gradient-norms cannot measure 'stem.conv': it is on device 'meta' and has no"
+    ):
+        probe.attach(net)

@@ -480,6 +480,23 @@ def test_a_normalization_with_its_own_activation_is_refused_by_name():
     )
 
 
+class NormAct(nn.Module):
+    """Normalizes in its own code, and holds the activation as a module."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight, self.act = nn.Parameter(torch.ones(channels, 1, 1)), nn.ReLU()
+
+    def forward(self, x):
+        return self.act(x / x.square().mean(1, keepdim=True).sqrt() * self.weight)
+
+
+def test_a_strangers_normalization_with_its_own_activation_is_refused_too():
+    assert refused(nn.Sequential(nn.Conv2d(1, 4, 3), NormAct(4))).startswith(
+        "layer-responses cannot measure '1' (NormAct): it has ReLU inside, so its response before the nonlinearity is never"
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_scripted_modules_are_refused_by_name():
     net = nn.Sequential(torch.jit.script(nn.Conv2d(1, 4, 3)))

@@ -366,9 +366,54 @@ class Silent(rp.Probe):
     ("probe", "text"),
     [
         (Forgetful, r"^probe forgetful must call super\(\).__init__\(\) in its own$"),
-        (Silent, r"^probe silent: hook must return the handles it registers$"),
+        (Silent, r"^probe silent: hook must return the handles it registers, not None$"),
     ],
 )
 def test_what_a_probe_of_ones_own_may_lack(probe, text):
     with pytest.raises(UsageError, match=text), attach(network(), probe()):
         pytest.fail("the block must not be entered")
+
+
+class Eager(rp.Probe):
+    """Registers hooks at once, and then finds that it cannot measure, or gives them back in another way."""
+
+    name = "eager"
+    gives = None
+
+    def hook(self, network):
+        handles = [module.register_forward_hook(lambda *_: None) for module in network.modules()]
+        if self.gives is None:
+            raise UsageError("no")
+        return self.gives(handles)
+
+
+@pytest.mark.parametrize(
+    ("gives", "text"),
+    [
+        (None, "^no$"),
+        (lambda handles: [*handles, "done"], "^probe eager: hook must return the handles it registers, not 'done'$"),
+    ],
+)
+def test_a_probe_that_fails_half_way_leaves_no_hook(gives, text):
+    net, probe = network(), Eager()
+    probe.gives = gives
+    with pytest.raises(UsageError, match=text):
+        probe.attach(net)
+    assert hook_count(net) == 0
+
+
+def test_a_single_handle_may_be_returned():
+    net, probe = network(), Eager()
+    probe.gives = lambda handles: [handle.remove() for handle in handles[1:]] and handles[0]
+    probe.attach(net)
+    assert hook_count(net) == 1
+    probe.detach()
+    assert hook_count(net) == 0
+
+
+def test_copies_for_several_cards_within_the_network_are_refused():
+    net = nn.Sequential(nn.DataParallel(nn.Linear(2, 2)), nn.ReLU())
+    assert rp.probes.unwrap(net) is net  # here it has no card
+    net[0].device_ids = [0, 1]
+    with pytest.raises(UsageError, match="cannot be attached to DataParallel, as 0 is, whose copies"):
+        rp.probes.unwrap(net)

@@ -62,6 +62,8 @@ UNIONS = {
     "07++12": "2007-trainval+2007-test+2012-trainval/2012-test",
 }
 """What the paper trains and tests on (Table 7), by the names that the literature gives it."""
+_ORIENTATION = 0x0112
+"""EXIF's number for how a picture is to be turned."""
 _IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -261,6 +263,8 @@ def read_coco(root: str | Path, parts: Sequence[str], *, on_bad: str = "skip") -
                 if not image.is_file():
                     book.report(image, "the image is missing")
                     continue
+                if book.size_of(image, (float(entry["width"]), float(entry["height"]))) is None:
+                    continue
                 kept = list(_coco_objects(image, entry, of_image[entry["id"]], labels, book))
                 boxes, kinds, crowds, areas = ([thing[column] for thing in kept] for column in range(4))
                 files.append(image)
@@ -319,13 +323,35 @@ class _Book:
             self.report(file, f"{said} has no area")
             return None
         inside = [max(box[0], 0), max(box[1], 0), min(box[2], width), min(box[3], height)]
-        if inside[2] <= inside[0] or inside[3] <= inside[1]:
+        inside = torch.tensor(inside, dtype=torch.float32).tolist()  # in which boxes are kept
+        # Annotators' rounding: COCO's boxes often end a fraction of a pixel outside.
+        cut = max(abs(one - other) for one, other in zip(box, inside, strict=True)) > 1
+        if min(inside[2] - inside[0], inside[3] - inside[1]) <= (1 if cut else 0):  # nobody finds a pixel's part
             self.report(file, f"{said} is outside the image of {width:g}×{height:g}")
             return None
-        # Annotators' rounding: COCO's boxes often end a fraction of a pixel outside.
-        if max(abs(one - other) for one, other in zip(box, inside, strict=True)) > 1:
+        if cut:
             self.report(file, f"{said} reaches outside the image of {width:g}×{height:g} and is cut off there")
         return inside
+
+    def size_of(self, image: Path, said: Sequence[float]) -> list[float] | None:
+        """The image's (width, height); None if it cannot be read or is not of the size that is `said`, if one is: then it may
+        have been turned since its boxes were drawn."""
+        why = ""
+        try:
+            with Image.open(image) as opened:
+                size = [float(side) for side in opened.size]
+                other = min(said) > 0 and size != list(said)
+                if other and opened.getexif().get(_ORIENTATION, 1) != 1:
+                    why = "; its EXIF says that it is to be turned"
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            self.report(image, f"the image cannot be read: {error}")
+            return None
+        if other:
+            self.report(
+                image, f"the image has {size[0]:g}×{size[1]:g} pixels, not {said[0]:g}×{said[1]:g} as annotated{why}"
+            )
+            return None
+        return size
 
 
 def _root_and_parts(path: str) -> tuple[Path, str | None]:
@@ -379,6 +405,9 @@ def _voc_list(root: Path, part: str | None) -> tuple[Path, list[str]]:
     return folder, [line.split()[0] for line in file.read_text().splitlines() if line.split()]
 
 
+_DIFFICULT = {"0": False, "false": False, "unspecified": False, "1": True, "true": True}
+
+
 def _voc_objects(annotation: Path, image: Path, book: _Book) -> list[tuple[str, list[float], bool]] | None:
     """(class, box, difficult) of an XML file's objects; None if it cannot be read."""
     try:
@@ -390,13 +419,9 @@ def _voc_objects(annotation: Path, image: Path, book: _Book) -> list[tuple[str, 
         size = [float(tree.findtext(f"size/{side}", "")) for side in ("width", "height")]
     except ValueError:
         size = [0.0, 0.0]
-    if not min(size) > 0:  # some annotation tools leave it out
-        try:
-            with Image.open(image) as opened:
-                size = [float(side) for side in opened.size]
-        except OSError as error:
-            book.report(image, f"the image cannot be read: {error}")
-            return None
+    size = book.size_of(image, size)  # some annotation tools leave it out
+    if size is None:
+        return None
     objects = []
     for element in tree.findall("object"):
         kind = (element.findtext("name") or "").strip()
@@ -404,16 +429,20 @@ def _voc_objects(annotation: Path, image: Path, book: _Book) -> list[tuple[str, 
             x0, y0, x1, y1 = (
                 float(element.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")
             )
-            difficult = bool(int(element.findtext("difficult") or 0))
         except ValueError:
             book.report(annotation, f"an object of class {kind!r} has no readable box")
             continue
+        said = (element.findtext("difficult") or "0").strip().lower()
+        if said not in _DIFFICULT:
+            book.report(
+                annotation, f"difficult (={said!r}) of an object of class {kind!r} is neither 0 nor 1, and taken for 0"
+            )
         if x1 <= x0 or y1 <= y0:
             book.report(annotation, f"box of {kind!r} ({x0:g}, {y0:g}, {x1:g}, {y1:g}) has no area")
             continue
         box = book.fitted(annotation, f"box of {kind!r}", (x0 - 1, y0 - 1, x1, y1), size)
         if box is not None:
-            objects.append((kind, box, difficult))
+            objects.append((kind, box, _DIFFICULT.get(said, False)))
     return objects
 
 
@@ -487,5 +516,5 @@ def _read_image(file: Path) -> Tensor:
     try:
         with Image.open(file) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise rp.UsageError(f"image {file} cannot be read: {error}") from error

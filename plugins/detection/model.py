@@ -18,6 +18,7 @@ departures, all of torchvision's parts:
 - All parts are trained together ("approximate joint training": no gradient through the proposals' coordinates).
 - Backgrounds for the head overlap an object by [0, 0.5), without Fast R-CNN's lower bound of 0.1.
 - Anchors that cross the image's border take part in the RPN's training; Ren et al. leave them out.
+- Anchors' centres lie at 0, 16, 32, … pixels, the corners of the map's cells; Faster R-CNN's at 7.5, 23.5, …
 - The box losses are smooth L1 with its corner at 1/9, also in the head, where Fast R-CNN has it at 1.
 - The RPN's 3×3 convolution is as wide as the trunk's map: 512 for VGG as in the paper, 1024 for ResNet-50 and deeper.
 

@@ -56,14 +56,23 @@ class FrozenBatchNorm2d(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
+_PLAIN = {nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward}
+
+
 def freeze_batch_norm(module: nn.Module) -> nn.Module:
     """Replaces every batch normalization inside `module`, in place, and returns it (or what replaces `module` itself).
 
-    Other normalizations are left alone. A layer that stands in several places remains one layer.
+    Other normalizations are left alone. A layer that stands in several places remains one layer. Raises `rp.UsageError` for a
+    subclass with a forward pass of its own.
     """
     frozen: dict[nn.Module, FrozenBatchNorm2d] = {}
     for name, norm in list(module.named_modules(remove_duplicate=False)):
         if isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm):
+            if type(norm).forward not in _PLAIN:  # timm's have an activation in them, which would be lost
+                raise rp.UsageError(
+                    f"bn (='frozen') cannot fix {name!r}: a {type(norm).__name__} does more than batch normalization; accepted: "
+                    "bn='trained'"
+                )
             if norm not in frozen:
                 frozen[norm] = FrozenBatchNorm2d.of(norm)
             if norm is module:

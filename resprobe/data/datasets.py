@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.nn import functional as F
 
-from resprobe.data.folder import folder_identity, open_folder
+from resprobe.data.folder import open_folder
 from resprobe.data.images import Data, ImageSet
 from resprobe.errors import UsageError, one_line, short
 from resprobe.registry import Registry
@@ -96,7 +97,7 @@ def digits_64(path: str | None = None) -> Data:
     return Data("digits-64", "digits-64", train, test, small.classes)
 
 
-@register_dataset("folder", identity=folder_identity)
+@register_dataset("folder")
 def folder(path: str | None = None) -> Data:
     """Class folders of images, `folder:PATH` with PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (or test/)."""
     return open_folder(path)
@@ -219,7 +220,8 @@ def _download(name: str) -> Data:
     socket.setdefaulttimeout(30)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        make(target, download=True)
+        with FileLock(target / f".{name}.lock"):  # of processes that want it at the same time one downloads
+            make(target, download=True)
     except Exception as error:  # whatever a network can do
         raise UsageError(
             f"{name} is not here and its download failed ({one_line(error, named=True)[:200]}); "

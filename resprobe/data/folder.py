@@ -194,7 +194,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except OSError as error:
+    except (
+        OSError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # all are Pillow's for a file that is no picture
         raise DamagedFile(f"image {path} cannot be read: {error}") from error
 
 
