@@ -32,7 +32,7 @@ Measured (2026-11-21, two idle cores of an AMD EPYC, torch 2.15.0, bf16; record 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -142,12 +142,14 @@ def _prepare(labels: dict, module: nn.Module, shape: tuple[int, ...], results: r
     import torch
 
     from plugins import flops
+    from resprobe.layers import subsampling
 
     module = module.to(results.device, memory_format=torch.channels_last)
     images = torch.randn(shape, device=results.device).contiguous(memory_format=torch.channels_last)
     if labels["depth"] == 0:  # within a network a block is given activations, and passes the gradient on
         images = images.to(torch.bfloat16 if results.precision == "bf16" else torch.float32).requires_grad_()
-    passes = _Passes(module, images, results.precision)
+    instead = list(subsampling(module)) if images.device.type == "cpu" else []
+    passes = _Passes(module, images, results.precision, instead)
     passes.forward()
     counted = {
         "images": shape[0],
@@ -189,6 +191,8 @@ class _Passes:
     module: nn.Module
     images: Tensor
     precision: str
+    instead: Sequence = ()
+    """What is called in the place of convolutions whose gradients a CPU gets wrong, as in a training."""
 
     def __call__(self) -> Tensor:
         import torch
@@ -208,9 +212,12 @@ class _Passes:
         """As in training: forward and backward."""
         import torch
 
+        from resprobe.recompute import calling
+
         self.module.train()
-        out = self()
-        out.backward(torch.ones_like(out))
+        with calling(self.instead):
+            out = self()
+            out.backward(torch.ones_like(out))
         self.module.zero_grad(set_to_none=True)
         self.images.grad = None
 

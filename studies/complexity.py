@@ -99,6 +99,7 @@ class Options(rp.Options):
     runs: tyro.conf.Suppress[str] = "runs"
     probe: tyro.conf.Suppress[tuple[str, ...]] = ()
     recipe: tyro.conf.Suppress[tuple[str, ...]] = ()
+    precision: tyro.conf.Suppress[Literal["fp32"]] = "fp32"
     recompute: tyro.conf.Suppress[bool] = False
     step: tyro.conf.Suppress[Literal["auto"]] = "auto"
     deterministic: tyro.conf.Suppress[bool] = False
@@ -403,8 +404,8 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     how_sure=(
-        "Counts are exact: an audit has no seeds and no spread. Times are the fastest of a few passes on a machine that "
-        "may be busy with other things; no verdict rests on them."
+        "Counts are exact: an audit has no seeds and no spread. Times are the fastest of a few passes in float32, on a CPU by "
+        "one thread, on a machine that may be busy with other things; no verdict rests on them."
     ),
 )
 

@@ -283,7 +283,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     starts = {
         SCRATCH: f"{deep} layers from random weights",
         TRAINED_ON: f"{deep} layers from the constructed solution",
-        LAST_RATE: "the same, at the last learning rate",
+        LAST_RATE: "the constructed solution, at the last learning rate",
     }
     starts = {start: name for start, name in starts.items() if start in set(histories["start"])}
     styles, palette = ("-", "-", (0, (4, 2))), rp.figures.colours(list(starts))

@@ -21,7 +21,9 @@ Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; record in do
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from random import Random
 from typing import TYPE_CHECKING
 
 import resprobe as rp
@@ -39,6 +41,8 @@ ENSEMBLE_GAINS = rp.Claim(
 
 OVER = {"depths": "over depths, one seed", "seeds": "over seeds, one depth", "all": "over depths and seeds"}
 """What an ensemble's members differ in."""
+MOST = 200
+"""Ensembles of one size, of networks that share a depth or a seed, beyond which no more are looked at. Of n there are 2ⁿ."""
 
 
 def plan(options: rp.Options) -> list[rp.Planned]:
@@ -49,14 +53,22 @@ def plan(options: rp.Options) -> list[rp.Planned]:
 
 def groups(members: Sequence[tuple[int, int]]) -> Iterator[tuple[str, tuple[tuple[int, int], ...]]]:
     """What is averaged over, and the (depth, seed) of its members: every choice of at least two depths of one seed and of
-    two seeds of one depth, and all together."""
+    two seeds of one depth (of more than `MOST` of a size, so many), and all together."""
     for over, same in (("depths", 1), ("seeds", 0)):
         for value in sorted({member[same] for member in members}):
             alike = [member for member in members if member[same] == value]
             for size in range(2, len(alike) + 1):
-                yield from ((over, chosen) for chosen in itertools.combinations(alike, size))
+                yield from ((over, chosen) for chosen in _choices(alike, size))
     if len({depth for depth, _ in members}) > 1 and len({seed for _, seed in members}) > 1:
         yield "all", tuple(members)
+
+
+def _choices(members: Sequence[tuple[int, int]], size: int) -> Iterable[tuple[tuple[int, int], ...]]:
+    """All choices of so many members. Where there are more than `MOST`, about as many, drawn at random, the same each time."""
+    if math.comb(len(members), size) <= MOST:
+        return itertools.combinations(members, size)
+    random = Random(0)
+    return sorted({tuple(sorted(random.sample(members, size))) for _ in range(MOST)})
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:
@@ -66,7 +78,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     import torch
 
     test = rp.load_data(results.options.data).test
-    # Each network sees the images once: of n there are up to 2ⁿ ensembles.
+    # Each network sees the images once, however many ensembles it is in.
     softmax = {}
     for row, run in zip(results.table.itertuples(), results.runs, strict=True):
         scores, labels = rp.scores(run.network, test, device=results.device, precision=results.precision)

@@ -96,8 +96,8 @@ class Options(rp.Options):
 
 def plan(options: Options) -> list[rp.Planned]:
     """Networks as the paper's at every depth, and the control at the shallowest: there, batch normalization alone decides."""
-    for depth in (*options.depths, options.depth):  # a depth that is not there is said before training
-        rp.build(f"cifar/plain-{depth}", block=options.block)
+    # What is looked at beside the trained ones is said not to be there before training too.
+    rp.networks.check_family(rp.networks.resolve(f"cifar/plain-{options.depth}", block=options.block))
     shallow = min(options.depths)
     networks = [(kind, depth, *PAPERS) for depth in options.depths for kind in ("plain", "residual")]
     return [
@@ -360,7 +360,12 @@ def _problem_two(results: rp.Results) -> rp.Drawing:
         style = {"color": palette[depth], "ls": (0, (4, 2)) if kind == "plain" else "-"}
         if condition == CONTROL:
             name, style = f"plain-{depth}, {CONDITIONS[CONTROL]}", {"color": "0.25", "ls": ":"}
-        _line(left, decades.set_axis(decades.index + 1), label=name, **style)
+        # A mean with a bound in it is a bound: a line through it would show a gradient that comes back.
+        bound = _rows(training, **labels).groupby("iteration")["at_most"].any()
+        decades = decades.set_axis(decades.index + 1)
+        _line(left, decades[~bound.to_numpy()], label=name, **style)
+        if bound.any():
+            left.plot(decades[bound.to_numpy()].mean(axis=1), color=style["color"], marker="v", mfc="none", ms=4, ls="")
         _line(right, errors, label=name, **style)
         middle, error = rp.mean_std(decades.median().tolist()), rp.mean_std(results.values("train_error", **labels))
         said.append(f"{name}: median {middle} decades, final training error {error} %")
@@ -380,7 +385,7 @@ def _problem_two(results: rp.Results) -> rp.Drawing:
         f"Problem two, on {options.data_name}: ratio of the gradients for the first and the last block's output "
         "(left; grey: a thousandth to a thousand times) and running training error (right) over iterations. Where gradients "
         "arrive and the error stays high, vanishing is not the cause. Dashed: plain, solid: residual, dotted: the control "
-        f"without batch normalization; gradients that come to 0 in float32 are drawn at {BELOW_FLOAT32:g}; {over}.",
+        f"without batch normalization; ▽: at most there, since the first block's gradient comes to 0 in float32; {over}.",
         "Gradients and training error over iterations. " + "; ".join(said) + ".",
     )
 
@@ -402,7 +407,7 @@ def _decades_axis(axis: Axes) -> None:
     """Ticks at whole decades; what vanishes leaves the axis, or it would squash everything else."""
     from matplotlib.ticker import MaxNLocator
 
-    highest = max(float(max(line.get_ydata())) for line in axis.lines)
+    highest = max(float(max(line.get_ydata(), default=LOWEST)) for line in axis.lines)
     axis.set_ylim(max(LOWEST, axis.get_ylim()[0]), max(highest, LIMIT) + 1)
     axis.yaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
     axis.yaxis.set_major_formatter(lambda value, _: f"$10^{{{value:.0f}}}$")

@@ -138,7 +138,7 @@ def _readings(network: nn.Module, data: rp.Data, results: rp.Results) -> list[pa
 
     device = torch.device(results.device)
     network = copy.deepcopy(network).to(device)  # training mode below moves its statistics
-    normalize = network.normalization.to(device)
+    normalize = rp.normalization_of(network, data).to(device)
     found = []
     for reading, batches in (("test", data.test.views(BATCH)), ("train", _whole_batches(data.train))):
         network.train(reading == "train")
@@ -197,10 +197,12 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         word, said = _compare(results, ("residual", shallow), ("residual", deep))
         parts.append(word)
         evidence.append(said)
-    if len(parts) == 1:
+    missing = ["plain networks"] if not both else []
+    missing += ["residual networks of two depths"] if len(have.get("residual", [])) < 2 else []
+    if missing:
         parts.append("not tested")
-        missing = "plain networks" if not both else "residual networks of two depths"
-        evidence.append(f"there are no {missing} to compare with, so one half of the claim was not tested")
+        what = "one half of the claim" if len(missing) == 1 else "the claim"
+        evidence.append(f"there are no {' and no '.join(missing)} to compare with, so {what} was not tested")
     word = rp.all_of(parts)
     compared = [("residual", depth) for depth in have.get("residual", [])] + [("plain", depth) for depth in both[-1:]]
     for kind, depth in compared if len(results.table) else []:

@@ -220,7 +220,7 @@ def test_the_figure_has_three_beginnings_and_the_learned_network():
     lines = {line.get_label(): line.get_ydata() for line in plain.lines}
     assert lines["56 layers from random weights"] == pytest.approx([1, 30, 13.5])
     assert lines["56 layers from the constructed solution"] == pytest.approx([1, 30, 9.5])
-    assert lines["the same, at the last learning rate"][-1] == pytest.approx(9.233, abs=1e-3)
+    assert lines["the constructed solution, at the last learning rate"][-1] == pytest.approx(9.233, abs=1e-3)
     assert lines["20 layers, learned"] == pytest.approx([9.5, 9.5])
     assert residual.lines[-1].get_ydata() == pytest.approx([8.7, 8.7])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)

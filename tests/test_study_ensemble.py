@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import resprobe as rp
+from studies import ensemble
 from studies.ensemble import groups, judge, plan, study
 
 
@@ -95,6 +96,16 @@ def test_every_choice_of_members_is_there_once():
         assert (len({depth for depth, _ in group}) == 1) == (over == "seeds")
     assert list(groups(members[:1])) == []
     assert [over for over, _ in groups(members[:2])] == ["seeds"]
+
+
+def test_of_very_many_ensembles_so_many_are_looked_at():
+    members = [(20, seed) for seed in range(30)]
+    chosen = list(groups(members))
+    assert len(set(chosen)) == len(chosen) <= 29 * ensemble.MOST
+    assert chosen == list(groups(members))
+    sizes = {size: sum(len(group) == size for _, group in chosen) for size in range(2, 31)}
+    assert sizes[30] == 1 and sizes[29] == 30 and sizes[15] > 0.9 * ensemble.MOST
+    assert all(list(group) == sorted(group) for _, group in chosen)
 
 
 def test_the_figure_is_error_against_members():

@@ -283,6 +283,20 @@ def test_a_small_study_measures_what_a_naive_twin_does(tmp_path, monkeypatch, ca
     assert again == pytest.approx(first, rel=1e-4)
 
 
+def test_weights_that_do_not_say_how_images_are_normalized(tmp_path, monkeypatch, capsys):
+    """A file in our own layout: the data's mean is subtracted. And one network alone can be compared with none."""
+    monkeypatch.chdir(tmp_path)
+    network = rp.build("cifar/plain-8", width=4, in_channels=1)
+    torch.save(network.state_dict(), "plain-8.pth")
+    assert study.main(["--weights", "plain-8.pth", "--device", "cpu"]) == 0
+    record = json.loads((tmp_path / "results/layer_responses/verdict.json").read_text())
+    (claim,) = record["claims"]
+    assert claim["verdict"] == "not tested"
+    assert claim["evidence"] == (
+        "there are no plain networks and no residual networks of two depths to compare with, so the claim was not tested"
+    )
+
+
 def test_weights_that_may_be_two_networks_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     network = rp.build("cifar/plain-8", width=4, in_channels=1)
