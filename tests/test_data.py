@@ -26,6 +26,9 @@ from resprobe.training import Training
 with_workers = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 CPU = torch.device("cpu")
+# As they were drawn when runs were first kept.
+HELD_OUT = [2, 7, 11, 15, 17]
+CHOSEN = [[780, 1, 7, 0], [20, 7, 2, 0], [273, 2, 3, 1], [762, 0, 0, 0]]
 NO_CHANGE = rp.Normalization.channels((0.0,), (1.0,))
 
 
@@ -215,6 +218,15 @@ class TestHoldOut:
         torch.manual_seed(1)
         assert torch.equal(data.hold_out(0.1).validation.labels, split.validation.labels)
 
+    def test_what_is_held_out_is_drawn_from_all_and_stays_what_it_is(self):
+        """Files of a folder come class by class: were the first held out, whole classes would be."""
+        whole = rp.ImageSet(torch.zeros(1000, 1, 1, 1, dtype=torch.uint8), torch.arange(1000))
+        data = rp.Data("d", "d", whole, random_images(2), ("a",) * 1000)
+        split = data.hold_out(0.1)
+        for part in (split.train, split.validation):
+            assert set((part.labels // 100).tolist()) == set(range(10))
+        assert split.validation.labels[:5].tolist() == HELD_OUT
+
     def test_nothing_held_out(self):
         data = rp.Data("d", "d", random_images(5), random_images(2), ("a",) * 5)
         assert data.hold_out(0) is data
@@ -306,6 +318,11 @@ class TestTensorBatches:
         assert len(labels) == 3 * count * batch_size
         for epoch in labels.view(-1, count):
             assert torch.equal(epoch.sort().values, torch.arange(count))
+
+    def test_what_is_drawn_stays_what_it_was(self):
+        """Else kept runs would be found under figures that the code makes no more, and begun ones go on with other images."""
+        drawn = TensorBatches(random_images(1000), cifar_paper(), 3, NO_CHANGE).choices(0)
+        assert drawn[:4].tolist() == CHOSEN  # image, top, left, mirrored
 
     def test_epochs_differ(self):
         batches = TensorBatches(random_images(20), dataclasses.replace(cifar_paper(), batch_size=20), 0, NO_CHANGE)
@@ -571,6 +588,18 @@ class TestFolder:
         (small / name).write_bytes(damaged)
         assert refusal(small).startswith(f"image {small / name} cannot be read: ")
 
+    def test_an_image_that_breaks_off_in_another_way(self, large):
+        """Pillow has a SyntaxError for a PNG whose later chunks are damaged."""
+        file = large / "val" / "cat" / "2.png"
+        noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(file)
+        content = bytearray(file.read_bytes())
+        second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+        content[second : second + 4] = bytes(4)
+        file.write_bytes(content)
+        with pytest.raises(rp.UsageError, match=rf"^image {file} cannot be read: "):
+            list(rp.load_data(f"folder:{large}").test.views(8))
+
     def test_unreadable_image_among_streamed_ones(self, large):
         file = large / "val" / "cat" / "2.jpg"
         file.write_bytes(file.read_bytes()[:200])
@@ -680,7 +709,7 @@ class TestScaleCrop:
         assert not torch.equal(self.stream(large)[0][0], self.stream(large, seed=1)[0][0])
 
     def test_epochs_are_permutations_with_fresh_crops(self, large):
-        pixels, labels = (torch.cat(parts) for parts in zip(*self.stream(large), strict=True))
+        pixels, labels = (torch.cat(parts) for parts in zip(*self.stream(large, colour="none"), strict=True))
         for epoch in labels.view(-1, 3):
             assert epoch.sort().values.tolist() == [0, 0, 1]
         assert len({image.numpy().tobytes() for image in pixels}) == 12
@@ -693,31 +722,75 @@ class TestScaleCrop:
             assert (shift.abs().amax((1, 2, 3)) > 1e-5).all()
             assert not torch.allclose(shift[0], shift[1])
 
-    def test_crop_is_inside_the_image_at_its_scale(self, tmp_path):
-        # A ramp from left to right: a crop's slope tells the scale it was taken at.
-        ramp = np.tile(np.arange(0, 200, 2, dtype=np.uint8)[None, :, None], (100, 1, 3))
+    def test_crops_lie_anywhere_in_the_image_at_their_scale_and_half_are_mirrored(self, tmp_path):
+        """An image that says in red how far to the right a pixel is, and in green how far down, both in halves of a pixel."""
+        height, width = 100, 120
+        right, down = np.meshgrid(2 * np.arange(width), 2 * np.arange(height))
+        picture = np.stack([right, down, 0 * right], axis=2).astype(np.uint8)
         for part in ("train", "val"):
             (tmp_path / part / "a").mkdir(parents=True)
-            Image.fromarray(ramp).save(tmp_path / part / "a" / "1.png")
-        scales = []
-        for pixels, _ in self.stream(tmp_path, iterations=40, colour="none"):
-            row = (pixels * 2 + 0.5)[:, 0, 8] * 255  # undone: grey levels
-            slope = (row[:, 12] - row[:, 4]).abs() / 8  # 2 grey levels a pixel of 100: 200 / scale a pixel
-            scales += (200 / slope).tolist()
-            assert row.min() >= 0
-            assert row.max() <= 198
-        assert 19 < min(scales) < 22
-        assert 28 < max(scales) < 32
+            Image.fromarray(picture).save(tmp_path / part / "a" / "1.png")
+        scales, tops, lefts, mirrored = [], [], [], []
+        for pixels, _ in self.stream(tmp_path, iterations=300, colour="none"):
+            for red, green, _ in (pixels * 2 + 0.5) * 255 / 2:  # undone: pixels of the image
+                across, along = (float((rows[8, 12] - rows[8, 4]) / 8) for rows in (red, green.T))
+                mirrored.append(across < 0)
+                red = red.flip(1) if across < 0 else red
+                assert abs(across) == pytest.approx(along, rel=0.1), "the crop is distorted, or upside down"
+                scales.append(height / along)
+                lefts.append(
+                    (float(red[8, 8]) + 0.5 - 8.5 * along) / (width - 16 * along)
+                )  # of where it may begin, the part
+                tops.append((float(green[8, 8]) + 0.5 - 8.5 * along) / (height - 16 * along))
+        assert 19 < min(scales) < 21 and 29 < max(scales) < 31.5
+        assert 0.35 < sum(mirrored) / len(mirrored) < 0.65
+        for places in (lefts, tops):
+            assert -0.05 < min(places) < 0.05 and 0.95 < max(places) < 1.05
+            assert 0.4 < sum(places) / len(places) < 0.6
+        assert abs(np.corrcoef(lefts, tops)[0, 1]) < 0.2
 
-    @pytest.mark.parametrize("side", range(225, 300))
-    def test_a_crop_of_the_whole_shorter_side_is_inside_the_image(self, side):
-        whole = Image.fromarray(np.full((side, side + 40, 3), 7, dtype=np.uint8))
-        for image in (whole, whole.rotate(90, expand=True)):
-            scale = 224 / side
-            edges = image.height * scale - 224, image.width * scale - 224
-            for top, left in ((0.0, 0.0), edges):
-                cropped = folder._crop(image, 224, top, left, 224)
-                assert np.asarray(cropped).shape == (224, 224, 3)
+    @pytest.mark.parametrize(("flip", "kinds"), [(0.0, {False}), (1.0, {True}), (0.5, {False, True})])
+    def test_a_mirror_image_is_the_crop_from_right_to_left(self, tmp_path, flip, kinds):
+        picture = np.random.default_rng(0).integers(0, 256, (80, 80, 3), dtype=np.uint8)
+        for part in ("train", "val"):
+            (tmp_path / part / "a").mkdir(parents=True)
+            Image.fromarray(picture).save(tmp_path / part / "a" / "1.png")
+        whole = (torch.from_numpy(picture).permute(2, 0, 1) / 255 - 0.5) / 2
+        seen = set()
+        for pixels, _ in self.stream(tmp_path, iterations=20, scale=(80, 80), crop=80, colour="none", flip=flip):
+            for image in pixels:
+                mirrored = torch.allclose(image, whole.flip(2), atol=1e-5)
+                assert mirrored or torch.allclose(image, whole, atol=1e-5)
+                seen.add(mirrored)
+        assert seen == kinds
+
+    def test_colour_noise_has_the_published_covariance(self, tmp_path):
+        """AlexNet's: along each principal component of ImageNet's colours, normal with a tenth of its eigenvalue."""
+        values = np.array([0.2175, 0.0188, 0.0045])
+        vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+        write_images(tmp_path, {"a/1.png": (70, 90)})
+        images = rp.load_data(f"folder:{tmp_path}").train
+        recipe = dataclasses.replace(self.RECIPE, batch_size=50, iterations=60, scale=(20, 20))
+        found = {}
+        for deviation in (1.0, 2.0):
+            normalization, shifts = rp.Normalization.channels((0.5,) * 3, (deviation,) * 3), []
+            for colour in ("none", "pca"):
+                stream = tiny.batches(images, dataclasses.replace(recipe, colour=colour), 0, normalization, CPU)
+                shifts.append(torch.cat([pixels[:, :, 0, 0] for pixels, _ in stream]))
+            found[deviation] = np.cov((shifts[1] - shifts[0]).numpy().T) * deviation**2
+        expected = vectors @ np.diag((0.1 * values) ** 2) @ vectors.T
+        for covariance in found.values():
+            assert covariance == pytest.approx(expected, rel=0.15, abs=0.05 * expected.max())
+
+    def test_a_crop_of_the_whole_shorter_side_is_inside_the_image(self):
+        for side in range(225, 300):
+            whole = Image.fromarray(np.full((side, side + 40, 3), 7, dtype=np.uint8))
+            for image in (whole, whole.rotate(90, expand=True)):
+                scale = 224 / side
+                edges = image.height * scale - 224, image.width * scale - 224
+                for top, left in ((0.0, 0.0), edges):
+                    cropped = folder._crop(image, 224, top, left, 224)
+                    assert np.asarray(cropped).shape == (224, 224, 3)
 
     def test_without_augmentation_crops_are_centre_views(self, large):
         for pixels, labels in self.stream(large, augmentation="none", colour="none"):

@@ -136,6 +136,14 @@ def test_training_is_dashed_and_test_is_bold_and_both_end_at_the_edge():
     assert axis.texts[0].get_text() == "plain"
 
 
+def test_a_part_without_any_test_is_drawn_without_one():
+    early = histories(plain=[60, 40], residual=[50, 30]).query("iteration == 100")
+    figure, (axis,) = figures.new_figure()
+    figures.curves(axis, early, "kind", top=70)
+    assert [line.get_linestyle() for line in axis.lines] == ["--", "--"]
+    assert sorted(text.get_text() for text in axis.texts) == ["plain", "residual"]
+
+
 def depths(column: str, *errors: float) -> pandas.DataFrame:
     return pandas.DataFrame(
         [

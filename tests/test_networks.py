@@ -334,6 +334,8 @@ class TestInitialization:
         assert weight.shape == (64, 32, 3, 3)
         assert weight.std().item() == pytest.approx(std, rel=0.03)
         assert abs(weight.mean().item()) < 0.05 * std
+        beyond = (weight.abs() > math.sqrt(3) * std).float().mean().item()  # none of uniform ones
+        assert beyond == pytest.approx(0.083, abs=0.01)
 
     def test_standard_deviation_of_the_last_layer(self):
         torch.manual_seed(0)
