@@ -243,9 +243,10 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     )
     axis.axhline(0, color="0.5", lw=0.8)
     axis.set_xticks(range(len(names)), [SAID[name] for name in names])
-    axis.margins(x=0.1)
+    axis.margins(x=0.15)
     axis.set_ylabel("top-1 error, difference\nfrom one view (points)")
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    theirs_first = axis.get_legend_handles_labels()
+    figure.legend(*(entries[::-1] for entries in theirs_first), loc="outside upper left", frameon=False)
     said = ", ".join(f"{protocol} {mean:.2f} %" for protocol, mean in means.items())
     networks = len(errors[first])
     return {
