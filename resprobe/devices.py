@@ -6,7 +6,8 @@ import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -113,6 +114,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def fastest(work: Callable[[], object], device: torch.device, passes: int = 3) -> float:
+    """Seconds of the soonest of some passes of `work`: what else a machine does can only slow one."""
+
+    def once() -> float:
+        synchronize(device)
+        started = time.perf_counter()
+        work()
+        synchronize(device)
+        return time.perf_counter() - started
+
+    return min(once() for _ in range(passes))
 
 
 def usable(device: torch.device) -> bool:

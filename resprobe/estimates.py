@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, Normalization, batches_of
 from resprobe.data.folder import loader_processes
-from resprobe.devices import autocast, cpu_threads, synchronize
+from resprobe.devices import autocast, cpu_threads, fastest
 from resprobe.layers import subsampling
 from resprobe.networks import NetworkSpec, build
 from resprobe.randomness import keeping_random_state
@@ -119,22 +119,13 @@ def _shape(data: Data, recipe: Recipe) -> tuple[int, ...]:
 def _seconds(work: Callable[[int], None], images: int, device: torch.device) -> float:
     """Seconds of `work` on so many images."""
 
-    def once(count: int) -> float:
-        started = time.perf_counter()
-        work(count)
-        synchronize(device)
-        return time.perf_counter() - started
-
-    def soonest(count: int) -> float:
-        return min(once(count) for _ in range(3))  # what else the machine does now need not go on
-
     few = min(images, _SMALL_BATCH)
-    once(few)  # what the device sets up at first use is no part of a step
-    reckoned = soonest(few) * images / few
+    work(few)  # what the device sets up at first use is no part of a step
+    reckoned = fastest(lambda: work(few), device) * images / few
     if device.type == "cpu" and reckoned > _LONG_STEP:
         return reckoned
-    once(images)
-    return soonest(images)
+    work(images)
+    return fastest(lambda: work(images), device)
 
 
 def _reading(data: Data, recipe: Recipe) -> float:

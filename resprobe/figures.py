@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import pandas
@@ -66,6 +67,16 @@ _ROUND = (1, 2, 2.5, 5, 10)
 """Steps between ticks, at any power of ten."""
 
 
+def mean_and_band(axis: Axes, values: pandas.Series, at: pandas.Series | pandas.Index, **style: Any) -> pandas.Series:
+    """A line through the mean over seeds of the `values` that are `at` one place of the x axis, with a band of a standard
+    deviation. `style` is the line's. Gives the mean."""
+    seeds = values.groupby(at)
+    mean, spread = seeds.mean(), seeds.std().fillna(0.0)
+    axis.plot(mean.index, mean, **style)
+    axis.fill_between(mean.index, mean - spread, mean + spread, color=style["color"], alpha=0.15, lw=0)
+    return mean
+
+
 def curves(
     axis: Axes,
     histories: pandas.DataFrame,
@@ -85,10 +96,8 @@ def curves(
     for value, group in histories.groupby(by):
         drawn = [column for column in columns if group[column].notna().any()]  # few tests may fall within a part
         for column in drawn:
-            seeds = group.dropna(subset=[column]).groupby("iteration")[column]
-            mean, spread = seeds.mean(), seeds.std().fillna(0.0)
-            axis.plot(mean.index, mean, color=palette[value], **_LINES[column])
-            axis.fill_between(mean.index, mean - spread, mean + spread, color=palette[value], alpha=0.15, lw=0)
+            there = group.dropna(subset=[column])
+            mean = mean_and_band(axis, there[column], there["iteration"], color=palette[value], **_LINES[column])
         if drawn:
             ends.append((float(mean.iloc[-1]), label.format(value), palette[value]))
     axis.set_xlabel("iterations")

@@ -31,7 +31,6 @@ Measured (2026-11-21, two idle cores of an AMD EPYC, torch 2.15.0, bf16; record 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -239,16 +238,9 @@ class _Passes:
 
     def time(self, work: Callable[[], None]) -> float:
         """Milliseconds of the fastest of a few passes."""
-        from resprobe.devices import synchronize
+        from resprobe.devices import fastest
 
-        times, device = [], self.images.device
-        for _ in range(PASSES):
-            synchronize(device)
-            start = time.perf_counter()
-            work()
-            synchronize(device)
-            times.append(1000 * (time.perf_counter() - start))
-        return min(times)
+        return 1000 * fastest(work, self.images.device, PASSES)
 
 
 def _ratios(results: rp.Results, role: str, by: str, depth: int = 0) -> pandas.DataFrame:

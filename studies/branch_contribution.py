@@ -212,10 +212,7 @@ def _draw_positions(axis, results: rp.Results) -> None:
     table = results.measurements[results.measurements["reading"] == TRAINED]
     palette, ends = rp.figures.colours(sorted(table["depth"].unique())), []
     for depth, rows in table.groupby("depth"):
-        blocks = rows.groupby("position")["branch_share"]
-        mean, spread = blocks.mean(), blocks.std().fillna(0.0)
-        axis.plot(mean.index, mean, color=palette[depth], lw=2)
-        axis.fill_between(mean.index, mean - spread, mean + spread, color=palette[depth], alpha=0.15, lw=0)
+        mean = rp.figures.mean_and_band(axis, rows["branch_share"], rows["position"], color=palette[depth], lw=2)
         ends.append((float(mean.iloc[-1]), f"{depth} layers", palette[depth]))
     deepest = table[table["depth"] == table["depth"].max()]
     for begin in deepest.groupby("stage")["position"].min().iloc[1:]:

@@ -20,7 +20,6 @@ Measured (2026-11-22, two cores of an AMD EPYC, torch 2.15.0; record in docs/mea
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -170,23 +169,16 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     """Time of the fastest forward pass of one image in eval mode, and the memory it takes beside the weights."""
     import torch
 
-    from resprobe.devices import synchronize
+    from resprobe.devices import fastest
 
     device = torch.device(results.device)
     network = rp.build(name, **options).to(device, memory_format=torch.channels_last).eval()
     image = torch.randn(1, 3, 224, 224, device=device).contiguous(memory_format=torch.channels_last)
-    times = []
     with torch.inference_mode(), rp.cpu_threads(1):
         network(image)  # the first pass prepares kernels
         memory = peak_memory(network, image)
-        for _ in range(results.options.repeats):
-            synchronize(device)
-            start = time.perf_counter()
-            network(image)
-            synchronize(device)
-            times.append(time.perf_counter() - start)
-    # What else the machine is doing can only add.
-    return {"forward_ms": 1000 * min(times), "forward_mib": memory}
+        soonest = fastest(lambda: network(image), device, results.options.repeats)
+    return {"forward_ms": 1000 * soonest, "forward_mib": memory}
 
 
 def peak_memory(network: Callable[[Tensor], object], image: Tensor) -> float:

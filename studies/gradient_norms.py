@@ -398,9 +398,8 @@ def _by_position(rows: pandas.DataFrame, figure: str) -> pandas.DataFrame:
 
 def _line(axis: Axes, curves: pandas.DataFrame, **style: object) -> None:
     """Mean over the columns, which are seeds, with a band of a standard deviation."""
-    mean, spread = curves.mean(axis=1), curves.std(axis=1).fillna(0.0)
-    axis.plot(mean.index, mean, **({"lw": 1.8} | style))
-    axis.fill_between(mean.index, mean - spread, mean + spread, color=style["color"], alpha=0.15, lw=0)
+    seeds = curves.melt(ignore_index=False)["value"]
+    rp.figures.mean_and_band(axis, seeds, seeds.index, **({"lw": 1.8} | style))
 
 
 def _decades_axis(axis: Axes) -> None:
