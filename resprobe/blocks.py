@@ -102,7 +102,8 @@ class Block(nn.Module):
         if not image.is_meta and not torch.equal(image, drawn):
             raise UsageError(
                 f"{type(self).__name__} changes what it is given: {self._in_place() or 'its forward pass'} works in place, and "
-                "the shortcut needs the same"
+                + ("what comes before" if self.shortcut is None else "the shortcut")
+                + " needs the same"
             )
         expected = (2, self.out_channels, size // self.stride, size // self.stride)
         if tuple(out.shape) != expected:
@@ -123,7 +124,7 @@ class Block(nn.Module):
             return
         try:
             with torch.enable_grad(), keeping_random_state(self):
-                out = trial(image.requires_grad_().relu())  # in a network, what comes in is itself computed, and kept
+                out = trial(image.requires_grad_().tanh())  # in a network, what comes in is itself computed, and kept
                 if out.requires_grad and out.is_floating_point():
                     out.sum().backward()
         except Exception as error:

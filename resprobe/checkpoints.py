@@ -13,6 +13,7 @@ import os
 import pickle
 import uuid
 import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,22 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
                 pass  # a checksum over something that was never a checkpoint
         warnings.warn(f"checkpoint {candidate} is damaged and was passed over")
     return None
+
+
+_PLAIN = (int, float, bool, str, bytes, bytearray, complex, type(None), torch.Size, torch.device, torch.dtype)
+_HOLDING = (list, tuple, set, dict, OrderedDict, Counter)
+
+
+def not_kept(value: Any) -> str:
+    """The type of something in `value` that no checkpoint gives back, since reading one runs no code; nothing if there is none.
+
+    A subclass of what is accepted, as numpy's float64 is of float, is not.
+    """
+    if type(value) in _HOLDING:
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        return next(filter(None, map(not_kept, parts)), "")
+    plain = isinstance(value, torch.Tensor) or type(value) in _PLAIN
+    return "" if plain else f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def remove_checkpoints(path: Path) -> None:

@@ -28,7 +28,7 @@ import torch
 
 from resprobe.checkpoints import write_atomically
 from resprobe.devices import deterministic, prepare_cpu
-from resprobe.errors import UsageError, not_accepted, one_line
+from resprobe.errors import StorageError, UsageError, not_accepted, one_line
 from resprobe.extensions import load_plugin
 from resprobe.runs import RunStore, configure
 from resprobe.sweep import Board, Job, train_job
@@ -234,7 +234,13 @@ class _Losses:
 def _not_seen(job: Job, store: RunStore) -> Exception | None:
     """Waits until the run that another machine has written is seen here."""
     deadline = time.monotonic() + _LATE
-    while store.find(job.config, job.probes) is None:
+
+    def seen() -> bool:
+        with contextlib.suppress(StorageError):  # of a folder that is away for a moment
+            return store.find(job.config, job.probes) is not None
+        return False
+
+    while not seen():
         if time.monotonic() > deadline:
             return RuntimeError(
                 f"{store.folder(job.config)} was written by another machine and is not seen on this one"

@@ -79,8 +79,10 @@ class Team:
     def all_met(self, what: str) -> bool:
         """Whether every process has met `what` and says so now. One that does not may be waiting for this one amid a step."""
         told: list[Any] = [None] * self.size
+        if "group" not in _ASIDE:  # others have made the processes join, and may be amid a step in their only group
+            return False
         try:
-            dist.all_gather_object(told, what, group=_ASIDE.get("group"))
+            dist.all_gather_object(told, what, group=_ASIDE["group"])
         except RuntimeError:  # somebody says nothing
             return False
         return all(each == what for each in told)
@@ -120,6 +122,7 @@ def join(device: torch.device) -> torch.device:
         # The others wait while the first downloads, or tests a million images: longer than the half hour that is usual.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(days=1))
+    if "group" not in _ASIDE:
         _ASIDE["group"] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return device
 

@@ -26,11 +26,11 @@ class DamagedFile(UsageError):
 
 
 class StorageError(RuntimeError):
-    """What was to be kept could not be written: the disk is full, read-only, or gone."""
+    """What was to be kept could not be written, or what is kept not be read: the disk is full, read-only, or gone."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss stopped being finite. Names the iteration, the learning rate and the first layer concerned."""
+    """The loss, or a weight, stopped being finite. Names the iteration, the learning rate and the first layer concerned."""
 
 
 class SweepFailed(RuntimeError):

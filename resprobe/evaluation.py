@@ -56,11 +56,11 @@ def normalization_of(network: nn.Module, data: Data | None) -> Normalization:
     if isinstance(own, Normalization):
         return own
     if data is None:
-        raise UsageError("the network has no normalization: give evaluate normalization=…, or a whole data set")
+        raise UsageError("the network has no normalization: give normalization=…, or a whole data set")
     if not isinstance(network, Network):  # it may well have been trained by another one
         warnings.warn(
             f"{type(network).__name__} does not say how its inputs are normalized; the data's mean image is subtracted. "
-            "evaluate takes normalization=…"
+            "where it was another, give normalization=…"
         )
     return Normalization.fit(data.train.sample(2000), "per-pixel-mean")
 

@@ -21,6 +21,7 @@ from torch import nn
 from resprobe.blocks import BLOCKS
 from resprobe.checkpoints import (
     check_writable,
+    not_kept,
     read_json,
     read_tensors,
     remove_scratch,
@@ -411,11 +412,24 @@ def _train_in_store(
             for name, text in sources_of(digest).items():
                 write_atomically(path / "sources" / digest[:8] / name, text)
 
+    told_of: set[str] = set()
+
+    def save(state: dict[str, Any]) -> None:
+        odd = {name: kind for name, kept in state["probes"].items() if (kind := not_kept(kept))}
+        for name in odd.keys() - told_of:
+            warnings.warn(
+                f"{path.name}: state() of probe {name} holds a {odd[name]}, which no checkpoint keeps; accepted: tensors, "
+                "Python's numbers and texts, and lists, tuples and dicts of them; interrupted, the run would begin again"
+            )
+        told_of.update(odd)
+        if not odd:
+            keeper.save(state, training.rows)
+
     with _watching(progress if together.first else False, config) as watch:
 
         def at_log_point(training: Training, news: Progress) -> None:
             if together.first and keeper.due:
-                keeper.save(training.state(), training.rows)
+                save(training.state())
             watch(news)
 
         try:
@@ -426,7 +440,7 @@ def _train_in_store(
             # Of a begin with other probes that is broken off at once, an earlier checkpoint has more to keep.
             if together.first and (training.last_good["iteration"] > began or not keeper.checkpoint.is_file()):
                 try:
-                    keeper.save(training.last_good, training.rows)
+                    save(training.last_good)
                 except StorageError as other:  # which must not take the place of what ends the training
                     warnings.warn(str(other))
             if isinstance(error, TrainingDiverged):
@@ -512,8 +526,13 @@ def _finish(training: Training, config: RunConfig, path: Path | None) -> tuple[R
 def _about_table(path: Path, name: str) -> dict[str, Any]:
     """The identity of the probe that a table is from, and the kinds of its columns; nothing where that was not written
     down, and no identity where it is damaged."""
-    file = path / "probes" / f"{name}.json"
-    return read_json(file) or ({"identity": None} if file.exists() else {})
+    try:
+        found = json.loads((path / "probes" / f"{name}.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"identity": None}
 
 
 def _kinds(table: pandas.DataFrame) -> dict[str, str]:

@@ -280,7 +280,7 @@ def run_all(
 def _what_next(failures: Mapping[str, str]) -> str:
     """What is to be done about failed runs, by why each failed."""
     diverged = sum(
-        why.startswith(("the loss is not finite at ", "the loss is not finite after ")) for why in failures.values()
+        why.startswith(("the loss is not finite at ", "the weights are not finite after ")) for why in failures.values()
     )
     again = len(failures) - diverged
     lines = [f"the same command tries {'it' if again == 1 else 'them'} again from there"] if again else []

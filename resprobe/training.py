@@ -12,7 +12,6 @@ import math
 import random
 import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -170,14 +169,7 @@ class Training:
 
     def _remember(self) -> dict[str, Any]:
         """A copy of the state on the device, to go back to if the loss stops being finite."""
-        state = self.state()
-        for name, kept in state["probes"].items():
-            if odd := _not_plain(kept):
-                raise UsageError(
-                    f"probe {name}: state() holds a {odd}, which a checkpoint cannot keep; accepted: tensors, Python's numbers "
-                    "and texts, lists, tuples and dicts of them"
-                )
-        return _copy(state)
+        return _copy(self.state())
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -198,11 +190,11 @@ class Training:
                 if self.iteration not in log_points:
                     continue
                 window = self.iteration - since
-                figures = self.team.total(torch.stack([loss_sum / self.team.size, wrong_sum])) / window
                 # The only wait for the device: three figures, once a window. The last loss is that before the last update.
-                mean_loss, error, largest = torch.stack([*figures, self._largest_weight()]).tolist()
-                if not math.isfinite(mean_loss + largest):
-                    self._report_divergence()
+                figures = torch.stack([loss_sum / self.team.size, wrong_sum, self._broken()])
+                mean_loss, error, broken = (self.team.total(figures) / window).tolist()
+                if broken or not math.isfinite(mean_loss):
+                    self._report_divergence("weights are" if math.isfinite(mean_loss) else "loss is")
                 error *= 100 / recipe.batch_size
                 self.lowest_error = error if self.lowest_error is None else min(error, self.lowest_error)
                 row = {
@@ -382,18 +374,19 @@ class Training:
             speed,
         )
 
-    def _largest_weight(self) -> Tensor:
-        """In size; not a number if one is none."""
-        weights = [parameter.detach() for parameter in self.network.parameters()]
-        return nn.utils.get_total_norm(weights, norm_type=math.inf).float()
+    def _broken(self) -> Tensor:
+        """1 if one of the weights that are trained is infinite or no number, else 0."""
+        trained = [each.detach() for group in self.optimizer.param_groups for each in group["params"] if each.numel()]
+        largest = nn.utils.get_total_norm(trained, norm_type=math.inf)
+        return 1 - torch.isfinite(largest).to(torch.float32)
 
-    def _report_divergence(self) -> None:
+    def _report_divergence(self, what: str) -> None:
         """Goes back to the last log point and repeats the window step by step, to name where the numbers broke."""
         where = ""
         self.load_state(_copy(self.last_good))
         self.capturing = False
         if self.team.size > 1:  # repeated step by step, the processes would not stop at the same one
-            raise TrainingDiverged(f"the loss is not finite; the weights of iteration {self.iteration} are kept")
+            raise TrainingDiverged(f"the {what} not finite; the weights of iteration {self.iteration} are kept")
         _set_random_state(self.random, self.device)
         for drawn in self.batches.drawn(self.iteration):
             rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
@@ -407,12 +400,12 @@ class Training:
                 break
             self.iteration += 1
             if self.iteration in _log_points(self.recipe):
-                if not torch.isfinite(self._largest_weight()):
-                    where = f" after iteration {self.iteration}, learning rate {rate:g}, which makes weights infinite"
+                if self._broken():
+                    where = f" after iteration {self.iteration}, learning rate {rate:g}"
                 break  # else it did not happen again: the device does not compute the same twice
         self.load_state(self.last_good)
         raise TrainingDiverged(
-            f"the loss is not finite{where}; the weights of iteration {self.iteration}, the last good ones, are kept"
+            f"the {what} not finite{where}; the weights of iteration {self.iteration}, the last good ones, are kept"
         )
 
     # -- results -------------------------------------------------------------------------------------------------
@@ -520,19 +513,10 @@ def _copy(value: Any) -> Any:
         return {key: _copy(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_copy(entry) for entry in value]
-    return tuple(map(_copy, value)) if isinstance(value, tuple) else value
-
-
-def _not_plain(value: Any) -> str:
-    """The type of something in `value` that is read back from no checkpoint, which runs no code; nothing if there is none.
-
-    A subclass of what is accepted, as numpy's float64 is of float, is not."""
-    if type(value) in (dict, OrderedDict):
-        value = [*value, *value.values()]
-    if type(value) in (list, tuple):
-        return next(filter(None, map(_not_plain, value)), "")
-    plain = isinstance(value, Tensor) or type(value) in (int, float, bool, str, bytes, complex, set, type(None))
-    return "" if plain else f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    if isinstance(value, tuple):
+        entries = map(_copy, value)
+        return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
+    return value
 
 
 def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, precision: str) -> str:

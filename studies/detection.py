@@ -190,12 +190,14 @@ def _check(options: Options) -> None:
 
 
 def _left_out(data: DetectionData) -> str:
-    return f"{len(data.problems)} bad annotations or images were left out, or cut at the image's border"
+    return f"{len(data.problems)} problems with annotations or images, of which most were left out"
 
 
 def _check_channels(data: str) -> None:
     """Networks are fitted to the data that they are trained on, and the images to detect in have three channels."""
-    channels = rp.load_data(data).in_channels
+    from resprobe.distributed import team
+
+    channels = team().told(lambda: rp.load_data(data).in_channels)  # one process downloads
     if channels != 3:
         raise rp.UsageError(
             f"data (={data!r}) must have images of 3 channels, as those to detect in have, not of {channels}; accepted: "
@@ -550,11 +552,9 @@ def _draw_curves(results: rp.Results) -> rp.Drawing:
     palette = rp.figures.colours(list(options.backbones))
     figure, (left, right) = rp.figures.new_figure(2)
     for (name, bn), rows in table.groupby(["backbone", "bn"], sort=False):
-        seeds = rows.groupby("iteration")["mAP"]
-        mean, spread = seeds.mean(), seeds.std().fillna(0.0)
         style = {"ls": "-", "lw": 2.4} if bn == "frozen" else {"ls": (0, (4, 2)), "lw": 1.6}
-        left.plot(mean.index, mean, color=palette[name], marker="o", label=f"{_short(name)}, BN {bn}", **style)
-        left.fill_between(mean.index, mean - spread, mean + spread, color=palette[name], alpha=0.15, lw=0)
+        style |= {"color": palette[name], "marker": "o", "label": f"{_short(name)}, BN {bn}"}
+        rp.figures.mean_and_band(left, rows["mAP"], rows["iteration"], **style)
     left.set(xlabel="iterations", ylabel="AP (%), VOC 11-point")
     left.set_ylim(0, 100)
     left.set_title("mean over classes")

@@ -175,7 +175,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     return {
         "figure": rp.Drawing(
             figure,
-            f"Test error on {on} against the number of residual networks in the ensemble: mean over all choices of that many "
+            f"Test error on {on} against the number of residual networks in the ensemble: mean over choices of that many "
             "members of one seed (depths) or of one depth (seeds), and all networks together; each single network a dot.",
             "Test error against ensemble size. " + ", ".join(said) + ".",
         )

@@ -322,7 +322,7 @@ def test_a_block_that_changes_what_it_is_given_is_refused(shortcut, clean_regist
         rp.build("cifar/resnet-8", block="begins-in-place", norm="none", shortcut=shortcut)
     assert str(caught.value) == (
         "cifar/resnet-8, stage1.0: BeginsInPlace changes what it is given: branch.0 works in place, and "
-        "the shortcut needs the same"
+        f"{'the shortcut' if shortcut == 'A' else 'what comes before'} needs the same"
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
 import os
 import pickle
 import warnings
+from collections import Counter, OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +22,7 @@ from tiny import assert_same
 from resprobe.checkpoints import (
     _MAGIC,
     load_checkpoint,
+    not_kept,
     remove_checkpoints,
     save_checkpoint,
     write_atomically,
@@ -349,3 +353,25 @@ def test_a_malicious_pickle_never_runs(path, tmp_path, how):
     if how == "torch":  # the test's own weapon is loaded
         torch.load(io.BytesIO(payload), weights_only=False)
         assert target.read_text() == "owned"
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (
+            {"rows": [(1, 2.0, "a", None, True, b"c", 1j)], "of": Counter("ab"), "shape": torch.Size([2]), "set": {1}},
+            "",
+        ),
+        ([torch.zeros(2), {"at": OrderedDict(a=torch.float32)}, torch.device("cpu"), bytearray(b"d")], ""),
+        ({"rows": [(1, np.float64(2.0))]}, "numpy.float64"),
+        ({("a", np.int64(1)): 2}, "numpy.int64"),
+        ([np.zeros(3)], "numpy.ndarray"),
+        ({np.float32(1)}, "numpy.float32"),
+        (Path("a"), "pathlib.PosixPath"),
+    ],
+)
+def test_what_a_checkpoint_keeps_is_what_torch_reads_back(value, kind, tmp_path):
+    assert not_kept(value) == kind
+    save_checkpoint(tmp_path / "checkpoint.pt", {"value": value})
+    with contextlib.nullcontext() if not kind else pytest.warns(UserWarning, match="is damaged and was passed over"):
+        assert (load_checkpoint(tmp_path / "checkpoint.pt") is None) == bool(kind)

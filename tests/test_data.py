@@ -5,6 +5,7 @@ import hashlib
 import re
 import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -848,6 +850,28 @@ class TestCifar:
             f"cifar10 in {folder} is incomplete or damaged (a file is missing or its MD5 differs); "
             "unpack cifar-10-python.tar.gz there again"
         )
+
+    def test_of_processes_that_want_it_one_downloads_and_the_others_wait(self, nowhere, monkeypatch):
+        lock = FileLock(nowhere / ".cifar10.lock")
+
+        def download(root, download):
+            with pytest.raises(Timeout):
+                lock.acquire(timeout=0)
+            raise URLError("seen enough")
+
+        monkeypatch.setattr("torchvision.datasets.CIFAR10", download)
+        with pytest.raises(rp.UsageError, match="seen enough"):
+            rp.load_data("cifar10")
+        # While another downloads, half an archive is not taken for a damaged one.
+        (nowhere / "cifar-10-python.tar.gz").write_bytes(b"half")
+        with lock, ThreadPoolExecutor() as threads:
+            waiting = threads.submit(rp.load_data, "cifar10")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.3)
+            (nowhere / "cifar-10-python.tar.gz").unlink()
+            lock.release()
+            with pytest.raises(rp.UsageError, match="seen enough"):
+                waiting.result(timeout=60)
 
     @pytest.mark.parametrize(("name", "official"), [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
     def test_failed_download_says_what_to_put_where(self, nowhere, monkeypatch, name, official):

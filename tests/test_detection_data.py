@@ -253,6 +253,16 @@ def test_an_image_of_another_size_than_annotated_is_left_out(tmp_path):
     )
 
 
+def test_coco_s_images_need_not_say_their_size(tmp_path):
+    coco_folder(tmp_path)
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content, before = json.loads(file.read_text()), read_coco(tmp_path, ["train2017"])
+    for entry in content["images"]:
+        del entry["width"], entry["height"]
+    file.write_text(json.dumps(content))
+    assert same_targets(read_coco(tmp_path, ["train2017"]), before) and not before.problems
+
+
 def test_what_is_left_of_a_box_is_a_pixel_or_more(tmp_path):
     """In the precision in which boxes are kept: torchvision ends a training at a box without width."""
     good = {"id": 7, "image_id": 200, "category_id": 3, "bbox": [1, 1, 9, 9]}

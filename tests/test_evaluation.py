@@ -259,7 +259,7 @@ def test_no_images(net):
 def test_no_normalization(net):
     with pytest.raises(UsageError) as caught:
         on(net, digits().test)
-    assert str(caught.value) == ("the network has no normalization: give evaluate normalization=…, or a whole data set")
+    assert str(caught.value) == ("the network has no normalization: give normalization=…, or a whole data set")
 
 
 def test_multi_scale_needs_files(net):

@@ -17,6 +17,7 @@ import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pandas
 import pytest
 import torch
@@ -732,17 +733,37 @@ def test_a_probe_without_state_is_told_of_when_a_run_goes_on(tmp_path):
     assert list(run.tables["forgetting"].iteration) == [8]
 
 
-def test_a_result_that_cannot_be_read_now_is_not_made_again(tmp_path, monkeypatch):
-    run, read = train(tmp_path), Path.read_text
+@pytest.mark.parametrize("name", ["result.json", "norms.json"])
+def test_what_cannot_be_read_now_is_not_made_again(name, tmp_path, monkeypatch):
+    run, read = train(tmp_path, probes=[Norms()]), Path.read_text
 
     def away(file, *arguments, **options):
-        if file.name == "result.json":
+        if file.name == name:
             raise OSError(errno.EIO, "Input/output error")
         return read(file, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", away)
     with pytest.raises(StorageError, match=f"^cannot read {run.path}: Input/output error$"):
-        train(tmp_path)
+        train(tmp_path, probes=[Norms()])
+
+
+def test_a_probe_whose_state_no_checkpoint_keeps_is_told_of(tmp_path, whole, monkeypatch):
+    """It would be written, and be taken for damaged when it is read."""
+
+    class Odd(Norms):
+        def state(self):
+            return [{"iteration": row["iteration"], "norm": np.float64(row["norm"])} for row in self.rows]
+
+    monkeypatch.setattr(keeping, "CHECKPOINT_SECONDS", 0)
+    said = r"state\(\) of probe norms holds a numpy.float64, which no checkpoint keeps; accepted: tensors, "
+    with pytest.warns(UserWarning, match=said) as told, pytest.raises(KeyboardInterrupt):
+        train(tmp_path, probes=[Odd()], progress=stop_at(6))
+    assert len(told) == 1
+    assert RunStore(tmp_path).iterations_done(config()) == 0
+    with pytest.warns(UserWarning, match=said):
+        run = train(tmp_path, probes=[Odd()])
+    assert_same(result_of(run), whole)
+    assert list(run.tables["norms"].iteration) == [0, 4, 8]
 
 
 def test_a_table_is_never_found_under_what_is_said_of_another(tmp_path):

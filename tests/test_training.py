@@ -820,37 +820,14 @@ def test_a_probe_that_makes_gradients_no_numbers_is_named():
 
 
 def test_what_is_copied_shares_nothing():
+    pair = collections.namedtuple("Pair", "x y")(torch.zeros(2), 1)
+    assert _copy(pair)._fields == ("x", "y") and _copy(pair).x is not pair.x
     held = {"a": [torch.zeros(2), (torch.zeros(2), {"b": torch.zeros(2)})]}
     copied = _copy(held)
     assert type(copied["a"][1]) is tuple
     for tensor in (held["a"][0], held["a"][1][0], held["a"][1][1]["b"]):
         tensor += 1
     assert not any(tensor.any() for tensor in (copied["a"][0], copied["a"][1][0], copied["a"][1][1]["b"]))
-
-
-Pair = collections.namedtuple("Pair", "x y")
-
-
-@pytest.mark.parametrize(
-    ("state", "odd"),
-    [
-        ({"rows": [(1, np.float64(2.0))]}, "numpy.float64"),
-        ([np.zeros(3)], "numpy.ndarray"),
-        (Pair(1, 2), "test_training.Pair"),
-    ],
-)
-def test_a_probe_s_state_that_no_checkpoint_can_keep_is_refused(state, odd):
-    """It would be written, and be taken for damaged when it is read."""
-
-    class Odd(Watching):
-        def state(self):
-            return state
-
-    with pytest.raises(UsageError) as caught:
-        training(probes=[Odd()])
-    assert str(caught.value).startswith(
-        f"probe watching: state() holds a {odd}, which a checkpoint cannot keep; accepted: "
-    )
 
 
 @pytest.mark.parametrize(("broken", "kept"), [(3, 0), (6, 3)], ids=["at a log point", "at the end"])
@@ -861,14 +838,30 @@ def test_weights_that_the_last_update_of_a_window_breaks_are_no_good_ones(broken
     with pytest.raises(TrainingDiverged) as caught:
         one.run()
     assert str(caught.value) == (
-        f"the loss is not finite after iteration {broken}, learning rate 1e+300, which makes weights infinite; "
+        f"the weights are not finite after iteration {broken}, learning rate 1e+300; "
         f"the weights of iteration {kept}, the last good ones, are kept"
     )
     assert one.iteration == kept
     assert all(torch.isfinite(tensor).all() for tensor in one.network.state_dict().values())
 
 
-def test_processes_that_train_together_draw_other_numbers(monkeypatch):
+class Odd(Stranger):
+    """Holds parameters that are no weights that are trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = nn.Parameter(torch.tensor(3), requires_grad=False)
+        self.mask = nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False)
+        self.empty = nn.Parameter(torch.zeros(0, 4))
+
+
+def test_what_is_not_trained_need_not_be_finite():
+    one = training(Odd())
+    one.run()
+    assert one.iteration == 12
+
+
+def test_processes_that_train_together_draw_other_numbers():
     """Those of the first are the seed's. A process that goes on draws no numbers twice."""
     one = training()
     draws = {}

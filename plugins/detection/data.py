@@ -29,7 +29,9 @@ ymax). COCO's (x, y, width, height) is (x, y, x + width, y + height), and its ca
 
 **Bad annotations** are counted by file in `problems`. With `on_bad="skip"` an object without area (in VOC also one with
 xmax = xmin), outside its image or of unknown class is left out, one that reaches outside by more than a pixel is cut off
-at the border, and an image without file or readable annotation is left out. `on_bad="stop"` raises at the first.
+at the border, and left out if no more than a pixel is left. An image is left out that has no file or annotation that can be
+read, or another size than is annotated, as one that a camera's note turns: its boxes would lie elsewhere. What is said of
+`difficult` otherwise than by 0 and 1, true and false, is taken for 0. `on_bad="stop"` raises at the first.
 """
 
 from __future__ import annotations
@@ -263,9 +265,10 @@ def read_coco(root: str | Path, parts: Sequence[str], *, on_bad: str = "skip") -
                 if not image.is_file():
                     book.report(image, "the image is missing")
                     continue
-                if book.size_of(image, (float(entry["width"]), float(entry["height"]))) is None:
+                size = book.size_of(image, (float(entry.get("width", 0)), float(entry.get("height", 0))))
+                if size is None:
                     continue
-                kept = list(_coco_objects(image, entry, of_image[entry["id"]], labels, book))
+                kept = list(_coco_objects(image, size, of_image[entry["id"]], labels, book))
                 boxes, kinds, crowds, areas = ([thing[column] for thing in kept] for column in range(4))
                 files.append(image)
                 targets.append(make_target(int(entry["id"]), boxes, kinds, iscrowd=crowds, area=areas))
@@ -470,7 +473,7 @@ def _coco_images(root: Path, part: str, entries: Sequence[dict]) -> Path:
 
 
 def _coco_objects(
-    image: Path, entry: dict, annotations: Sequence[dict], labels: dict[int, int], book: _Book
+    image: Path, size: Sequence[float], annotations: Sequence[dict], labels: dict[int, int], book: _Book
 ) -> Iterator[tuple[list[float], int, bool, float]]:
     """(box, label, crowd, area) of an image's annotations that are sound."""
     for annotation in annotations:
@@ -480,7 +483,7 @@ def _coco_objects(
             continue
         x, y, width, height = (float(value) for value in annotation["bbox"])
         edges = (x, y, x + width, y + height)
-        box = book.fitted(image, f"annotation {number}: box", edges, (float(entry["width"]), float(entry["height"])))
+        box = book.fitted(image, f"annotation {number}: box", edges, size)
         if box is not None:
             area = float(annotation.get("area", width * height))
             yield box, labels[annotation["category_id"]], bool(annotation.get("iscrowd", 0)), area

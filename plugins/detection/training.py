@@ -39,7 +39,7 @@ from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
 from resprobe.checkpoints import read_tensors, remove_scratch, write_json, write_tensors
 from resprobe.data.images import generator
-from resprobe.devices import resolve_device, synchronize
+from resprobe.devices import fastest, resolve_device
 from resprobe.digests import network_digest
 from resprobe.environment import environment
 from resprobe.keeping import Keeper, Kept, failures_kept
@@ -156,18 +156,12 @@ def timed(model: Detector, data: DetectionData, recipe: DetectionRecipe, device:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def seconds(work: Callable[[], object]) -> float:
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        return time.perf_counter() - started
-
     with _drawn_for(device, "timing"):
         step(0)  # what is set up at first use is no part of a step
-        a_step = min(seconds(lambda at=at: step(at)) for at in (1, 2))
+        a_step = fastest(lambda: step(1), device, 2)
         few = data.test.select(range(min(2, len(data.test))))
         predict(model, few, device)
-        an_image = min(seconds(lambda: predict(model, few, device)) for _ in range(3)) / max(1, len(few))
+        an_image = fastest(lambda: predict(model, few, device), device) / max(1, len(few))
     return recipe.iterations * a_step + (recipe.evaluations + 1) * len(data.test) * an_image
 
 

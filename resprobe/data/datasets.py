@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +143,10 @@ def _cifar(name: str, path: str | None) -> Data:
         if (root / archive).is_file():
             return _from_archive(name, root / archive)
         raise UsageError(f"data path (={path!r}) holds neither {folder}/ nor {archive}")
+    with suppress(OSError):  # of a cache that may only be read
+        if (lock := _lock(name)).is_file():
+            with FileLock(lock):  # another process may be downloading
+                pass
     for root in (Path("data"), cache_folder()):
         if (root / folder).is_dir():
             return _from_folder(name, root)
@@ -211,6 +215,10 @@ def _from_folder(name: str, root: Path) -> Data:
     return Data(name, name, *parts, classes=tuple(train.classes))
 
 
+def _lock(name: str) -> Path:
+    return cache_folder() / f".{name}.lock"
+
+
 def _download(name: str) -> Data:
     from torchvision import datasets
 
@@ -220,7 +228,7 @@ def _download(name: str) -> Data:
     socket.setdefaulttimeout(30)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with FileLock(target / f".{name}.lock"):  # of processes that want it at the same time one downloads
+        with FileLock(_lock(name)):  # of processes that want it at the same time one downloads
             make(target, download=True)
     except Exception as error:  # whatever a network can do
         raise UsageError(
