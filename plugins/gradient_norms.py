@@ -28,6 +28,10 @@ One row a layer and one a block, for every measurement:
 
 If the loss L is a mean over images, N · ∂L/∂yᵢ is the gradient of image i's own loss, and `output_gradient_rms` the root
 mean square of its norm over the images: that figure compares between batch sizes, `output_gradient_norm` does not.
+N is the length of the block's output along its first axis: regions, in the head of a detector. `position` is the order in which
+modules are called; weights that another module reads without calling theirs (the `out_proj` of torch's attention) come last.
+A weight that several modules share has a row for each, with the gradient of all its uses.
+
 W is the layer's `weight`, without its bias; where `torch.nn.utils` has put other parameters in its place (pruning, weight and
 spectral norm), there is a row for each of those. What has no gradient (frozen, or not used) has NaN.
 
