@@ -74,6 +74,7 @@ from torch.utils.hooks import RemovableHandle
 
 import resprobe as rp
 from resprobe.errors import one_line, short
+from resprobe.modes import evaluation_mode
 
 with warnings.catch_warnings():
     # fvcore scripts a function when it is imported, which torch now advises against.
@@ -291,13 +292,8 @@ def measure(network: nn.Module, image_shape: Sequence[int]) -> Flops:
     if not all(isinstance(size, int) and size > 0 for size in shape):
         raise rp.UsageError(f"image_shape (={short(image_shape)}) must be whole numbers ≥ 1, such as (3, 32, 32)")
     weight = next((each for each in network.parameters() if each.is_floating_point()), torch.empty(0))
-    modes = {module: module.training for module in network.modules()}
-    try:
-        network.eval()
+    with evaluation_mode(network):
         probe.count(network, torch.zeros((1, *shape), dtype=weight.dtype, device=weight.device))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return probe
 
 

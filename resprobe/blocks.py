@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from resprobe.errors import UsageError, check_whole, one_line
 from resprobe.layers import Layers
+from resprobe.modes import evaluation_mode
 from resprobe.randomness import keeping_random_state
 from resprobe.registry import Registry
 from resprobe.shortcuts import SHORTCUTS
@@ -86,19 +87,16 @@ class Block(nn.Module):
         parameter = next(self.parameters(), torch.empty(0))
         drawn = torch.randn(2, self.in_channels, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
         drawn = drawn.to(parameter.device, parameter.dtype)
-        image, modes = drawn.clone(), [(module, module.training) for module in self.modules()]
+        image = drawn.clone()
         try:
-            with torch.no_grad(), keeping_random_state(self):
-                out = self.eval()(image)
+            with torch.no_grad(), keeping_random_state(self), evaluation_mode(self):
+                out = self(image)
         except UsageError:
             raise
         except Exception as error:
             raise UsageError(
                 f"{type(self).__name__} fails on an input of {tuple(image.shape)}: {one_line(error, named=True)}"
             ) from error
-        finally:
-            for module, training in modes:
-                module.training = training
         if not image.is_meta and not torch.equal(image, drawn):
             raise UsageError(
                 f"{type(self).__name__} changes what it is given: {self._in_place() or 'its forward pass'} works in place, and "

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
 from resprobe.devices import autocast, resolve_device, resolve_precision
 from resprobe.errors import UsageError, check_whole, not_accepted
+from resprobe.modes import evaluation_mode
 from resprobe.networks import Network, NetworkSpec, check_fit, check_logits
 
 PROTOCOLS = ("single-view", "ten-crop", "multi-scale")
@@ -33,18 +34,6 @@ class Evaluation:
     loss: float
 
 
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Eval mode for the length of a block; every module gets its own mode back, frozen ones included."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def normalization_of(network: nn.Module, data: Data | None) -> Normalization:
     """How a network's inputs are normalized: as it was trained (`network.normalization`), else by the per-pixel mean of the
     training part of `data` (§3.4, §4.2), with a warning if the network is not one that `rp.build` made.
@@ -60,7 +49,7 @@ def normalization_of(network: nn.Module, data: Data | None) -> Normalization:
     if not isinstance(network, Network):  # it may well have been trained by another one
         warnings.warn(
             f"{type(network).__name__} does not say how its inputs are normalized; the data's mean image is subtracted. "
-            "where it was another, give normalization=…"
+            "Where it was another, give normalization=…"
         )
     return Normalization.fit(data.train.sample(2000), "per-pixel-mean")
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from resprobe.checkpoints import (
     load_checkpoint,
     remove_checkpoints,
+    remove_scratch,
     save_checkpoint,
     write_atomically,
     write_json,
@@ -81,7 +82,8 @@ class Keeper:
             file.unlink(missing_ok=True)  # of a begin that is not gone on with
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint, if there is one."""
+        """The newest checkpoint, if there is one. What a process that was killed has half-written is removed."""
+        remove_scratch(self.path)
         return load_checkpoint(self.checkpoint)
 
     @property

@@ -24,7 +24,6 @@ from resprobe.checkpoints import (
     not_kept,
     read_json,
     read_tensors,
-    remove_scratch,
     write_atomically,
     write_json,
     write_tensors,
@@ -383,8 +382,6 @@ def _train_in_store(
     together = team()
     path = store.folder(config)
     keeper = Keeper(path)
-    if together.first:
-        remove_scratch(path)
     training = _prepare(config, network, data, device, probes, recompute, step)
     kept = together.told(keeper.load)
     if kept is not None:

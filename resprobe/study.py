@@ -352,15 +352,13 @@ class _Ready:
 
 def _surveyed(ready: _Ready) -> list[Survey | Outlook]:
     """What is ahead: a round each, and what `measure` trains. What follows a round to be trained is not known yet."""
-    ahead: list[Survey | Outlook] = []
-    known, runs = ready.surveyed(ready.jobs)
-    ahead += known
+    ahead, runs = ready.surveyed(ready.jobs)
     results = ready.results([], []) if runs is None else ready.results(ready.jobs, runs)
     if runs is not None and (second := ready.further(results)):
-        known, others = ready.surveyed(second)
-        ahead += known
+        after, others = ready.surveyed(second)
+        ahead = [*ahead, *after]
         results = ready.results([], []) if others is None else ready.results([*ready.jobs, *second], [*runs, *others])
-    return ahead if ready.study.ahead is None else [*ahead, ready.study.ahead(results)]
+    return [*ahead, ready.study.ahead(results)] if ready.study.ahead is not None else [*ahead]
 
 
 def _gathered(ready: _Ready) -> tuple[Results, dict[str, Any]] | None:

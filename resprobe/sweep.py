@@ -268,9 +268,8 @@ def run_all(
         )
     found = []
     for job in jobs:
-        run = together.told(
-            lambda job=job: store.find(job.config, job.probes)
-        )  # on another machine it need not be there
+        # Asked by the first: on another machine it need not be there.
+        run = together.told(lambda job=job: store.find(job.config, job.probes))
         if run is None:  # its probes are others in the processes that trained
             raise _edited(job)
         found.append(run)

@@ -144,9 +144,8 @@ def _networks(results: rp.Results, data: rp.Data) -> Iterator[tuple[str, rp.Netw
     for path in results.options.weights:
         network = rp.build(name, in_channels=data.in_channels, num_classes=data.num_classes, **chosen)
         rp.load_weights(network, path)
-        network.normalization = rp.normalization_of(
-            network, data
-        )  # for the parts of the images, which are no whole data set
+        # Kept with it, for parts of the images, which are no whole data set.
+        network.normalization = rp.normalization_of(network, data)
         yield f"{name}, {path}", network
 
 
@@ -245,8 +244,8 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     axis.set_xticks(range(len(names)), [SAID[name] for name in names])
     axis.margins(x=0.15)
     axis.set_ylabel("top-1 error, difference\nfrom one view (points)")
-    theirs_first = axis.get_legend_handles_labels()
-    figure.legend(*(entries[::-1] for entries in theirs_first), loc="outside upper left", frameon=False)
+    ours_first = (entries[::-1] for entries in axis.get_legend_handles_labels())
+    figure.legend(*ours_first, loc="outside upper left", frameon=False)
     apart = ", ".join(
         f"{SAID[name]} {gap.difference:+.2f} ({gap.lower:+.2f} to {gap.upper:+.2f})"
         for name, gap in list(zip(tested, gaps, strict=True))[1:]

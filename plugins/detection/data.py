@@ -46,12 +46,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 import resprobe as rp
+from resprobe.data.folder import NO_PICTURE, read_image
 
 Target = dict[str, Tensor]
 
@@ -96,7 +96,7 @@ class DetectionSet(Sequence):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image = self.images[index]
-        pixels = image.clone() if isinstance(image, Tensor) else _read_image(image)
+        pixels = image.clone() if isinstance(image, Tensor) else read_image(image)
         return pixels, {name: value.clone() for name, value in self.targets[index].items()}
 
     def select(self, indices: Iterable[int]) -> DetectionSet:
@@ -346,7 +346,7 @@ class _Book:
                 other = min(said) > 0 and size != list(said)
                 if other and opened.getexif().get(_ORIENTATION, 1) != 1:
                     why = "; its EXIF says that it is to be turned"
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except NO_PICTURE as error:
             self.report(image, f"the image cannot be read: {error}")
             return None
         if other:
@@ -513,11 +513,3 @@ def _first(problems: Sequence[Problem]) -> str:
         if problems
         else "its lists are empty"
     )
-
-
-def _read_image(file: Path) -> Tensor:
-    try:
-        with Image.open(file) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise rp.UsageError(f"image {file} cannot be read: {error}") from error

@@ -37,7 +37,7 @@ from plugins.detection.metrics import coco_metrics, voc_average_precision
 from plugins.detection.model import Detector, faster_rcnn
 from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
-from resprobe.checkpoints import read_tensors, remove_scratch, write_json, write_tensors
+from resprobe.checkpoints import read_tensors, write_json, write_tensors
 from resprobe.data.images import generator
 from resprobe.devices import fastest, resolve_device
 from resprobe.digests import network_digest
@@ -231,7 +231,6 @@ def _train(
         rows, done, counted, before = kept["rows"], kept["done"], kept["counted"], kept["seconds"]
         sums.copy_(kept["sums"])
     if keeper:
-        remove_scratch(keeper.path)
         keeper.begin(config.identity() | {"network": config.network, "name": config.data}, environment(device))
     measured_at = {round(recipe.iterations * k / recipe.evaluations) for k in range(recipe.evaluations)}
     started = time.monotonic() - before

@@ -24,6 +24,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # Principal components of ImageNet's RGB values (Krizhevsky et al. 2012, §4.1; the figures as in fb.resnet.torch).
 _PCA_VALUES = torch.tensor([0.2175, 0.0188, 0.0045])
 _PCA_VECTORS = torch.tensor([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+NO_PICTURE = (OSError, SyntaxError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no picture, or a broken one."""
 _IN_MEMORY_BYTES = 2 * 2**30
 
 
@@ -118,7 +120,7 @@ class FolderSet:
             )
         images = []
         for path in self.files:
-            pixels = _pixels(_open(path))
+            pixels = read_image(path)
             if pixels.shape[1:] != (height, width):
                 raise _NotOneTensor(f"{path} is {pixels.shape[2]}×{pixels.shape[1]}, the first image {width}×{height}")
             images.append(pixels)
@@ -194,17 +196,18 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as image:
             yield image
-    except (
-        OSError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # all are Pillow's for a file that is no picture
+    except NO_PICTURE as error:
         raise DamagedFile(f"image {path} cannot be read: {error}") from error
 
 
 def _is_small(path: Path) -> bool:
     with _opened(path) as image:
         return max(image.size) <= 64
+
+
+def read_image(path: Path) -> Tensor:
+    """The picture as uint8 [3, H, W]. Raises `DamagedFile` for what is none."""
+    return _pixels(_open(path))
 
 
 def _open(path: Path) -> Image.Image:
