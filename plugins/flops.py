@@ -315,6 +315,15 @@ def uncounted(network: nn.Module, image_shape: Sequence[int]) -> pandas.DataFram
     return measure(network, image_shape).uncounted()
 
 
+def of_study(results: rp.Results, *labels: str) -> pandas.DataFrame:
+    """What the networks of a study cost for one image of its data: a row each, its `labels` ("depth", say), then `TOTALS`."""
+    data = rp.load_data(results.options.data).cropped(results.runs[0].config.recipe.crop)
+    image = tuple(data.train.sample(1).shape[1:])
+    firsts = results.table.reset_index(drop=True).drop_duplicates(list(labels))
+    rows = [total(results.runs[row].network, image) for row in firsts.index]
+    return firsts[list(labels)].reset_index(drop=True).join(pandas.DataFrame(rows).reset_index(drop=True))
+
+
 def _watch(network: nn.Module, inputs: Any, named_inputs: Any, copied: Callable[[Tensor], Tensor]) -> _Pass:
     """Calls a copy of `network`, its tensors and those of the inputs made by `copied`."""
     memory = rp.probes.without_hooks(network)  # hooks of others must not see this pass

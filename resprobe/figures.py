@@ -129,24 +129,43 @@ def error_against_depth(
 
     `top` is the end of the error axis, where some errors are so much larger that they would hide how the others differ.
     """
+    ends = _error_against(axis, table["depth"], table, column, by, top)
+    axis.set_xticks(sorted(table["depth"].unique()))
+    axis.set_xlabel("depth (weighted layers)")
+    label_ends(axis, ends)
+
+
+def error_against_cost(axis: Axes, table: pandas.DataFrame, column: str, *, by: str) -> None:
+    """The same over multiply-adds for one image, a column `macs`: whose line lies lower errs less for as much work."""
+    _error_against(axis, table["macs"] / 1e6, table, column, by, None)
+    axis.set_xlim(left=0)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
+    axis.set_xlabel("multiply-adds for one image (millions)")
+    axis.legend(frameon=False)  # lines end where the network's cost does, far from the edge perhaps
+
+
+def _error_against(
+    axis: Axes, at: pandas.Series, table: pandas.DataFrame, column: str, by: str, top: float | None
+) -> list[tuple[float, str, Colour]]:
+    """Draws a column of `table` at places `at` of the x axis, and gives where each line ends, its name and its colour."""
     palette, markers = colours(list(table[by].unique())), itertools.cycle("os^DvPX*")
     aside = axis.transData + ScaledTranslation(7 / 72, 0, axis.get_figure().dpi_scale_trans)
     ends = []
     for (value, group), marker in zip(table.groupby(by, sort=False), markers, strict=False):
-        seeds, colour = group.groupby("depth")[column], palette[value]
+        places, colour = at[group.index], palette[value]
+        seeds = group[column].groupby(places)
         mean, spread = seeds.mean(), seeds.std().fillna(0.0)
-        axis.errorbar(mean.index, mean, yerr=spread, color=colour, marker=marker, capsize=3, lw=2, elinewidth=1.2)
-        axis.plot(group["depth"], group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
+        style = {"color": colour, "marker": marker, "capsize": 3, "lw": 2, "elinewidth": 1.2}
+        axis.errorbar(mean.index, mean, yerr=spread, label=str(value), **style)
+        axis.plot(places, group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
         ends.append((float(mean.iloc[-1]), str(value), colour))
-    axis.set_xticks(sorted(table["depth"].unique()))
-    axis.set_xlabel("depth (weighted layers)")
     # Over all panels that share the axis, since the next one's errors may be larger; room for the marker of an error of 0.
     axis.autoscale(axis="y")
     # Dots aside are not seen by autoscale.
     top = top or max(1.0, axis.get_ylim()[1], 1.04 * float(table[column].max()))
     axis.set_ylim(-0.02 * top, top)
     _error_ticks(axis)
-    label_ends(axis, ends)
+    return ends
 
 
 def _error_ticks(axis: Axes) -> None:

@@ -86,22 +86,11 @@ def leaves_open(options: Options) -> list[str]:
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:
-    """One row a network: `shortcut`, `depth`, and `macs`, multiply-adds for one image of the data."""
-    import pandas
-    import torch
-
+    """One row a network: `shortcut`, `depth`, and what it costs for one image of the data: `parameters`, `macs` (multiply-adds),
+    `activations`."""
     from plugins import flops
 
-    image = tuple(rp.load_data(results.options.data).train.sample(1).shape[1:])
-    rows = []
-    for row, run in zip(results.table.itertuples(), results.runs, strict=True):
-        if row.seed == results.options.seeds[0]:
-            with torch.device("meta"):  # counted without any arithmetic
-                network = rp.build(run.config.network)
-            rows.append(
-                {"shortcut": row.shortcut, "depth": row.depth, "macs": int(flops.total(network, image)["macs"])}
-            )
-    return pandas.DataFrame(rows)
+    return flops.of_study(results, "shortcut", "depth")
 
 
 def judge(results: rp.Results) -> list[rp.Verdict]:

@@ -1,0 +1,192 @@
+"""Block comparison: does a block err less than another, and what does it cost? Beyond the paper.
+
+Claim R3 is ours. The other studies ask of each claim whether it holds for a block; here two blocks stand in one verdict.
+
+    python -m studies.block_comparison                                            # bottleneck beside basic, digits
+    python -m studies.block_comparison --plugin my_block.py --block my-block      # yours beside the paper's
+    python -m studies.block_comparison --block my-block --against bottleneck --shortcut B --plugin my_block.py
+    python -m studies.block_comparison --preset paper --data cifar10 --plugin my_block.py --block my-block
+
+Residual networks of both blocks are trained at the same depths, in weighted layers as the paper counts them, from the same
+seeds and by the same recipe. Depths must be ones that both blocks can make up: two layers a block have 6n+2, three have
+9n+2, both have 20, 38, 56, 110.
+
+The verdict rests on test errors of the deepest networks. Equal depth is not equal cost: parameters and multiply-adds stand
+beside the errors, and one figure has the errors over multiply-adds, where the better block for as much work has the lower
+line. What would refute the claim: a lower test error of half a point or more is excluded, over seeds.
+
+Measured: see docs/claims/block_comparison.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import resprobe as rp
+
+if TYPE_CHECKING:
+    import pandas
+
+COSTS = {"parameters": "parameters", "macs": "multiply-adds", "activations": "activations"}
+"""Columns of the measurements."""
+
+ERRS_LESS = rp.Claim(
+    id="R3",
+    statement="Residual networks of one block err less than those of another, at the same depth",
+    section="ours",
+    paper="not in the paper, which compares blocks at like cost, on ImageNet (Table 3: 34 basic layers 24.52, 50 of bottlenecks "
+    "22.85 %)",
+    falsifier="the deepest networks' test error is not lower than that of the other block's, over seeds",
+    beyond=True,
+)
+
+
+@dataclass(frozen=True)
+class Options(rp.Options):
+    """A block, and the one it is set against."""
+
+    block: str = "bottleneck"
+    """block in question: bottleneck, single, or one that a plugin registers"""
+    against: str = "basic"
+    """block that it is set against: basic, or any other"""
+
+
+def plan(options: Options) -> list[rp.Planned]:
+    """Residual networks of both blocks at every depth."""
+    if options.block == options.against:
+        others = ", ".join(name for name in rp.BLOCKS.names() if name != options.against)
+        raise rp.UsageError(
+            f"block (={options.block!r}) is the one it is set against; accepted: {others}, or a plugin's; or another --against"
+        )
+    return [
+        rp.Planned(
+            {"block": block, "depth": depth}, f"cifar/resnet-{depth}", {"block": block, "shortcut": options.shortcut}
+        )
+        for depth in options.depths
+        for block in _blocks(options)
+    ]
+
+
+def _blocks(options: Options) -> tuple[str, str]:
+    """The block in question, and the one that it is set against."""
+    return options.block, options.against
+
+
+def measure(results: rp.Results) -> pandas.DataFrame:
+    """One row a network: `block`, `depth`, and what it costs for one image of the data: the columns of `COSTS`."""
+    from plugins import flops
+
+    return flops.of_study(results, "block", "depth")
+
+
+def judge(results: rp.Results) -> list[rp.Verdict]:
+    ours, theirs = _blocks(results.options)
+    *others, deep = sorted(results.options.depths)
+    lower = _compare(results, "test_error", deep)
+    errors = ", ".join(f"{block} {_error(results, 'test_error', block, deep)} %" for block in (ours, theirs))
+    costs = ", ".join(f"{name} × {_ratio(results, column, deep):.2f}" for column, name in COSTS.items())
+    evidence = [
+        f"test error, {theirs} less {ours}: {lower}",
+        f"training error: {_compare(results, 'train_error', deep)}",
+        f"{ours} costs {theirs}'s {costs}",
+        *(f"test error at {depth} layers: {_compare(results, 'test_error', depth)}" for depth in others),
+    ]
+    return [rp.Verdict(ERRS_LESS, lower.verdict, f"test error at {deep} layers: {errors}", "; ".join(evidence))]
+
+
+def _compare(results: rp.Results, column: str, depth: int) -> rp.Comparison:
+    """Is the error of the block that the one in question is set against the higher one?"""
+    ours, theirs = (results.values(column, block=block, depth=depth) for block in _blocks(results.options))
+    return rp.compare(theirs, ours)
+
+
+def _error(results: rp.Results, column: str, block: str, depth: int) -> str:
+    return rp.mean_std(results.values(column, block=block, depth=depth))
+
+
+def _ratio(results: rp.Results, column: str, depth: int) -> float:
+    """What the network of the block in question costs by the other's."""
+    costs = results.measurements.set_index(["block", "depth"])[column]
+    ours, theirs = (costs[block, depth] for block in _blocks(results.options))
+    return ours / theirs
+
+
+def draw(results: rp.Results) -> dict[str, rp.Drawing]:
+    options, on, deep = results.options, results.options.data_name, max(results.options.depths)
+    costs = results.measurements[["block", "depth", "macs"]]
+    table = results.table.sort_values("block").merge(costs, on=["block", "depth"])  # colours as in the curves
+    figure, (over_depth, over_cost) = rp.figures.new_figure(2)
+    rp.figures.error_against_depth(over_depth, table, "test_error", by="block")
+    over_depth.set_title("at the same depth")
+    over_depth.set_ylabel("test error (%)")
+    rp.figures.error_against_cost(over_cost, table, "test_error", by="block")
+    over_cost.set_title("at the same cost")
+    means = table.groupby(["block", "depth", "macs"], sort=False)["test_error"].mean()
+    said = ", ".join(
+        f"{block} {depth} layers, {macs / 1e6:.1f} million multiply-adds: {error:.2f} %"
+        for (block, depth, macs), error in means.items()
+    )
+    drawings = {
+        "figure": rp.Drawing(
+            figure,
+            f"Final test error on {on} of residual networks by block, over depth (left) and over multiply-adds (right): "
+            "mean ± std over seeds, a dot for each run.",
+            f"Mean final test error: {said}.",
+        )
+    }
+    histories = results.histories[results.histories["depth"] == deep]
+    figure, panels = rp.figures.new_figure(2)
+    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
+        rp.figures.curves(axis, histories, "block", top=rp.figures.error_limit(histories), columns=(column,))
+        axis.set_title(f"{title} error")
+    panels[0].set_ylabel("error (%)")
+    ends = ", ".join(f"{block} {_error(results, 'train_error', block, deep)} %" for block in _blocks(options))
+    drawings["figure-curves"] = rp.Drawing(
+        figure,
+        f"Training of the {deep}-layer networks on {on}: training error (left) and test error (right); "
+        f"{results.over_seeds(band=True)}.",
+        f"Error over iterations by block. Final training error: {ends}.",
+    )
+    return drawings
+
+
+def tabulate(results: rp.Results) -> pandas.DataFrame:
+    """One row a network; the paper prints no number to put beside them."""
+    import pandas
+
+    costs = results.measurements.set_index(["block", "depth"])
+    return pandas.DataFrame(
+        {
+            "network": f"ResNet-{depth}, {block}",
+            **{title: f"{costs.loc[(block, depth), column]:,}" for column, title in COSTS.items()},
+            "training error (%)": _error(results, "train_error", block, depth),
+            "test error (%)": _error(results, "test_error", block, depth),
+            "seeds": len(results.values("seed", block=block, depth=depth)),
+            "s a run, as it was trained": f"{results.table.query('block == @block and depth == @depth')['seconds'].mean():,.0f}",
+        }
+        for depth in sorted(results.options.depths)
+        for block in _blocks(results.options)
+    )
+
+
+_QUICK = Options(preset="quick", data="digits", depths=(20, 56), seeds=(0, 1, 2), iterations=400)
+
+study = rp.Study(
+    name="block_comparison",
+    title="Beyond the paper: a block beside another",
+    description=(
+        "Trains residual networks of two blocks at the same depths, and compares their errors and what they cost "
+        "(claim R3, which is ours and not the paper's)."
+    ),
+    claims=(ERRS_LESS,),
+    presets=rp.cifar_presets(_QUICK, depths=(20, 56, 110)),
+    plan=plan,
+    measure=measure,
+    judge=judge,
+    draw=draw,
+    tabulate=tabulate,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(study.main())

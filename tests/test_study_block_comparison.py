@@ -1,0 +1,167 @@
+"""The block-comparison study: its verdict follows the deepest networks' errors, and its costs are those of the networks."""
+
+import pandas
+import pytest
+
+import resprobe as rp
+from plugins import flops
+from studies.block_comparison import Options, plan, study
+
+BETTER = {
+    ("mine", 20): [9.0, 9.1, 8.9],
+    ("basic", 20): [8.0, 8.1, 7.9],
+    ("mine", 56): [6.0, 6.1, 5.9],
+    ("basic", 56): [7.0, 7.1, 6.9],
+}
+"""Test errors in percent, one a seed: worse at 20 layers, better at 56."""
+
+
+def results(errors: dict[tuple[str, int], list[float]]) -> rp.Results:
+    """Given test errors; training errors a point below. `mine` costs twice what `basic` does in weights, and half in work."""
+    rows, costs, histories = [], [], []
+    for (block, depth), seeds in errors.items():
+        cost = {"parameters": 1000, "macs": 4_000_000, "activations": 300}
+        if block == "mine":
+            cost = {"parameters": 2000, "macs": 2_000_000, "activations": 300}
+        costs.append({"block": block, "depth": depth} | {name: depth * value for name, value in cost.items()})
+        for seed, error in enumerate(seeds):
+            labels = {"block": block, "depth": depth, "seed": seed}
+            rows.append(labels | {"test_error": error, "train_error": error - 1, "seconds": 2.0})
+            for iteration, above in (50, 20.0), (100, 0.0):
+                row = {"iteration": iteration, "test_error": error + above, "train_error": error - 1 + above}
+                histories.append(labels | row)
+    depths = tuple(dict.fromkeys(depth for _, depth in errors))
+    options = Options(block="mine", against="basic", depths=depths, seeds=tuple(range(len(seeds))))
+    tables = pandas.DataFrame(rows), pandas.DataFrame(histories)
+    return rp.Results(options, *tables, [], measurements=pandas.DataFrame(costs))
+
+
+def verdict(errors) -> rp.Verdict:
+    (only,) = study.judge(results(errors))
+    return only
+
+
+def test_a_block_that_errs_less_where_it_is_deepest_holds():
+    found = verdict(BETTER)
+    assert found.verdict == "holds"
+    assert found.measured == "test error at 56 layers: mine 6.00 ± 0.10 %, basic 7.00 ± 0.10 %"
+    first, training, cost, shallow = found.evidence.split("; ")
+    assert first.startswith("test error, basic less mine: difference +1.00 points")
+    assert training.startswith("training error: difference +1.00 points")
+    assert cost == "mine costs basic's parameters × 2.00, multiply-adds × 0.50, activations × 1.00"
+    assert shallow.startswith("test error at 20 layers: difference -1.00 points")
+
+
+def test_turned_round_it_fails():
+    turned = {("mine" if block == "basic" else "basic", depth): errors for (block, depth), errors in BETTER.items()}
+    errors = {key: turned[key] for key in BETTER}
+    assert verdict(errors).verdict == "fails"
+
+
+def test_an_advantage_too_small_to_count_is_excluded_or_left_open():
+    assert verdict(BETTER | {("mine", 56): [7.0, 7.1, 6.9]}).verdict == "fails"
+    assert verdict(BETTER | {("mine", 56): [5.0, 9.0, 6.5]}).verdict == "inconclusive"
+    assert verdict({key: errors[:1] for key, errors in BETTER.items()}).verdict == "inconclusive"
+
+
+def test_the_claim_is_marked_as_ours():
+    assert "Beyond the paper" in study.title
+    assert all(claim.beyond and claim.paper.startswith("not in the paper") for claim in study.claims)
+
+
+def test_the_plan_has_residual_networks_of_both_blocks():
+    planned = plan(Options(block="single", against="bottleneck", depths=(20, 56), shortcut="B"))
+    assert [(one.labels, one.network, one.options) for one in planned] == [
+        ({"block": block, "depth": depth}, f"cifar/resnet-{depth}", {"block": block, "shortcut": "B"})
+        for depth in (20, 56)
+        for block in ("single", "bottleneck")
+    ]
+
+
+def test_figures_have_one_colour_a_block_and_the_cost_of_each_network():
+    drawings = study.draw(results(BETTER))
+    assert set(drawings) == {"figure", "figure-curves"}
+    over_depth, over_cost = drawings["figure"].figure.axes
+    lines = [
+        {line.get_marker(): line for line in axis.lines if len(line.get_ydata()) == 2}
+        for axis in (over_depth, over_cost)
+    ]
+    for marker, block in ("o", "basic"), ("s", "mine"):
+        deep, dear = (each[marker] for each in lines)
+        means = [sum(BETTER[block, depth]) / 3 for depth in (20, 56)]
+        assert deep.get_ydata() == pytest.approx(means)
+        assert dear.get_ydata() == pytest.approx(means)
+        assert deep.get_xdata().tolist() == [20, 56]
+        assert dear.get_xdata().tolist() == ([80, 224] if block == "basic" else [40, 112])
+    names = [text.get_text() for text in over_cost.get_legend().get_texts()]
+    assert names == ["basic", "mine"]
+    for axis, last in zip(drawings["figure-curves"].figure.axes, (5.0, 6.0), strict=True):
+        colours = {text.get_text(): text.get_color() for text in axis.texts}
+        assert colours == {text.get_text(): text.get_color() for text in over_depth.texts}
+        assert sorted(line.get_ydata()[-1] for line in axis.lines) == pytest.approx([last, last + 1])
+    assert "mine 56 layers, 112.0 million multiply-adds: 6.00 %" in drawings["figure"].alt
+    assert drawings["figure-curves"].alt.endswith("mine 5.00 ± 0.10 %, basic 6.00 ± 0.10 %.")
+
+
+def test_the_table_has_errors_beside_costs():
+    table = study.tabulate(results(BETTER))
+    assert table["network"].tolist() == ["ResNet-20, mine", "ResNet-20, basic", "ResNet-56, mine", "ResNet-56, basic"]
+    assert table.iloc[2].to_dict() == {
+        "network": "ResNet-56, mine",
+        "parameters": "112,000",
+        "multiply-adds": "112,000,000",
+        "activations": "16,800",
+        "training error (%)": "5.00 ± 0.10",
+        "test error (%)": "6.00 ± 0.10",
+        "seeds": 3,
+        "s a run, as it was trained": "2",
+    }
+
+
+# -- as a user ------------------------------------------------------------------------------------------------------
+
+
+MISTAKES = [
+    (("--block", "basic"), "block (='basic') is the one it is set against; accepted: bottleneck, single"),
+    (("--against", "bottleneck"), "block (='bottleneck') is the one it is set against; accepted: basic, single"),
+    (("--against", "botleneck"), "block (='botleneck') is unknown; accepted: basic, bottleneck"),
+    (("--depths", "32"), "depth (=32) must be 9n+2 with block 'bottleneck'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), MISTAKES, ids=[" ".join(given) for given, _ in MISTAKES])
+def test_a_mistake_gets_one_line(arguments, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert study.main(arguments) == 2
+    said = capsys.readouterr()
+    assert text in said.err
+    assert said.err.count("\n") == 1
+
+
+MINE = """
+import resprobe as rp
+from torch import nn
+
+
+@rp.register_block("one-by-one")
+class OneByOne(rp.Block):
+    def make_branch(self, in_channels, width, stride, layers):
+        return nn.Sequential(
+            layers.conv(in_channels, width, kernel=1, stride=stride), layers.norm(width), layers.conv(width, width, kernel=1)
+        )
+"""
+
+
+def test_a_strangers_block_beside_the_papers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MINE)
+    small = ["--depths", "8", "14", "--seeds", "0", "1", "--iterations", "4", "--concurrency", "1", "--device", "cpu"]
+    assert study.main([*small, "--plugin", "mine.py", "--block", "one-by-one"]) == 0
+    measured = pandas.read_csv("results/block_comparison/measurements.csv").set_index(["block", "depth"])
+    for block in "one-by-one", "basic":
+        for depth in 8, 14:
+            cost = flops.total(rp.build(f"cifar/resnet-{depth}", block=block, in_channels=1), (1, 8, 8))
+            assert measured.loc[(block, depth)].to_dict() == cost.to_dict()
+    table = pandas.read_csv("results/block_comparison/results.csv")
+    assert table.groupby(["block", "depth"])["seed"].count().tolist() == [2, 2, 2, 2]
+    assert (tmp_path / "results/block_comparison/figure-curves.png").stat().st_size > 10_000
