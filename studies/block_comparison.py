@@ -15,7 +15,10 @@ The verdict rests on test errors of the deepest networks. Equal depth is not equ
 beside the errors, and one figure has the errors over multiply-adds, where the better block for as much work has the lower
 line. What would refute the claim: a lower test error of half a point or more is excluded, over seeds.
 
-Measured: see docs/claims/block_comparison.md.
+Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in docs/measurements/):
+- quick, digits, bottleneck against basic, n = 3: test error at 56 layers 4.72 ± 1.21 against 2.22 ± 0.28 %, for 0.63 of the
+  multiply-adds. R3 fails;
+- the paper preset: not tested.
 """
 
 from __future__ import annotations
