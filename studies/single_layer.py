@@ -17,9 +17,9 @@ claim fails; if an advantage of 0.5 points or more is excluded, it holds; else i
 shallowest networks, by default of ResNet-20's size. Deeper ones are shown as beyond the claim: there shortcuts also ease
 optimization, which is another matter (§4.1).
 
-Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; record in docs/measurements/):
+Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in docs/measurements/):
 - quick, digits, n = 3: test error at 20 layers 2.13 ± 0.58 (plain) and 2.04 ± 0.64 % (residual) with the ReLU, 1.57 ± 0.80
-  and 1.76 ± 0.70 % without. C21 is inconclusive: three seeds leave open up to 1.16 points, and two-layer blocks show no
+  and 1.85 ± 0.58 % without. C21 is inconclusive: three seeds leave open up to 1.16 points, and two-layer blocks show no
   advantage either. At 56 layers a shortcut around each single layer undoes most of the degradation: 83.80 ± 3.34 (plain)
   against 6.67 ± 2.41 %;
 - the paper preset: not tested.
