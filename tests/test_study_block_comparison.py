@@ -162,6 +162,10 @@ def test_a_strangers_block_beside_the_papers(tmp_path, monkeypatch):
         for depth in 8, 14:
             cost = flops.total(rp.build(f"cifar/resnet-{depth}", block=block, in_channels=1), (1, 8, 8))
             assert measured.loc[(block, depth)].to_dict() == cost.to_dict()
+    report = (tmp_path / "results/block_comparison/report.md").read_text()
+    assert "; block: one-by-one. After" in report
+    assert "- data: digits instead of CIFAR-10" in report
+    assert "- block:" not in report  # no departure of the paper's, which has no such experiment
     table = pandas.read_csv("results/block_comparison/results.csv")
     assert table.groupby(["block", "depth"])["seed"].count().tolist() == [2, 2, 2, 2]
     assert (tmp_path / "results/block_comparison/figure-curves.png").stat().st_size > 10_000
