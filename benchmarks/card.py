@@ -349,9 +349,9 @@ def checkpoint(card: Card, deadline: Deadline) -> None:
     card.record["checkpoint"] = found = scaling.of_checkpoint(card.where(deadline), card.plan())
     for row in found["rows"]:
         card.add(
-            "a checkpoint, s",
+            "a checkpoint, ms",
             f"ResNet-{row['depth']}, {row['bytes'] / 2**20:.1f} MiB",
-            row["seconds"],
+            f"{1000 * row['seconds'].median:,.1f}",
             f"{100 * row['share']:.2f} % of the time, one every {found['interval_seconds']:g} s",
         )
 

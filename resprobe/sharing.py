@@ -106,7 +106,7 @@ def _no_use(device: torch.device, ours: Mapping[str, str]) -> str:
         return f"{_CONTROL} does not answer"
     except OSError as error:  # a service of others', from a container without its program
         return one_line(error)
-    return "" if servers.strip() else f"{_CONTROL} starts no server"
+    return "" if any(map(str.isdigit, servers.split())) else f"{_CONTROL} starts no server"
 
 
 def _warn(reason: str) -> None:

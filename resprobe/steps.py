@@ -172,7 +172,8 @@ def _record(
             with capture:
                 given = work()
         except Exception:
-            # And the card's random numbers in the capture: no more are drawn until one succeeds.
+            # And the card's random numbers in the capture: no more are drawn until one succeeds. (Where the device broke it
+            # off, torch takes itself to be amid a capture for good, and gives no cached memory back; training needs none.)
             with suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
                 torch.zeros((), device=device)
             raise

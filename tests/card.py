@@ -249,9 +249,7 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     # A number may come from the host, and what autograd makes of no elements comes from there.
     hosts = [each for each in tensors if not isinstance(each, OnCard) and each.ndim > 0 and each.numel() > 0]
-    if name in _ANSWERS:
-        _card.wait(name)
-    elif name == "aten::copy_":
+    if name == "aten::copy_":
         if hosts and not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):
             _card.wait(name)
         if not isinstance(args[0], OnCard):
@@ -261,6 +259,8 @@ def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif hosts:
         found = ", ".join(str(each.device) for each in tensors)
         raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got {found}")
+    elif name in _ANSWERS:
+        _card.wait(name)
     if made_there:
         kwargs = kwargs | {"device": torch.device("cpu"), "pin_memory": None}
     below = _map(lambda each: each.kept if isinstance(each, OnCard) else each, (args, kwargs))

@@ -167,7 +167,7 @@ def test_a_small_version_runs_without_a_gpu(tmp_path, capsys):
         "runs at a time, images/s",
         "probe, time over bare",
         "detection, inference, images/s",
-        "a checkpoint, s",
+        "a checkpoint, ms",
         "start of a study, s",
         "a training step, ms",
         "waiting for first steps, s",
@@ -185,7 +185,7 @@ def test_a_small_version_runs_without_a_gpu(tmp_path, capsys):
 @pytest.mark.gpu(real=True)
 def test_on_a_card_the_graph_is_equal(tmp_path):
     out = tmp_path / "card.json"
-    assert module.main(["--parts", "equality", "--out", str(out)]) == 0
+    assert module.main(["--parts", "equality", "--minutes", "1.5", "--out", str(out)]) == 0
     outcome = json.loads(out.read_text())["equality"]
     assert all(each["equal"] for each in outcome if each["step"] != "eager"), outcome
     captured = {each["precision"]: each["difference"]["weights"] for each in outcome if each["step"] == "graph"}

@@ -44,8 +44,9 @@ def test_tensors_are_where_they_were_put():
         lambda there, here: here @ there,
         lambda there, here: torch.stack([there, here]),
         lambda there, here: nn.functional.linear(there, here),
+        lambda there, here: torch.equal(here, there),
     ],
-    ids=["sum", "product", "stack", "layer"],
+    ids=["sum", "product", "stack", "layer", "comparison"],
 )
 def test_the_two_sides_do_not_mix(work):
     with pytest.raises(RuntimeError, match="same device"):

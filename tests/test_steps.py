@@ -75,7 +75,7 @@ def test_augmentation_is_captured_with_the_step():
     training = tiny.training(device=CUDA, augmentation="pad-crop", pad=2)
     training.run()
     (drawn,) = training.captured.drawn
-    assert torch.equal(drawn.cpu(), training.batches.choices(training.iteration - 1))
+    assert torch.equal(drawn, training.batches.choices(training.iteration - 1))
 
 
 @pytest.mark.gpu
