@@ -316,12 +316,17 @@ def uncounted(network: nn.Module, image_shape: Sequence[int]) -> pandas.DataFram
 
 
 def of_study(results: rp.Results, *labels: str) -> pandas.DataFrame:
-    """What the networks of a study cost for one image of its data: a row each, its `labels` ("depth", say), then `TOTALS`."""
+    """What the networks of a study cost for one image of its data: a row each, its `labels` ("depth", say), then `TOTALS`, and
+    `uncounted`: the operators that `macs` leaves out, with spaces between them."""
     data = rp.load_data(results.options.data).cropped(results.runs[0].config.recipe.crop)
     image = tuple(data.train.sample(1).shape[1:])
     firsts = results.table.reset_index(drop=True).drop_duplicates(list(labels))
-    rows = [total(results.runs[row].network, image) for row in firsts.index]
-    return firsts[list(labels)].reset_index(drop=True).join(pandas.DataFrame(rows).reset_index(drop=True))
+    rows = []
+    for row in firsts.index:
+        measured = measure(results.runs[row].network, image)
+        left_out = " ".join(sorted(set(measured.uncounted()["operator"])))
+        rows.append(measured.total().to_dict() | {"uncounted": left_out})
+    return firsts[list(labels)].reset_index(drop=True).join(pandas.DataFrame(rows))
 
 
 def _watch(network: nn.Module, inputs: Any, named_inputs: Any, copied: Callable[[Tensor], Tensor]) -> _Pass:

@@ -65,6 +65,8 @@ _LINES = {"train_error": {"ls": (0, (4, 2)), "lw": 1.1}, "test_error": {"ls": "-
 """The paper's convention: training dashed, test bold."""
 _ROUND = (1, 2, 2.5, 5, 10)
 """Steps between ticks, at any power of ten."""
+_ROOM = 26
+"""Letters of a line's name; those of a stranger's block may be many more."""
 
 
 def mean_and_band(axis: Axes, values: pandas.Series, at: pandas.Series | pandas.Index, **style: Any) -> pandas.Series:
@@ -85,13 +87,15 @@ def curves(
     top: float,
     columns: Sequence[str] = ("train_error", "test_error"),
     label: str = "{}",
+    order: Sequence[object] = (),
 ) -> None:
-    """Error over iterations, one colour a value of `by`: dashed training error, bold test error, mean ± std over seeds.
+    """Error over iterations, one colour a value of `by` (in `order`, or ascending): dashed training error, bold test error,
+    mean ± std over seeds.
 
     `histories`: columns `by`, seed, iteration, train_error, test_error (percent), as `Results.histories` has them.
     `top` is the end of the error axis (see `error_limit`), one for all panels that are to be compared.
     """
-    palette = colours(sorted(histories[by].unique()))
+    palette = colours(order or sorted(histories[by].unique()))
     ends = []
     for value, group in histories.groupby(by):
         drawn = [column for column in columns if group[column].notna().any()]  # few tests may fall within a part
@@ -136,9 +140,10 @@ def error_against_depth(
 
 
 def error_against_cost(axis: Axes, table: pandas.DataFrame, column: str, *, by: str) -> None:
-    """The same over multiply-adds for one image, a column `macs`: whose line lies lower errs less for as much work."""
+    """The same over multiply-adds for one image, a column `macs`: where lines lie above each other, the lower errs less for as
+    much work."""
     _error_against(axis, table["macs"] / 1e6, table, column, by, None)
-    axis.set_xlim(left=0)
+    axis.set_xlim(0, 1.08 * float(table["macs"].max()) / 1e6)  # the dots aside have room
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
     axis.set_xlabel("multiply-adds for one image (millions)")
     axis.legend(frameon=False)  # lines end where the network's cost does, far from the edge perhaps
@@ -152,12 +157,12 @@ def _error_against(
     aside = axis.transData + ScaledTranslation(7 / 72, 0, axis.get_figure().dpi_scale_trans)
     ends = []
     for (value, group), marker in zip(table.groupby(by, sort=False), markers, strict=False):
-        places, colour = at[group.index], palette[value]
-        seeds = group[column].groupby(places)
-        mean, spread = seeds.mean(), seeds.std().fillna(0.0)
+        # By network: those of two depths may cost the same.
+        networks, colour = group.assign(at=at[group.index]).groupby("depth"), palette[value]
+        places, mean, spread = networks["at"].first(), networks[column].mean(), networks[column].std().fillna(0.0)
         style = {"color": colour, "marker": marker, "capsize": 3, "lw": 2, "elinewidth": 1.2}
-        axis.errorbar(mean.index, mean, yerr=spread, label=str(value), **style)
-        axis.plot(places, group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
+        axis.errorbar(places, mean, yerr=spread, label=_shortened(value), **style)
+        axis.plot(at[group.index], group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
         ends.append((float(mean.iloc[-1]), str(value), colour))
     # Over all panels that share the axis, since the next one's errors may be larger; room for the marker of an error of 0.
     axis.autoscale(axis="y")
@@ -194,7 +199,7 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, str, Colour]]) -> None:
         for place, y, (end, text, colour) in zip(_apart(shown, gap, low, high), shown, ordered, strict=True):
             leader = {"arrowstyle": "-", "color": colour, "lw": 0.9, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 1}
             name = axis.annotate(
-                f"{text} ↑ {end:.0f} %" if end > high else text,
+                f"{_shortened(text)} ↑ {end:.0f} %" if end > high else _shortened(text),
                 (1, y),
                 xycoords=edge,
                 xytext=(1, place),
@@ -209,6 +214,12 @@ def label_ends(axis: Axes, ends: Sequence[tuple[float, str, Colour]]) -> None:
 
     write(axis)
     axis.callbacks.connect("ylim_changed", write)  # by another panel of the same scale, perhaps
+
+
+def _shortened(name: object) -> str:
+    """A name of any length as what a figure has room for."""
+    text = str(name)
+    return text if len(text) <= _ROOM else f"{text[: _ROOM - 1]}…"
 
 
 def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:

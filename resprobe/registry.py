@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,6 +22,10 @@ class _Entry(NamedTuple, Generic[T]):
     about: Any
 
 
+_NAME = re.compile(r"[^\W_][\w./+-]*")
+"""What stands as it is on a command line, in a name of a file, in a table of Markdown and in a figure's text."""
+
+
 class Registry(Generic[T]):
     """Names for things of one kind.
 
@@ -35,8 +40,10 @@ class Registry(Generic[T]):
     def register(self, name: str, about: Any = None) -> Callable[[T], T]:
         """Decorator that files a class or function under `name`, with what else belongs to that name. Raises `UsageError` if the
         name is taken."""
-        if not isinstance(name, str) or not name or any(character.isspace() for character in name):
-            raise UsageError(f"{self.kind} name (={name!r}) must be a non-empty string without spaces")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise UsageError(
+                f"{self.kind} name (={name!r}) must begin with a letter or digit, and be of letters, digits and _ . / + -"
+            )
 
         def file_under_name(thing: T) -> T:
             taken_by = self._things.get(name)

@@ -206,10 +206,10 @@ class Study:
         return dataclasses.replace(options, **paths)
 
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
-        """Block and shortcut, and the preset's, where they are not the preset's."""
-        usual = self.presets[options.preset]
-        pairs = {"block": (options.block, usual.block), "shortcut": (options.shortcut, usual.shortcut)}
-        return {name: (ours, its) for name, (ours, its) in pairs.items() if ours != its}
+        """Block, what it is set against, and shortcut, each with the preset's, where they are not the preset's."""
+        usual = vars(self.presets[options.preset])
+        names = [name for name in ("block", "against", "shortcut") if name in usual]
+        return {name: (ours, usual[name]) for name in names if (ours := getattr(options, name)) != usual[name]}
 
     def beside_paper(self, options: Options) -> bool:
         """Whether figures may be held against the paper's numbers: all but depths and seeds is as in its setting."""

@@ -241,7 +241,7 @@ def run_all(
     ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
-    with Board(ahead, store) as board:
+    with Board(ahead, store, jobs) as board:
         ordered, workers = ahead.missing, ahead.workers
         if ordered and cluster is not None:
             cluster.train(ordered, store, concurrency, plugins, board)
@@ -446,11 +446,11 @@ class Board:
     its run in memory, and on a GPU that of all others.
     """
 
-    def __init__(self, ahead: Survey, store: RunStore):
+    def __init__(self, ahead: Survey, store: RunStore, jobs: Sequence[Job]):
         self.store, self.total, self.found = store, ahead.total, ahead.found
         self.work = {job.config.key: job.work for job in ahead.missing}
         self.share = dict.fromkeys(self.work, 0.0)
-        self.names = _names([job.config for job in ahead.missing])
+        self.names = _names([job.config for job in jobs])  # those that are there already too: which block was it?
         self.latest: dict[str, Progress] = {}
         self.failures: dict[str, str] = {}
         self.done, self.lock = 0, threading.Lock()

@@ -250,3 +250,34 @@ def test_names_stay_apart_where_a_later_panel_has_larger_errors():
     for axis in panels:
         lower, upper = sorted(text.xyann[1] for text in axis.texts)
         assert upper - lower >= 0.064 * (high - low)
+
+
+def test_over_cost_each_network_has_its_place_also_beside_one_that_costs_the_same():
+    rows = [
+        {"block": block, "depth": depth, "macs": macs, "error": error + seed, "seed": seed}
+        for block, depth, macs, error in (
+            ("a", 8, 1e6, 80.0),
+            ("a", 14, 1e6, 60.0),
+            ("b", 8, 2e6, 50.0),
+            ("b", 14, 3e6, 40.0),
+        )
+        for seed in (0, 1)
+    ]
+    _, (axis,) = figures.new_figure()
+    figures.error_against_cost(axis, pandas.DataFrame(rows), "error", by="block")
+    means = [line for line in axis.lines if line.get_marker() in ("o", "s")]
+    assert [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in means] == [
+        ([1.0, 1.0], [80.5, 60.5]),
+        ([2.0, 3.0], [50.5, 40.5]),
+    ]
+    low, high = axis.get_xlim()
+    assert low == 0 and high > 3.1, "the dots beside the dearest network have room"
+
+
+def test_a_name_of_any_length_leaves_room_for_the_figure():
+    _, (axis,) = figures.new_figure()
+    table = depths("error", 1.0, 40.0).assign(kind="squeeze-and-excitation-with-a-normalization-and-more", macs=1e6)
+    figures.error_against_depth(axis, table, "error")
+    assert [text.get_text() for text in axis.texts] == ["squeeze-and-excitation-wi…"]
+    figures.error_against_cost(axis, table, "error", by="kind")
+    assert axis.get_legend().get_texts()[0].get_text() == "squeeze-and-excitation-wi…"
