@@ -6,6 +6,7 @@ Nothing works in place and every module is used once per pass, so that hooks see
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections import OrderedDict
 from typing import ClassVar
@@ -140,10 +141,16 @@ class Block(nn.Module):
         # A stranger's module may hold more.
         ours = all(type(part).__module__.startswith(("torch.nn.", "resprobe.")) for part in parts)
         if ours and not any(list(part.children()) for part in parts) and weighted not in (0, self.weighted_layers):
-            warnings.warn(
-                f"{type(self).__name__}: weighted_layers = {self.weighted_layers}, but its branch has {weighted}; depths are "
-                "counted by what it says"
-            )
+            _note_depth(type(self), weighted)
+
+
+@functools.cache
+def _note_depth(block: type[Block], weighted: int) -> None:
+    """Once for each class, of which a study builds hundreds."""
+    warnings.warn(
+        f"{block.__name__}: weighted_layers = {block.weighted_layers}, but its branch has {weighted}; depths are counted by "
+        "what it says"
+    )
 
 
 def register_block(name: str):

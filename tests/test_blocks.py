@@ -267,7 +267,7 @@ def test_weighted_layers_must_be_a_count(count):
 
 def test_a_decorator_without_a_name_is_refused():
     """Else the class would silently be something else, and no block be registered."""
-    with pytest.raises(rp.UsageError, match=r"^block name \(=<class .*Nameless'>\) must be a non-empty string"):
+    with pytest.raises(rp.UsageError, match=r"^block name \(=<class .*Nameless'>\) must begin with a letter or digit"):
 
         @rp.register_block
         class Nameless(rp.Block):
@@ -284,8 +284,10 @@ def test_a_branch_of_other_depth_than_it_says_is_told(clean_registries):
             return torch.nn.Sequential(layers.conv(in_channels, width, stride=stride), *middle)
 
     said = "^Deeper: weighted_layers = 2, but its branch has 3; depths are counted by what it says$"
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=said) as told:
         rp.build("cifar/resnet-8", block="deeper-than-it-says")
+    assert len(told) == 1, "once, however many such blocks are built"
+    rp.build("cifar/resnet-14", block="deeper-than-it-says")  # a warning would be an error here
 
 
 @pytest.mark.parametrize("inplace", [True, False])
