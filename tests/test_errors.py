@@ -55,7 +55,7 @@ def test_an_error_in_a_users_file_names_the_line(tmp_path):
     error = caught.value.with_traceback(caught.tb.tb_next)  # as who is below this file sees it
     assert one_line(error) == str(error)
 
-    with pytest.raises(ValueError, match="without spaces") as caught:
+    with pytest.raises(ValueError, match="must begin with a letter or digit") as caught:
         BLOCKS.register("a name")
     assert one_line(caught.value) == str(caught.value)  # which says all
 
