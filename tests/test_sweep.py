@@ -449,6 +449,18 @@ def test_runs_are_told_apart_by_what_they_differ_in():
     ]
 
 
+def test_a_run_is_told_apart_from_one_that_is_finished_too(tmp_path, capsys):
+    """Whose block it was is what is asked when a second block is set beside one that was trained before."""
+    recipe = rp.default_recipe(rp.load_data("digits"), 2)
+    basic, single = (
+        Job(configure("cifar/resnet-8", "digits", recipe, width=4, block=each)) for each in ("basic", "single")
+    )
+    run_all([basic], rp.RunStore(tmp_path), device=CPU)
+    assert "[1/1] cifar/resnet-8, seed 0: " in capsys.readouterr().out
+    run_all([single, basic], rp.RunStore(tmp_path), device=CPU)
+    assert "[2/2] cifar/resnet-8, block single, seed 0: " in capsys.readouterr().out
+
+
 def test_concurrency_texts():
     assert parse_concurrency("auto") is None
     assert parse_concurrency("3") == 3
