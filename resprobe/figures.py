@@ -113,6 +113,16 @@ def curves(
     label_ends(axis, ends)
 
 
+def curves_apart(histories: pandas.DataFrame, by: str, *, top: float, **chosen: Any) -> Figure:
+    """Training error on the left and test error on the right, on one scale. `chosen`: further arguments of `curves`."""
+    figure, panels = new_figure(2)
+    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
+        curves(axis, histories, by, top=top, columns=(column,), **chosen)
+        axis.set_title(f"{title} error")
+    panels[0].set_ylabel("error (%)")
+    return figure
+
+
 def error_limit(histories: pandas.DataFrame) -> float:
     """The end of an error axis: what the last quarter of training needs, since every network begins near chance."""
     late = histories[histories["iteration"] >= 0.75 * histories["iteration"].max()]
@@ -133,7 +143,7 @@ def error_against_depth(
 
     `top` is the end of the error axis, where some errors are so much larger that they would hide how the others differ.
     """
-    ends = _error_against(axis, table["depth"], table, column, by, top)
+    ends = _error_against(axis, "depth", table, column, by, top)
     axis.set_xticks(sorted(table["depth"].unique()))
     axis.set_xlabel("depth (weighted layers)")
     label_ends(axis, ends)
@@ -142,27 +152,28 @@ def error_against_depth(
 def error_against_cost(axis: Axes, table: pandas.DataFrame, column: str, *, by: str) -> None:
     """The same over multiply-adds for one image, a column `macs`: where lines lie above each other, the lower errs less for as
     much work."""
-    _error_against(axis, table["macs"] / 1e6, table, column, by, None)
-    axis.set_xlim(0, 1.08 * float(table["macs"].max()) / 1e6)  # the dots aside have room
+    table = table.assign(macs=table["macs"] / 1e6)
+    _error_against(axis, "macs", table, column, by, None)
+    axis.set_xlim(0, 1.08 * float(table["macs"].max()))  # the dots aside have room
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_ROUND))
     axis.set_xlabel("multiply-adds for one image (millions)")
     axis.legend(frameon=False)  # lines end where the network's cost does, far from the edge perhaps
 
 
 def _error_against(
-    axis: Axes, at: pandas.Series, table: pandas.DataFrame, column: str, by: str, top: float | None
+    axis: Axes, at: str, table: pandas.DataFrame, column: str, by: str, top: float | None
 ) -> list[tuple[float, str, Colour]]:
-    """Draws a column of `table` at places `at` of the x axis, and gives where each line ends, its name and its colour."""
+    """Draws a column of `table` over its column `at`, and gives where each line ends, its name and its colour."""
     palette, markers = colours(list(table[by].unique())), itertools.cycle("os^DvPX*")
     aside = axis.transData + ScaledTranslation(7 / 72, 0, axis.get_figure().dpi_scale_trans)
     ends = []
     for (value, group), marker in zip(table.groupby(by, sort=False), markers, strict=False):
         # By network: those of two depths may cost the same.
-        networks, colour = group.assign(at=at[group.index]).groupby("depth"), palette[value]
-        places, mean, spread = networks["at"].first(), networks[column].mean(), networks[column].std().fillna(0.0)
+        networks, colour = group.groupby("depth"), palette[value]
+        places, mean, spread = networks[at].first(), networks[column].mean(), networks[column].std().fillna(0.0)
         style = {"color": colour, "marker": marker, "capsize": 3, "lw": 2, "elinewidth": 1.2}
         axis.errorbar(places, mean, yerr=spread, label=_shortened(value), **style)
-        axis.plot(at[group.index], group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
+        axis.plot(group[at], group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
         ends.append((float(mean.iloc[-1]), str(value), colour))
     # Over all panels that share the axis, since the next one's errors may be larger; room for the marker of an error of 0.
     axis.autoscale(axis="y")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -268,6 +269,12 @@ def _head(channels: int, num_classes: int) -> OrderedDict[str, nn.Module]:
     return OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, num_classes))
 
 
+def depth_step(*blocks: str) -> int:
+    """Layers by which depths of §4.2's networks grow with n, one block more in each of three stages: 6 for basic blocks, 9 for
+    bottlenecks; of several blocks, the step in which depths come that all of them can make up."""
+    return 3 * math.lcm(*(BLOCKS[block].weighted_layers for block in blocks))
+
+
 @register_network("cifar/resnet")
 def cifar_resnet(
     depth: int,
@@ -285,7 +292,7 @@ def cifar_resnet(
 
     With two-layer blocks the depth is 6n+2, with three-layer bottlenecks 9n+2. Any input size works.
     """
-    per_n = 3 * BLOCKS[block].weighted_layers
+    per_n = depth_step(block)
     if depth < per_n + 2 or (depth - 2) % per_n:
         below = max(per_n + 2, (depth - 2) // per_n * per_n + 2)
         neighbours = f"nearest are {below} and {below + per_n}" if depth > below else f"the smallest is {below}"

@@ -22,6 +22,9 @@ from resprobe.errors import UsageError, not_accepted, short
 class Options:
     """What every study can be asked. A study's presets are instances; what is not given is the preset's."""
 
+    BUILT_OF = ("block", "shortcut")  # without a type, or it would be an option itself
+    """Names of the options that say what the networks are built of."""
+
     preset: Literal["quick", "paper"] = "quick"
     """quick: minutes on a laptop, on embedded data. paper: the paper's recipe."""
     data: str = "digits"

@@ -206,10 +206,10 @@ class Study:
         return dataclasses.replace(options, **paths)
 
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
-        """Block, what it is set against, and shortcut, each with the preset's, where they are not the preset's."""
-        usual = vars(self.presets[options.preset])
-        names = [name for name in ("block", "against", "shortcut") if name in usual]
-        return {name: (ours, usual[name]) for name in names if (ours := getattr(options, name)) != usual[name]}
+        """What the networks are built of (`Options.BUILT_OF`), each with the preset's, where it is not the preset's."""
+        usual = self.presets[options.preset]
+        pairs = {name: (getattr(options, name), getattr(usual, name)) for name in options.BUILT_OF}
+        return {name: (ours, its) for name, (ours, its) in pairs.items() if ours != its}
 
     def beside_paper(self, options: Options) -> bool:
         """Whether figures may be held against the paper's numbers: all but depths and seeds is as in its setting."""

@@ -24,9 +24,8 @@ Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in do
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import resprobe as rp
 
@@ -50,6 +49,8 @@ ERRS_LESS = rp.Claim(
 class Options(rp.Options):
     """A block, and the one it is set against."""
 
+    BUILT_OF = ("block", "against", "shortcut")
+
     block: str = "bottleneck"
     """block in question: bottleneck, single, or one that a plugin registers"""
     against: str = "basic"
@@ -63,7 +64,7 @@ def plan(options: Options) -> list[rp.Planned]:
         raise rp.UsageError(
             f"block (={options.block!r}) is the one it is set against; accepted: {others}, or a plugin's; or another --against"
         )
-    step = 3 * math.lcm(*(rp.BLOCKS[block].weighted_layers for block in _blocks(options)))
+    step = rp.networks.depth_step(*_blocks(options))
     for depth in options.depths:
         if depth < step + 2 or (depth - 2) % step:
             common = ", ".join(str(step * n + 2) for n in range(1, 6))
@@ -96,7 +97,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     ours, theirs = _blocks(results.options)
     *others, deep = sorted(results.options.depths)
     lower = _compare(results, "test_error", deep)
-    errors = ", ".join(f"{block} {_error(results, 'test_error', block, deep)} %" for block in _blocks(results.options))
+    errors = ", ".join(f"{block} {_error(results, 'test_error', block, deep)} %" for block in (ours, theirs))
     costs = ", ".join(f"{name} × {_ratio(results, column, deep):.2f}" for column, name in COSTS.items())
     evidence = [f"test error, {theirs} less {ours}: {lower}"]
     if lower.verdict == "fails":  # p is that of an advantage, and says neither
@@ -114,8 +115,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def _left_out(results: rp.Results, depth: int) -> str:
     """Operators of one block alone that its multiply-adds do not count, which may be most of what it does."""
-    uncounted = results.measurements.set_index(["block", "depth"])["uncounted"]
-    operators = {block: set(uncounted[block, depth].split()) for block in _blocks(results.options)}
+    operators = {block: set(_cost(results, "uncounted", block, depth).split()) for block in _blocks(results.options)}
     said = ""
     for block, other in itertools.permutations(operators, 2):
         if alone := sorted(operators[block] - operators[other]):
@@ -135,9 +135,13 @@ def _error(results: rp.Results, column: str, block: str, depth: int) -> str:
 
 def _ratio(results: rp.Results, column: str, depth: int) -> float:
     """What the network of the block in question costs by the other's."""
-    costs = results.measurements.set_index(["block", "depth"])[column]
-    ours, theirs = (costs[block, depth] for block in _blocks(results.options))
+    ours, theirs = (_cost(results, column, block, depth) for block in _blocks(results.options))
     return ours / theirs
+
+
+def _cost(results: rp.Results, column: str, block: str, depth: int) -> Any:
+    """A column of the measurements for one network."""
+    return results.measurements.set_index(["block", "depth"])[column][block, depth]
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
@@ -165,15 +169,10 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
         )
     }
     histories = results.histories[results.histories["depth"] == deep]
-    figure, panels = rp.figures.new_figure(2)
     top = rp.figures.error_limit(histories)
-    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.curves(axis, histories, "block", top=top, columns=(column,), order=blocks)
-        axis.set_title(f"{title} error")
-    panels[0].set_ylabel("error (%)")
     ends = ", ".join(f"{block} {_error(results, 'train_error', block, deep)} %" for block in _blocks(options))
     drawings["figure-curves"] = rp.Drawing(
-        figure,
+        rp.figures.curves_apart(histories, "block", top=top, order=blocks),
         f"Training of the {deep}-layer networks on {on}: training error (left) and test error (right); "
         f"{results.over_seeds(band=True)}. Along the training, tests are with running statistics of batch normalization, which "
         "the final figures' need not be.",
@@ -186,11 +185,10 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     """One row a network; the paper prints no number to put beside them."""
     import pandas
 
-    costs = results.measurements.set_index(["block", "depth"])
     return pandas.DataFrame(
         {
             "network": f"ResNet-{depth}, {block}",
-            **{title: f"{costs.loc[(block, depth), column]:,}" for column, title in COSTS.items()},
+            **{title: f"{_cost(results, column, block, depth):,}" for column, title in COSTS.items()},
             "training error (%)": _error(results, "train_error", block, depth),
             "test error (%)": _error(results, "test_error", block, depth),
             "seeds": len(results.values("seed", block=block, depth=depth)),

@@ -115,8 +115,8 @@ def plan(options: Options) -> list[rp.Planned]:
 
 def _basic_depth(options: Options, depth: int) -> int:
     """Depth of the basic network with as many blocks: 34 layers to 50, 38 to 56."""
-    per_stage = max(1, (depth - 2) // (3 * rp.BLOCKS[options.block].weighted_layers))
-    return 3 * per_stage * rp.BLOCKS["basic"].weighted_layers + 2
+    per_stage = max(1, (depth - 2) // rp.networks.depth_step(options.block))
+    return per_stage * rp.networks.depth_step("basic") + 2
 
 
 # -- time and memory -------------------------------------------------------------------------------------------------

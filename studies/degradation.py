@@ -187,13 +187,8 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     chosen, ends = (
         each[(each["kind"] == "plain") & each["depth"].isin(extremes)] for each in (histories, results.table)
     )
-    figure, panels = rp.figures.new_figure(2)
-    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.curves(axis, chosen, "depth", top=top, columns=(column,), label="{} layers")
-        axis.set_title(f"{title} error")
-    panels[0].set_ylabel("error (%)")
     drawings["figure-1"] = rp.Drawing(
-        figure,
+        rp.figures.curves_apart(chosen, "depth", top=top, label="{} layers"),
         f"Plain networks of {extremes[0]} and {extremes[1]} layers on {on}, in the manner of Fig. 1: the deeper one is to be "
         f"worse on the training set (left) and so on the test set (right); {over}.",
         f"Error over iterations of the plain networks of {extremes[0]} and {extremes[1]} layers. " + _in_words(ends),

@@ -113,12 +113,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     options, histories = results.options, results.histories
-    figure, panels = rp.figures.new_figure(2)
     top = rp.figures.error_limit(histories)
-    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.curves(axis, histories, "depth", top=top, columns=(column,), label="{} layers")
-        axis.set_title(f"{title} error")
-    panels[0].set_ylabel("error (%)")
+    figure = rp.figures.curves_apart(histories, "depth", top=top, label="{} layers")
     means = results.table.groupby("depth")[["train_error", "test_error"]].mean()
     said = ", ".join(
         f"{depth} layers {row.train_error:.1f} and {row.test_error:.1f} %" for depth, row in means.iterrows()

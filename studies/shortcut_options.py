@@ -86,8 +86,7 @@ def leaves_open(options: Options) -> list[str]:
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:
-    """One row a network: `shortcut`, `depth`, and what it costs for one image of the data: `parameters`, `macs` (multiply-adds),
-    `activations`."""
+    """One row a network: `shortcut`, `depth`, and what it costs for one image of the data, as `flops.of_study` has it."""
     from plugins import flops
 
     return flops.of_study(results, "shortcut", "depth")

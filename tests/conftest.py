@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -109,3 +109,17 @@ def clean_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(registry, Registry)
         registry.names()  # the installed plugins first: they register once a process
         monkeypatch.setattr(registry, "_things", dict(registry._things))
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys) -> Callable[..., None]:
+    """Whether a study, in an empty folder, answers unusable arguments with one line that has a text in it."""
+
+    def check(study, arguments, text: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert study.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert text in said
+        assert said.count("\n") == 1
+
+    return check

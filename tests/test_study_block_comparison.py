@@ -140,12 +140,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "text"), MISTAKES, ids=[" ".join(given) for given, _ in MISTAKES])
-def test_a_mistake_gets_one_line(arguments, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert study.main(arguments) == 2
-    said = capsys.readouterr()
-    assert text in said.err
-    assert said.err.count("\n") == 1
+def test_a_mistake_gets_one_line(arguments, text, refused):
+    refused(study, arguments, text)
 
 
 MINE = """

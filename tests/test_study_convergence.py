@@ -137,9 +137,5 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "text"), MISTAKES)
-def test_a_mistake_gets_one_line(arguments, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert study.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert text in said
-    assert said.count("\n") == 1
+def test_a_mistake_gets_one_line(arguments, text, refused):
+    refused(study, arguments, text)

@@ -172,9 +172,5 @@ def test_what_the_study_compares_cannot_be_changed(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(("arguments", "text"), MISTAKES)
-def test_a_mistake_gets_one_line(arguments, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert study.main(arguments) == 2
-    said = capsys.readouterr().err
-    assert text in said
-    assert said.count("\n") == 1
+def test_a_mistake_gets_one_line(arguments, text, refused):
+    refused(study, arguments, text)
