@@ -47,7 +47,7 @@ from .networks import (
     register_network as register_network,
 )
 from .normalization import NORMALIZATIONS as NORMALIZATIONS, register_normalization as register_normalization
-from .options import Options as Options, cifar_presets as cifar_presets
+from .options import Options as Options, cifar_presets as cifar_presets, lacks_depths as lacks_depths
 from .probes import PROBES as PROBES, Probe as Probe, attach as attach, register_probe as register_probe
 from .randomness import keeping_random_state as keeping_random_state, seeded as seeded
 from .recipes import Recipe as Recipe, learning_rate as learning_rate

@@ -88,6 +88,12 @@ def cifar_presets(quick: Options, **paper: Any) -> dict[str, Options]:
     }
 
 
+def lacks_depths(options: Options) -> list[str]:
+    """What a claim that compares depths lacks, if there is but one: `Study.leaves_open` of such a study."""
+    one = f"one depth only (--depths {options.depths[0]}), and two are needed to compare"
+    return [one] if len(options.depths) == 1 else []
+
+
 # What does not change what is measured: where it is computed and where it is put. See `Options.measured`.
 _NOT_THE_SETTING = {
     "preset",

@@ -86,6 +86,11 @@ class Registry(Generic[T]):
         _load_installed_plugins()
         return tuple(sorted(self._things))
 
+    def names_of(self, module: str) -> list[str]:
+        """The names under which things of a module or package are registered so far."""
+        origins = {name: f"{entry.thing.__module__}." for name, entry in self._things.items()}
+        return sorted(name for name, where in origins.items() if where.startswith(f"{module}."))
+
     def about(self, name: str) -> Any:
         """What was told of the name when it was registered."""
         self[name]  # looked for in plugins, or refused

@@ -271,8 +271,7 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, w
     from resprobe.sweep import parse_concurrency
 
     prepare_cpu()
-    for plugin in options.plugin:
-        load_plugin(plugin)
+    plugins = {plugin: load_plugin(plugin).__name__ for plugin in options.plugin}
     concurrency = parse_concurrency(options.concurrency)
     device = join(resolve_device(options.device)) if cluster is None else cluster.device
     precision = resolve_precision(options.precision, device)
@@ -283,7 +282,7 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, w
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
     jobs = _jobs(planned, options, data, precision, changes) if data else []
     _check_networks({job.config.network for _, job in jobs})
-    notes = list(_too_few(study, options))
+    notes = [*_not_named(options, plugins), *_too_few(study, options)]
     if writes:
         # Nothing is written before everything that was asked for is known to make sense.
         check_writable(Path(options.out), "out")
@@ -458,14 +457,30 @@ def _without(failed: frozenset[str], options: Options, labelled: Labelled) -> st
 
 
 def _too_few(study: Study, options: Options) -> Iterator[str]:
-    """What cannot be told from one depth or one seed, if the study usually has more, or without what a claim needs."""
+    """What cannot be told without what a claim needs, or from one seed, if the study usually has more."""
     usual = study.presets[options.preset]
-    if len(options.depths) == 1 < len(usual.depths):
-        yield f"one depth only (--depths {options.depths[0]}): what compares depths will be 'not tested'"
     for reason in study.leaves_open(options) if study.leaves_open else ():
         yield f"{reason}: a claim will be 'not tested'"
     if len(options.seeds) == 1 < len(usual.seeds):
         yield f"one seed only (--seeds {options.seeds[0]}): without a spread, comparisons over seeds will be 'inconclusive'"
+
+
+def _not_named(options: Options, plugins: Mapping[str, str]) -> Iterator[str]:
+    """Says that nothing of what a plugin registers is asked for. `plugins`: where they are, and the modules they are."""
+    from resprobe.blocks import BLOCKS
+    from resprobe.probes import PROBES
+    from resprobe.shortcuts import SHORTCUTS
+
+    asked = {word for value in vars(options).values() for word in (value if isinstance(value, tuple) else (value,))}
+    for plugin, module in plugins.items():
+        there = {
+            f"--{registry.kind} {name}": name
+            for registry in (BLOCKS, SHORTCUTS, PROBES)
+            for name in registry.names_of(module)
+            if registry.kind in offered(type(options))
+        }
+        if there and asked.isdisjoint(there.values()):
+            yield f"nothing is asked for of what {plugin} registers ({', '.join(there)})"
 
 
 def _replaced(study: Study, options: Options) -> Iterator[str]:

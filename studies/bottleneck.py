@@ -432,6 +432,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     how_sure=(
         "C12 rests on no seed: weights and multiply-adds are counted, and must grow by half at least; the time of a training "
         f"step is taken round by round, and must be longer by more than {SLOWER:.0f} % in a one-sided t-test over rounds at "

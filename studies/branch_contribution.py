@@ -301,6 +301,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     how_sure=(
         "A claim of order holds if a one-sided Welch test over seeds has p < 0.05; it fails if the same test excludes a "
         f"difference of {MARGIN:g} percentage point or more; else it is inconclusive. One seed is always inconclusive. Verdicts "

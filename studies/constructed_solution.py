@@ -361,6 +361,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     how_sure=(
         "C13 rests on no seed: every output is compared, on all images, and one that differs by more than rounding refutes "
         "it. C13b rests on seeds: it holds if a one-sided Welch test at the level 0.05 excludes a rise of 0.5 points or "

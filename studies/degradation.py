@@ -252,6 +252,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     rules="C2 is not tested where no gain is shown, the shallower residual network fits every training image, and the deeper all "
     "but 0.5 percent of them.",
 )

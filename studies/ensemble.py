@@ -225,6 +225,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     how_sure=(
         "One ensemble for each seed, of one network of every depth, against the mean error of its own members: a one-sided "
         "Welch test over seeds at the level 0.05, which holds for a gain above zero, fails if a gain of 0.5 points or more "

@@ -169,6 +169,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     how_sure=(
         "Figures are mean ± standard deviation over seeds; errors are those of the last iteration. C4a is a one-sided t "
         f"test over seeds, at the level 0.05, of the training error against {TRAINED} %. C4b holds if Welch's has the "

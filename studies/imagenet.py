@@ -415,6 +415,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     paper_data="ImageNet",
     rules=(
         f"C15's margin is {SMALLEST_STEP} points, below the paper's own smallest gain. A gain from depth that is not shown is "

@@ -158,6 +158,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
 )
 
 if __name__ == "__main__":

@@ -215,10 +215,21 @@ def done(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
 def test_one_depth_or_one_seed_is_said_before_the_training(tmp_path):
     few = run("--depths", "8", "--seeds", "0", "--iterations", "20", "--dry-run", cwd=tmp_path)
     assert few.stderr == (
-        "note: one depth only (--depths 8): what compares depths will be 'not tested'\n"
+        "note: one depth only (--depths 8), and two are needed to compare: a claim will be 'not tested'\n"
         "note: one seed only (--seeds 0): without a spread, comparisons over seeds will be 'inconclusive'\n"
     )
     assert run(*SMALL, "--dry-run", cwd=tmp_path).stderr == ""
+
+
+def test_a_plugin_of_which_nothing_is_asked_for_is_said_before_the_training(tmp_path):
+    (tmp_path / "mine.py").write_text(STRANGER)
+    (tmp_path / "data.py").write_text("import resprobe\n")  # registers nothing, and there is nothing to say
+    given = ("--plugin", "mine.py", "--plugin", "data.py", "--dry-run")
+    unused = run(*SMALL, *given, cwd=tmp_path)
+    assert unused.returncode == 0
+    assert unused.stderr == "note: nothing is asked for of what mine.py registers (--block strange, --shortcut odd)\n"
+    for asked in ("--block", "strange"), ("--shortcut", "odd"):
+        assert run(*SMALL, *given, *asked, cwd=tmp_path).stderr == ""
 
 
 def test_plain_networks_are_no_residual_ones(tmp_path):
