@@ -310,6 +310,13 @@ def total(network: nn.Module, image_shape: Sequence[int]) -> pandas.Series:
     return measure(network, image_shape).total()
 
 
+def of_named(name: str, image_shape: Sequence[int], **options: Any) -> pandas.Series:
+    """Totals for one image of the network that `rp.build` makes of these, which gets no weights and takes no time."""
+    with torch.device("meta"):
+        network = rp.build(name, **options)
+    return total(network, image_shape)
+
+
 def uncounted(network: nn.Module, image_shape: Sequence[int]) -> pandas.DataFrame:
     """The operators that `macs` leaves out, for one image of `image_shape`."""
     return measure(network, image_shape).uncounted()

@@ -5,6 +5,7 @@ Claim R3 is ours. The other studies ask of each claim whether it holds for a blo
     python -m studies.block_comparison                                            # bottleneck beside basic, digits
     python -m studies.block_comparison --plugin my_block.py --block my-block      # yours beside the paper's
     python -m studies.block_comparison --block my-block --against bottleneck --shortcut B --plugin my_block.py
+    python -m studies.block_comparison --plugin my_block.py --block my-block --match macs       # for as much work
     python -m studies.block_comparison --preset paper --data cifar10 --plugin my_block.py --block my-block
 
 Residual networks of both blocks are trained at the same depths, in weighted layers as the paper counts them, from the same
@@ -13,7 +14,9 @@ seeds and by the same recipe. Depths must be ones that both blocks can make up: 
 
 The verdict rests on test errors of the deepest networks. Equal depth is not equal cost: parameters and multiply-adds stand
 beside the errors, with the operators that multiply-adds leave out of one block alone, and one figure has the errors over
-multiply-adds. What would refute the claim: that the block errs less by half a point or more is excluded, over seeds.
+multiply-adds. With `--match macs` or `parameters` the networks of the block in question are as wide, in whole filters, as
+brings their multiply-adds (of one 32×32 image) or parameters nearest to those of the other's networks of the paper's width.
+What would refute the claim: that the block errs less by half a point or more is excluded, over seeds.
 
 Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in docs/measurements/):
 - quick, digits, bottleneck against basic, n = 3: test error at 56 layers 4.72 ± 1.21 against 2.22 ± 0.28 %, for 0.63 of the
@@ -23,9 +26,11 @@ Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in do
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import resprobe as rp
 
@@ -43,6 +48,8 @@ ERRS_LESS = rp.Claim(
     falsifier="that the deepest network of the one errs less on the test set by 0.5 points or more is excluded, over seeds",
     beyond=True,
 )
+MATCHED = {"depth": "", "macs": ", for as many multiply-adds", "parameters": ", of as many parameters"}
+"""What `--match` adds to the claim."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,8 @@ class Options(rp.Options):
     """block in question: bottleneck, single, or one that a plugin registers"""
     against: str = "basic"
     """block that it is set against: basic, or any other"""
+    match: Literal["depth", "macs", "parameters"] = "depth"
+    """what networks of both have in common: depth alone, or also multiply-adds or parameters, by the width of the block's"""
 
 
 def plan(options: Options) -> list[rp.Planned]:
@@ -71,13 +80,34 @@ def plan(options: Options) -> list[rp.Planned]:
             raise rp.UsageError(
                 f"depths (={depth}) must be {step}n+2, which both {' and '.join(_blocks(options))} can make up: {common}, …"
             )
-    return [
-        rp.Planned(
-            {"block": block, "depth": depth}, f"cifar/resnet-{depth}", {"block": block, "shortcut": options.shortcut}
-        )
-        for depth in options.depths
-        for block in _blocks(options)
-    ]
+    planned = []
+    for depth in options.depths:
+        for block in _blocks(options):
+            name, chosen = f"cifar/resnet-{depth}", {"block": block, "shortcut": options.shortcut}
+            width = rp.networks.resolve(name)["width"]
+            if options.match != "depth" and block == options.block:
+                width = _matched_width(options, name, width)
+            planned.append(
+                rp.Planned({"block": block, "depth": depth, "width": width}, name, chosen | {"width": width})
+            )
+    return planned
+
+
+def _matched_width(options: Options, name: str, usual: int) -> int:
+    """The width of the block's network that brings its cost nearest to that of the other's network of the usual width."""
+    from plugins import flops
+
+    def cost(block: str, width: int) -> int:
+        chosen = {"block": block, "shortcut": options.shortcut, "width": width}
+        return int(flops.of_named(name, (3, 32, 32), **chosen)[options.match])
+
+    wanted, width, costs = cost(options.against, usual), usual, {}
+    while width not in costs:  # a cost grows about as the square of the width
+        costs[width] = cost(options.block, width)
+        width = max(1, round(width * math.sqrt(wanted / costs[width])))
+    for neighbour in {max(1, width - 1), width + 1} - set(costs):
+        costs[neighbour] = cost(options.block, neighbour)
+    return min(costs, key=lambda width: abs(costs[width] - wanted))
 
 
 def _blocks(options: Options) -> tuple[str, str]:
@@ -97,7 +127,9 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     ours, theirs = _blocks(results.options)
     *others, deep = sorted(results.options.depths)
     lower = _compare(results, "test_error", deep)
-    errors = ", ".join(f"{block} {_error(results, 'test_error', block, deep)} %" for block in (ours, theirs))
+    blocks = {block: f"{block}{_filters(results, block, deep)}" for block in (ours, theirs)}
+    errors = ", ".join(f"{name} {_error(results, 'test_error', block, deep)} %" for block, name in blocks.items())
+    claim = dataclasses.replace(ERRS_LESS, statement=ERRS_LESS.statement + MATCHED[results.options.match])
     costs = ", ".join(f"{name} × {_ratio(results, column, deep):.2f}" for column, name in COSTS.items())
     evidence = [f"test error, {theirs} less {ours}: {lower}"]
     if lower.verdict == "fails":  # p is that of an advantage, and says neither
@@ -110,7 +142,15 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
             for depth in others
         ),
     ]
-    return [rp.Verdict(ERRS_LESS, lower.verdict, f"test error at {deep} layers: {errors}", "; ".join(evidence))]
+    return [rp.Verdict(claim, lower.verdict, f"test error at {deep} layers: {errors}", "; ".join(evidence))]
+
+
+def _filters(results: rp.Results, block: str, depth: int) -> str:
+    """How wide a network is, where that is not all networks' width."""
+    if results.options.match == "depth":
+        return ""
+    (width,) = set(results.values("width", block=block, depth=depth))
+    return f" ({width} filters)"
 
 
 def _left_out(results: rp.Results, depth: int) -> str:
@@ -187,7 +227,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     return pandas.DataFrame(
         {
-            "network": f"ResNet-{depth}, {block}",
+            "network": f"ResNet-{depth}, {block}{_filters(results, block, depth)}",
             **{title: f"{_cost(results, column, block, depth):,}" for column, title in COSTS.items()},
             "training error (%)": _error(results, "train_error", block, depth),
             "test error (%)": _error(results, "test_error", block, depth),

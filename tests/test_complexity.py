@@ -78,6 +78,26 @@ def test_a_smaller_network_of_another_method_refutes_fewer_parameters(results, m
     assert verdicts(results)["C22"] == "holds"
 
 
+@pytest.mark.parametrize(
+    ("chosen", "own"), [({"block": "bottleneck"}, "bottleneck"), ({"shortcut": "highway"}, "highway")]
+)
+def test_fewer_parameters_is_asked_of_ones_own_block(chosen, own, results):
+    found = judge(dataclasses.replace(results, options=dataclasses.replace(results.options, **chosen)))[3]
+    count = sum(parameter.numel() for parameter in rp.build("cifar/resnet-110", **chosen).parameters())
+    assert found.verdict == ("holds" if count < 1_250_000 else "fails")
+    assert found.measured.startswith(f"ResNet-110, {own} {count:,} parameters: fewer than FitNet-19")
+
+
+def test_a_block_that_makes_no_110_layers_is_not_tested(results, clean_registries):
+    @rp.register_block("five")
+    class Five(rp.blocks.BasicBlock):
+        weighted_layers = 5
+
+    found = judge(dataclasses.replace(results, options=dataclasses.replace(results.options, block="five")))[3]
+    assert (found.verdict, found.measured) == ("not tested", "no ResNet-110 of block five")
+    assert found.evidence == "depth (=110) must be 15n+2 with block 'five'; nearest are 107 and 122"
+
+
 def test_table_and_figure(results):
     table = study.tabulate(results)
     fifty = table[table["network"] == "resnet-50 (imagenet), B"].iloc[0]

@@ -17,7 +17,7 @@ BETTER = {
 UNCOUNTED = {"mine": "aten::_fft_c2c aten::add", "basic": "aten::add aten::relu"}
 
 
-def results(errors: dict[tuple[str, int], list[float]]) -> rp.Results:
+def results(errors: dict[tuple[str, int], list[float]], **changed) -> rp.Results:
     """Given test errors; training errors a point below. `mine` costs twice what `basic` does in weights, and half in work."""
     rows, costs, histories = [], [], []
     for (block, depth), seeds in errors.items():
@@ -27,13 +27,13 @@ def results(errors: dict[tuple[str, int], list[float]]) -> rp.Results:
         cost = {name: depth * value for name, value in cost.items()} | {"uncounted": UNCOUNTED[block]}
         costs.append({"block": block, "depth": depth} | cost)
         for seed, error in enumerate(seeds):
-            labels = {"block": block, "depth": depth, "seed": seed}
+            labels = {"block": block, "depth": depth, "width": 19 if block == "mine" else 16, "seed": seed}
             rows.append(labels | {"test_error": error, "train_error": error - 1, "seconds": 2.0})
             for iteration, above in (50, 20.0), (100, 0.0):
                 row = {"iteration": iteration, "test_error": error + above, "train_error": error - 1 + above}
                 histories.append(labels | row)
     depths = tuple(dict.fromkeys(depth for _, depth in errors))
-    options = Options(block="mine", against="basic", depths=depths, seeds=tuple(range(len(seeds))))
+    options = Options(block="mine", against="basic", depths=depths, seeds=tuple(range(len(seeds))), **changed)
     tables = pandas.DataFrame(rows), pandas.DataFrame(histories)
     return rp.Results(options, *tables, [], measurements=pandas.DataFrame(costs))
 
@@ -79,9 +79,45 @@ def test_the_claim_is_marked_as_ours():
 def test_the_plan_has_residual_networks_of_both_blocks():
     planned = plan(Options(block="single", against="bottleneck", depths=(20, 56), shortcut="B"))
     assert [(one.labels, one.network, one.options) for one in planned] == [
-        ({"block": block, "depth": depth}, f"cifar/resnet-{depth}", {"block": block, "shortcut": "B"})
+        (
+            {"block": block, "depth": depth, "width": 16},
+            f"cifar/resnet-{depth}",
+            {"block": block, "shortcut": "B", "width": 16},
+        )
         for depth in (20, 56)
         for block in ("single", "bottleneck")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("match", "block", "against"), [("macs", "bottleneck", "basic"), ("parameters", "basic", "bottleneck")]
+)
+def test_matched_networks_are_as_wide_as_brings_them_nearest(match, block, against):
+    def cost(one: rp.Planned, **changed) -> float:
+        return flops.of_named(one.network, (3, 32, 32), **(one.options | changed))[match]
+
+    ours, theirs = plan(Options(block=block, against=against, match=match, depths=(20,), shortcut="B"))
+    assert (theirs.options["block"], theirs.labels["width"], ours.options["block"]) == (against, 16, block)
+    width = ours.labels["width"]
+    assert width == ours.options["width"] and (width > 16) == (block == "bottleneck")
+    away = {other: abs(cost(ours, width=other) - cost(theirs)) for other in range(width - 3, width + 4)}
+    assert min(away, key=away.get) == width
+
+
+def test_a_block_that_costs_the_same_keeps_its_width():
+    assert {one.labels["width"] for one in plan(Options(block="single", match="macs", depths=(20, 56)))} == {16}
+
+
+def test_a_matched_comparison_says_so_and_how_wide_networks_are():
+    matched = results(BETTER, match="macs")
+    (found,) = study.judge(matched)
+    assert found.claim.id == "R3" and found.claim.statement.endswith("at the same depth, for as many multiply-adds")
+    assert (
+        found.measured == "test error at 56 layers: mine (19 filters) 6.00 ± 0.10 %, basic (16 filters) 7.00 ± 0.10 %"
+    )
+    assert study.tabulate(matched)["network"].tolist()[2:] == [
+        "ResNet-56, mine (19 filters)",
+        "ResNet-56, basic (16 filters)",
     ]
 
 
