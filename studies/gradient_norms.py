@@ -39,7 +39,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import resprobe as rp
 
@@ -208,6 +208,17 @@ def _over_seeds(readings: pandas.DataFrame, reduce: str = "median") -> list[floa
     return readings.groupby("seed")["decades"].agg(reduce).dropna().tolist()
 
 
+def _bounded(readings: pandas.DataFrame, reduce: str = "median") -> bool:
+    """Whether one of the values `_over_seeds` would be lower if bounds among the readings were."""
+    bounds = readings["decades"].where(readings["at_most"]).groupby(readings["seed"]).max()
+    return bool((bounds >= readings.groupby("seed")["decades"].agg(reduce)).any())
+
+
+def _stated(readings: pandas.DataFrame, reduce: str = "median") -> str:
+    """Mean ± std over seeds; ≤ where no gradient arrives at the first block of one, so that it is a bound."""
+    return ("≤ " if _bounded(readings, reduce) else "") + rp.mean_std(_over_seeds(readings, reduce))
+
+
 def judge(results: rp.Results) -> list[rp.Verdict]:
     table, options = ratios(results), results.options
     depths, trained = sorted({*options.depths, options.depth}), sorted(options.depths)
@@ -215,34 +226,46 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         reason = "two depths are needed to compare"
         return [rp.Verdict(claim, "not tested", "one depth only", reason) for claim in (DO_NOT_VANISH, DO_NOT_EXPLODE)]
 
-    def decades(moment: str, depth: int, reduce: str = "median", condition: tuple[str, str] = PAPERS) -> list[float]:
-        return _over_seeds(_rows(table, moment=moment, **_labels("plain", depth, condition)), reduce)
+    def readings(moment: str, depth: int, condition: tuple[str, str]) -> pandas.DataFrame:
+        return _rows(table, moment=moment, **_labels("plain", depth, condition))
 
-    def path(moment: str, over: list[int], *how: Any) -> str:
-        means = (rp.mean_std(decades(moment, depth, *how)) for depth in over)
+    def path(moment: str, over: list[int], reduce: str = "median", condition: tuple[str, str] = PAPERS) -> str:
+        means = (_stated(readings(moment, depth, condition), reduce) for depth in over)
         return " → ".join(means) + f" at {', '.join(map(str, over))} layers"
 
-    def change(test: Callable[..., rp.Comparison], moment: str, over: list[int], *how: Any) -> rp.Comparison:
-        return test(decades(moment, over[0], *how), decades(moment, over[-1], *how))
+    def change(
+        test: Callable[..., rp.Comparison],
+        moment: str,
+        over: list[int],
+        reduce: str = "median",
+        condition: tuple[str, str] = PAPERS,
+    ) -> tuple[str, str]:
+        """Whether the ratio stays within bounds with depth, and what was found."""
+        shallow, deep = (readings(moment, depth, condition) for depth in (over[0], over[-1]))
+        if _bounded(shallow, reduce):
+            return "inconclusive", f"no gradient arrives at the first block of plain-{over[0]}, to compare with"
+        found = test(_over_seeds(shallow, reduce), _over_seeds(deep, reduce))
+        return found.verdict, str(found)
 
     verdicts = []
     for claim, test, extreme, which in (
         (DO_NOT_VANISH, _stays_above, "min", "lowest"),
         (DO_NOT_EXPLODE, _stays_below, "max", "highest"),
     ):
-        found = change(test, "initialization", depths)
-        words = [found.verdict]
+        word, found = change(test, "initialization", depths)
+        words = [word]
         said = [f"plain-{depths[-1]} {BOUNDS[test]} plain-{depths[0]} at initialization: {found}"]
         if len(trained) > 1:
-            found, single = (change(test, "training", trained, reduce) for reduce in ("median", extreme))
-            words.append(found.verdict)
+            word, found = change(test, "training", trained)
+            words.append(word)
             said.append(f"plain-{trained[-1]} {BOUNDS[test]} plain-{trained[0]} along training, median: {found}")
-            said.append(f"by the {which} single reading instead, along training: {single.verdict} ({single})")
+            word, found = change(test, "training", trained, extreme)
+            said.append(f"by the {which} single reading instead, along training: {word} ({found})")
         else:
             words.append("not tested")
             said.append("along training one depth only, so that was not tested")
         if claim is DO_NOT_VANISH:
-            vanishes = change(_stays_above, "initialization", depths, "median", CONTROL).verdict == "fails"
+            vanishes = change(_stays_above, "initialization", depths, "median", CONTROL)[0] == "fails"
             smallest = _smallest_forward_std(results)
             signal = rp.compare(
                 [math.log10(max(std, BELOW_FLOAT64)) for std in smallest], -LIMIT, margin=0.0, unit="decades"
@@ -426,8 +449,6 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         start = _rows(layers, moment="initialization")
         norms = _rows(start, part="layer").sort_values("position").groupby("seed")["gradient_norm"]
         training = _rows(table, moment="training", **labels)
-        bound = "≤ " if training["at_most"].any() else ""
-        lowest, highest = (rp.mean_std(_over_seeds(training, reduce)) for reduce in ("min", "max"))
         errors = results.values("train_error", **labels)
         rows.append(
             {
@@ -435,9 +456,9 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
                 "condition": CONDITIONS[tuple(condition)],
                 "smallest forward std": f"{start['forward_std'].min():.2g}",
                 "‖∇W‖, first; last layer": f"{norms.first().mean():.2g}; {norms.last().mean():.2g}",
-                "ratio at start (decades)": rp.mean_std(_over_seeds(_rows(table, moment="initialization", **labels))),
-                "median in training": bound + rp.mean_std(_over_seeds(training)),
-                "lowest; highest": f"{bound}{lowest}; {highest}" if errors else "–",
+                "ratio at start (decades)": _stated(_rows(table, moment="initialization", **labels)),
+                "median in training": _stated(training),
+                "lowest; highest": f"{_stated(training, 'min')}; {_stated(training, 'max')}" if errors else "–",
                 "training error (%)": rp.mean_std(errors) if errors else "not trained",
             }
         )
@@ -460,6 +481,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
+    leaves_open=rp.lacks_depths,
     how_sure=(
         "Figures are mean ± standard deviation over seeds: of the initial weights, the images measured with, and the training. A "
         "part of a claim (at initialization; along training) holds if a one-sided Welch test over seeds has p < 0.05 that "

@@ -16,6 +16,7 @@ from studies.gradient_norms import (
     NETWORK,
     PAPERS,
     Options,
+    _stated,
     judge,
     plan,
     ratios,
@@ -132,6 +133,38 @@ def test_noise_and_single_seeds_are_inconclusive():
     assert words(seeds=(0,)) == {"C6": "inconclusive", "C6b": "inconclusive"}
 
 
+def test_where_no_gradient_arrives_in_the_shallowest_network_a_change_cannot_be_told():
+    """As in a plain network of blocks whose branch begins at zero."""
+    nothing = dict.fromkeys(DEPTHS["all"], -math.inf)
+    found = {verdict.claim.id: verdict for verdict in judge(results(start=nothing, forward=0.0))}
+    assert found["C6"].verdict == "fails"  # there is no forward signal
+    assert found["C6b"].verdict == "inconclusive"
+    assert found["C6b"].evidence.startswith(
+        "plain-110 below a thousand times plain-20 at initialization: no gradient arrives at the first block of plain-20"
+    )
+    assert "at initialization ≤ -299.70 ± 0.00 → ≤ -299.70 ± 0.00 → ≤ -299.70 ± 0.00 at 20, 56" in found["C6b"].measured
+    table = study.tabulate(results(start=nothing)).set_index(["network", "condition"])
+    assert table["ratio at start (decades)"]["plain-56", "BN, He"] == "≤ -299.70 ± 0.00"
+    # A gradient that is lost between the two is a fall, however far.
+    lost = {verdict.claim.id: verdict.verdict for verdict in judge(results(start=nothing | {20: 1.0}))}
+    assert lost == {"C6": "fails", "C6b": "holds"}
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "expected"),
+    [
+        ([-5.0, -13.7, -2.0], [False, True, False], "≤ -13.70; -5.00; -2.00"),
+        ([-18.0, -13.7, -12.0], [False, True, False], "≤ -18.00; ≤ -13.70; -12.00"),
+        ([-18.0, -13.7, -12.0, -11.0], [False, True, True, False], "≤ -18.00; ≤ -12.85; -11.00"),
+        ([-5.0, -4.0, -2.0], [False] * 3, "-5.00; -4.00; -2.00"),
+        ([-13.7, math.nan, -13.5], [True, False, True], "≤ -13.70; ≤ -13.60; ≤ -13.50"),
+    ],
+)
+def test_lowest_median_and_highest_are_bounds_where_a_bound_might_lower_them(values, bounds, expected):
+    readings = pandas.DataFrame({"seed": 0, "decades": values, "at_most": bounds})
+    assert "; ".join(_stated(readings, reduce) for reduce in ("min", "median", "max")) == expected
+
+
 def test_one_depth_is_not_tested_and_one_trained_depth_is_half_a_test():
     only = {"trained": (20,), "all": (20,)}
     assert words(depths=only) == {"C6": "not tested", "C6b": "not tested"}
@@ -213,7 +246,7 @@ def test_the_table_has_a_row_a_network():
     assert untrained["training error (%)"] == "not trained"
     assert untrained["median in training"] == untrained["lowest; highest"] == "–"
     control = table[(table["network"] == "plain-20") & (table["condition"] == "no BN, small normal")].iloc[0]
-    assert control["lowest; highest"] == "≤ -13.70 ± 0.00; -13.70 ± 0.00"  # 0 in float32: a bound, not a figure
+    assert control["lowest; highest"] == "≤ -13.70 ± 0.00; ≤ -13.70 ± 0.00"  # 0 in float32: bounds, not figures
 
 
 def test_a_small_study_measures_what_plain_autograd_gives(tmp_path, monkeypatch):
