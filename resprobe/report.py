@@ -14,7 +14,7 @@ from resprobe.claims import LEVEL, MARGIN, Verdict
 from resprobe.errors import UsageError
 from resprobe.figures import render, render_for_page
 from resprobe.networks import NetworkSpec, resolve
-from resprobe.recipes import cifar_paper, departures, imagenet_paper
+from resprobe.recipes import Recipe, cifar_paper, departures, imagenet_paper
 from resprobe.sweep import in_words
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def write_report(
         "setting": SETTINGS[setting],
         "what": _what(study, results),
         "table": table,
+        "beside": any("paper" in str(text) for text in (*table.columns, *table.to_numpy().flat)),
         "drawings": drawings,
         "images": images,
         "summary": summary(study, verdicts, setting, results),
@@ -191,11 +192,7 @@ def _departures(study: Study, results: Results, environment: dict[str, Any]) -> 
     if weights:
         found.append("weights that were trained elsewhere, by a recipe that is not known here")
     trained = dict.fromkeys((run.config.recipe, run.config.network.depth) for run in results.runs)
-    of_imagenet = study.paper_data == "ImageNet"
-    lines = {
-        (recipe, depth): departures(recipe, imagenet_paper() if of_imagenet else cifar_paper(depth=depth))
-        for recipe, depth in trained
-    }
+    lines = {(recipe, depth): _of_recipe(study, recipe, depth) for recipe, depth in trained}
     for (recipe, depth), own in lines.items():
         for line in own:
             lacking = [other for other, theirs in lines.items() if line not in theirs]
@@ -213,6 +210,18 @@ def _departures(study: Study, results: Results, environment: dict[str, Any]) -> 
     if processes > 1 and any(recipe.bn_batch is None for recipe, _ in trained):
         found.append(f"batch normalization over the images of each of {processes} processes, not over the mini-batch")
     return list(dict.fromkeys(found))
+
+
+def _of_recipe(study: Study, recipe: Recipe, depth: int | None) -> list[str]:
+    """How a recipe departs from the one that the paper trained networks of the study's claims by."""
+    if study.paper_data == "ImageNet":
+        return departures(recipe, imagenet_paper())
+    if recipe.augmentation == "scale-crop":  # images from files, which the paper's recipe for CIFAR-10 says nothing of
+        return [
+            "recipe: that for ImageNet (§3.4) instead of that for CIFAR-10 (§4.2)",
+            *departures(recipe, imagenet_paper()),
+        ]
+    return departures(recipe, cifar_paper(depth=depth))
 
 
 def _usual_width(network: NetworkSpec) -> object:

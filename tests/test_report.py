@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -10,11 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pages
+import pandas
 import pytest
 
+import resprobe as rp
 from resprobe.claims import VERDICTS
 from resprobe.environment import pooled
 from resprobe.figures import DARK_PAGE, TEXT_CONTRAST, contrast
+from resprobe.report import _of_recipe
 
 STYLE = (Path(__file__).parent.parent / "resprobe" / "templates" / "_style.html").read_text()
 
@@ -189,6 +193,35 @@ def test_departures_and_evidence_are_said(html):
     assert html.count("<dt>would refute it</dt><dd>the &lt;opposite&gt;</dd>") == 4
     assert "3 seeds a network" in html
     assert html.count("<dt>why</dt>") == 1  # of what was not tested, at once; of the rest further down
+
+
+def test_a_table_without_a_number_of_the_papers_is_not_said_to_stand_beside_it(tmp_path, monkeypatch):
+    own = dataclasses.replace(pages.study(), tabulate=lambda _: pandas.DataFrame({"error (%)": [1.0]}))
+    monkeypatch.setattr(pages, "study", lambda: own)
+    headings = [text for _, _, text in Page(pages.write(tmp_path).read_text()).all("h2")]
+    assert "In numbers" in headings and "Beside the paper" not in headings
+    said = (tmp_path / "report.md").read_text()
+    assert "\n## In numbers\n" in said and "Beside the paper" not in said
+
+
+@pytest.mark.parametrize(
+    ("paper_data", "recipe", "expected"),
+    [
+        (
+            "CIFAR-10",
+            rp.recipes.imagenet_paper(600),
+            [
+                "recipe: that for ImageNet (§3.4) instead of that for CIFAR-10 (§4.2)",
+                "iterations: 600 instead of 600,000",
+            ],
+        ),
+        ("ImageNet", rp.recipes.imagenet_paper(600), ["iterations: 600 instead of 600,000"]),
+        ("CIFAR-10", rp.recipes.cifar_paper(), []),
+    ],
+)
+def test_a_recipe_is_held_against_that_of_its_kind_of_images(paper_data, recipe, expected):
+    found = _of_recipe(dataclasses.replace(pages.study(), paper_data=paper_data), recipe, 20)
+    assert [line.partition(" (the whole")[0] for line in found] == expected
 
 
 def test_figures_of_the_report_before_do_not_stay(tmp_path):
