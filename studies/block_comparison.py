@@ -21,6 +21,7 @@ What would refute the claim: that the block errs less by half a point or more is
 Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in docs/measurements/):
 - quick, digits, bottleneck against basic, n = 3: test error at 56 layers 4.72 ± 1.21 against 2.22 ± 0.28 %, for 0.63 of the
   multiply-adds. R3 fails;
+- the same for as many multiply-adds (2026-11-28), bottlenecks of 20 filters: 6.02 ± 1.85 against 2.22 ± 0.28 %. R3 fails;
 - the paper preset: not tested.
 """
 
