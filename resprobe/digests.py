@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import dis
 import hashlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from types import CellType
+from types import CellType, CodeType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,26 +32,43 @@ def sources_of(digest: str) -> dict[str, bytes]:
 
 def source_digest(thing: Any) -> str | None:
     """SHA-256 of the source file that a class or function comes from, and of those beside it that it imports, as they were
-    when this was first asked of what was loaded; None for resprobe's own."""
+    when this was first asked of what was loaded; None for resprobe's own. Of what was typed in: of what it does, and all that
+    it names does, now."""
     thing = inspect.unwrap(thing)
     module = getattr(thing, "__module__", None) or ""
     if module.split(".")[0] == "resprobe":
         return None
+    file = source_file(thing)
+    if file is None:
+        return _typed_digest(thing)
+    loaded_by = getattr(sys.modules.get(module), "__spec__", None)  # another one after a reload
+    known = _seen_sources.get((module, str(file)))
+    if known is None or known[0] is not loaded_by:
+        known = _seen_sources[module, str(file)] = loaded_by, files_digest(module, file)
+    return known[1]
+
+
+def typed_in(thing: Any) -> bool:
+    """Whether a class or function was typed into a notebook or an interpreter, so that no other process can have it."""
+    return source_file(thing) is None
+
+
+def source_file(thing: Any) -> Path | None:
+    """The file that a class or function comes from. None for what was typed in, also where a notebook's debugger keeps its cells
+    in files."""
+    thing = inspect.unwrap(thing)
+    if getattr(thing, "__module__", None) == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+        return None
     try:
         file = Path(inspect.getsourcefile(thing) or "")
-        loaded_by = getattr(sys.modules.get(module), "__spec__", None)  # another one after a reload
-        known = _seen_sources.get((module, str(file)))
-        if known is None or known[0] is not loaded_by:
-            known = _seen_sources[module, str(file)] = loaded_by, _files_digest(module, file)
-        return known[1]
-    except (OSError, TypeError):  # typed into a notebook or an interpreter: there is no file
-        try:
-            return hashlib.sha256(inspect.getsource(thing).encode()).hexdigest()
-        except (OSError, TypeError):
-            return hashlib.sha256(f"{origin(thing)} {_compiled(thing)}".encode()).hexdigest()
+    except (OSError, TypeError):
+        return None
+    known = (getattr(thing, "__module__", None), str(file)) in _seen_sources  # the file may be gone since
+    return file if known or file.is_file() else None
 
 
-def _files_digest(module: str, file: Path) -> str:
+def files_digest(module: str, file: Path) -> str:
+    """SHA-256 of a module's source file, and of those beside it that it imports, as they are now."""
     texts = {file: file.read_bytes()}
     _add_helpers(module, file, file.parent, texts)
     own, *helpers = (hashlib.sha256(text).hexdigest() for text in texts.values())
@@ -102,16 +121,79 @@ def _file_of(module: str, folder: Path) -> Path | None:
     return next((path for path in candidates if path.is_relative_to(folder) and path.is_file()), None)
 
 
-def _compiled(thing: Any) -> object:
-    """What a function or class does, where no source says it; nothing of what is built in."""
-    if inspect.isclass(thing):
-        told = [(name, held) for name, held in sorted(vars(thing).items()) if name != "__firstlineno__"]
-        return [(name, _compiled(held) if inspect.isroutine(held) else as_text(held)) for name, held in told]
-    code = thing if inspect.iscode(thing) else getattr(getattr(thing, "__func__", thing), "__code__", None)
-    if code is None:
-        return None
-    constants = [_compiled(each) if inspect.iscode(each) else repr(each) for each in code.co_consts]
+_OF_PYTHON = {"__dict__", "__doc__", "__firstlineno__", "__static_attributes__", "__weakref__"}
+"""Attributes of a class that say nothing of what it does."""
+
+_telling: ContextVar[tuple[int, ...]] = ContextVar("_telling", default=())
+
+
+def _typed_digest(thing: Any) -> str:
+    """SHA-256 of what something typed in does: of its code, and of what that names, the same again."""
+    if id(thing) in _telling.get():  # by way of something that it names
+        return origin(thing)
+    within = _telling.set((*_telling.get(), id(thing)))
+    told: dict[int, str] = {}
+    ahead = [thing]
+    try:
+        while ahead:
+            one = ahead.pop()
+            if id(one) not in told:
+                told[id(one)] = ""
+                own = _own(one, ahead)
+                told[id(one)] = f"{origin(one)} {own}"
+    finally:
+        _telling.reset(within)
+    return hashlib.sha256("\n".join(sorted(told.values())).encode()).hexdigest()
+
+
+def _own(thing: Any, ahead: list[Any]) -> object:
+    """What a function or class, or a value, is by itself, as text; what it names and was typed in too is put `ahead`."""
+    routine = getattr(thing, "__func__", thing)
+    if isinstance(thing, property):
+        return [_own(each, ahead) for each in (thing.fget, thing.fset, thing.fdel)]
+    if inspect.isclass(thing) and typed_in(thing):
+        ahead += [base for base in thing.__bases__ if _is_typed(base)]
+        bases = [origin(base) if _is_typed(base) else as_text(base) for base in thing.__bases__]
+        held = sorted((name, value) for name, value in vars(thing).items() if name not in _OF_PYTHON)
+        return bases, [(name, _own(value, ahead)) for name, value in held]
+    code = getattr(routine, "__code__", None)
+    if code is None or not typed_in(routine):
+        return as_text(thing)
+    held = {name: routine.__globals__[name] for name in sorted(_globals(code)) if name in routine.__globals__}
+    closed = zip(code.co_freevars, getattr(routine, "__closure__", None) or (), strict=False)
+    held |= {name: cell.cell_contents for name, cell in closed if cell != CellType()}
+    named = []
+    for name, value in held.items():
+        if _is_typed(value):
+            ahead.append(value)
+            named.append((name, origin(value)))
+        else:
+            named.append((name, as_text(value)))
+    defaults = [
+        _own(value, ahead) for value in (*(routine.__defaults__ or ()), *sorted((routine.__kwdefaults__ or {}).items()))
+    ]
+    return _code(code), defaults, named
+
+
+def _is_typed(value: Any) -> bool:
+    """Whether a value is a function or class that was typed in."""
+    return (inspect.isfunction(value) or inspect.isclass(value)) and typed_in(value) and not _is_known(value)
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a function or class is told by its name alone."""
+    return origin(value).split(".")[0] in ("builtins", "resprobe", "torch", "torchvision")
+
+
+def _code(code: CodeType) -> object:
+    constants = [_code(each) if inspect.iscode(each) else as_text(each) for each in code.co_consts]
     return code.co_code.hex(), code.co_names, constants
+
+
+def _globals(code: CodeType) -> set[str]:
+    """Names of globals that a function reads, and those in it."""
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*(_globals(each) for each in code.co_consts if inspect.iscode(each)))
 
 
 def origin(thing: object) -> str:
@@ -172,7 +254,7 @@ def as_text(value: Any, within: tuple[int, ...] = ()) -> str | None:
     if isinstance(value, partial):
         return f"{text(value.func)} {text(value.args)} {text(value.keywords)}"
     if inspect.isroutine(value) or inspect.isclass(value):
-        if origin(value).split(".")[0] in ("torch", "torchvision", "resprobe"):
+        if _is_known(value):
             return origin(value)
         # A stranger's file is what is in it, whatever it is called.
         of_function = getattr(value, "__func__", value)

@@ -15,10 +15,13 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+from resprobe.digests import files_digest, sources_of
 from resprobe.errors import UsageError, one_line
 
 GROUP = "resprobe.plugins"
 _loaded: set[str] = set()
+_files: dict[Path, str] = {}
+"""Plugin files that were loaded, and the digests of what was."""
 
 
 def load_installed(name: str | None = None) -> None:
@@ -37,7 +40,8 @@ def load_installed(name: str | None = None) -> None:
 
 
 def load_plugin(where: str) -> ModuleType:
-    """Imports the plugin at `where`: a file (`my_block.py`) or a module (`package.module`).
+    """Imports the plugin at `where`: a file (`my_block.py`) or a module (`package.module`). A file that was edited since is
+    loaded anew, with those beside it that it imports.
 
     Raises `UsageError` with the cause in one line if it is not there or does not import.
     """
@@ -60,18 +64,41 @@ def load_plugin(where: str) -> ModuleType:
         raise UsageError(f"plugin (={where!r}) does not import: {one_line(error, named=True)}") from error
 
 
+def is_loaded(path: Path | None) -> bool:
+    """Whether this is a plugin's file that this process has loaded."""
+    return path in _files
+
+
 def _load_file(path: Path) -> ModuleType:
     # The folder is part of the name, so that two files of one name in two folders stay two modules.
     name = f"resprobe_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
+    before = sys.modules.get(name)
+    if before is not None and _files.get(path) == files_digest(name, path):
+        return before
+    if path in _files:
+        _forget_helpers(_files[path], files_digest(name, path), path)
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module  # before execution: dataclasses and pickling look the module up by name
+    text = path.read_bytes()
     try:
-        specification.loader.exec_module(module)
+        # Not by way of Python's cache of compiled files, which takes two edits within a second for one.
+        exec(compile(text, str(path), "exec", dont_inherit=True), module.__dict__)
     except BaseException:
         del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before
         raise
+    _files[path] = files_digest(name, path)
     return module
+
+
+def _forget_helpers(before: str, now: str, path: Path) -> None:
+    """Has the files beside a plugin that it imports, and that were edited since, imported anew."""
+    old, new = sources_of(before), sources_of(now)
+    edited = {(path.parent / name).resolve() for name in old | new if old.get(name) != new.get(name)}
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).resolve() in edited and Path(file).resolve() != path:
+            del sys.modules[name]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from resprobe.digests import origin, source_digest
+from resprobe.digests import origin, source_digest, source_file, typed_in
 from resprobe.errors import UsageError, not_accepted
 
 T = TypeVar("T")
@@ -56,6 +55,9 @@ class Registry(Generic[T]):
             return thing
 
         return file_under_name
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}: {', '.join(self.names())}>"
 
     def __getitem__(self, name: str) -> T:
         if name not in self._things:
@@ -112,24 +114,16 @@ class Registry(Generic[T]):
         """SHA-256 of the source file that a stranger's thing comes from, as it was loaded; None for resprobe's own.
 
         A run is found again by what it is, and what a stranger's block is, is its source: edit the block and its
-        runs are trained anew.
+        runs are trained anew. Of what was typed in it is of what that does, and what it names does, now.
         """
-        self[name]  # looked for in plugins, or refused
-        return self._things[name].source
+        thing = self[name]  # looked for in plugins, or refused
+        return source_digest(thing) if typed_in(thing) else self._things[name].source
 
 
 def _same_definition(one: object, other: object) -> bool:
-    """True when a module was merely imported a second time (`python -m`, reload): the same place, the same name."""
-    return one is other or (
-        origin(one) == origin(other) and _source_file(one) is not None and _source_file(one) == _source_file(other)
-    )
-
-
-def _source_file(thing: object) -> str | None:
-    try:
-        return inspect.getsourcefile(thing)  # type: ignore[arg-type]
-    except TypeError:
-        return None
+    """True when a module was merely imported a second time (`python -m`, reload), or a notebook's cell run again, edited or not:
+    the same place, the same name."""
+    return one is other or (origin(one) == origin(other) and source_file(one) == source_file(other))
 
 
 def _load_installed_plugins(name: str | None = None) -> None:

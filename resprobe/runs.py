@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +42,7 @@ from resprobe.normalization import NORMALIZATIONS
 from resprobe.probes import PROBES, Probe, make_probe
 from resprobe.randomness import seeded
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
+from resprobe.registry import Registry
 from resprobe.shortcuts import SHORTCUTS
 from resprobe.training import Progress, Training
 
@@ -81,11 +83,18 @@ class RunConfig(Kept):
             "seed": self.seed,
             "precision": self.precision,
             "start": self.start,
-            "sources": self._sources(),
+            "sources": self._sources,
         }
 
+    @cached_property
     def _sources(self) -> dict[str, str]:
-        """Digests of the source of everything that is not resprobe's own."""
+        """Digests of the source of everything that is not resprobe's own, as it is when the run is first asked for: what was
+        typed in may name what the training changes."""
+        prints = {f"{registry.kind} {name}": registry.fingerprint(name) for registry, name in self.used()}
+        return {what: digest for what, digest in prints.items() if digest is not None}
+
+    def used(self) -> list[tuple[Registry, str]]:
+        """What it takes from registries, and under which names."""
         used = [
             (NETWORKS, self.network.family),
             (BLOCKS, self.network.get("block")),
@@ -94,9 +103,11 @@ class RunConfig(Kept):
             (INITIALIZATIONS, self.network.get("init")),
             (DATASETS, self.data.partition(":")[0]),
         ]
-        known = [(registry, str(name)) for registry, name in used if name is not None and name in registry]
-        prints = {f"{registry.kind} {name}": registry.fingerprint(name) for registry, name in known}
-        return {what: digest for what, digest in prints.items() if digest is not None}
+        return [(registry, str(name)) for registry, name in used if name is not None and name in registry]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the sources: where it is read again, they are those that are there."""
+        return {name: value for name, value in vars(self).items() if name != "_sources"}
 
     def called(self) -> list[str]:
         """Network, block and shortcut, data, iterations and seed."""
@@ -405,7 +416,7 @@ def _train_in_store(
         known = read_json(path / "config.json").get("data_digest")  # of a begin with the data handed over
         told = {"data_given": config.data, "data_digest": data_digest or known, "recipe_name": config.recipe.name}
         keeper.begin(config.identity() | told, about | {"step": training.how})
-        for digest in config._sources().values():  # a stranger's file may be edited, or lost, tomorrow
+        for digest in config._sources.values():  # a stranger's file may be edited, or lost, tomorrow
             for name, text in sources_of(digest).items():
                 write_atomically(path / "sources" / digest[:8] / name, text)
 

@@ -27,12 +27,14 @@ from torch import nn
 
 from resprobe.data import load_data
 from resprobe.devices import cores, cpu_threads, deterministic, prepare_cpu, usable
+from resprobe.digests import source_file, typed_in
 from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import DamagedFile, ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
 from resprobe.estimates import costs
-from resprobe.extensions import load_plugin
+from resprobe.extensions import is_loaded, load_plugin
 from resprobe.keeping import traceback_file
+from resprobe.probes import PROBES
 from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, train
 from resprobe.sharing import sharing
 from resprobe.training import Progress
@@ -64,6 +66,13 @@ class Job:
     def work(self) -> int:
         """A measure of cost for shares of progress: layers times images."""
         return max(1, self.config.network.depth or 1) * self.config.recipe.iterations * self.config.recipe.batch_size
+
+    def made_of(self) -> dict[str, object]:
+        """What another process must have to train it, beside resprobe, and what that is called."""
+        probes = [(PROBES, name) for name in self.probes if name in PROBES]
+        found = {f"{registry.kind} {name!r}": registry[name] for registry, name in (*self.config.used(), *probes)}
+        modules = () if self.network is None else map(type, self.network.modules())
+        return found | {f"module {kind.__name__!r}": kind for kind in modules}
 
 
 def parse_concurrency(text: str) -> int | None:
@@ -176,6 +185,11 @@ def survey(
     missing = {key: job for key, job in asked.items() if store.find(job.config, job.probes) is None}
     # The longest first, so that no worker is left alone with one at the end.
     ordered = tuple(sorted(missing.values(), key=lambda job: -job.work))
+    typed = [what for job in ordered for what, thing in job.made_of().items() if typed_in(thing)]
+    if typed and (cluster is not None or min(concurrency or 1, len(ordered)) > 1):
+        raise UsageError(
+            f"{typed[0]} was typed in, and other processes cannot have it; put it into a file and load that plugin"
+        )
     if cluster is None:
         wanted = concurrency or (cores() if device.type == "cpu" else 1)
         workers = min(wanted, len(ordered))
@@ -201,6 +215,11 @@ def survey(
     ahead = Survey(len(asked), ordered, begun, workers, threads, name, seconds, reason, one_card, unwatched)
     automatic = cluster is None and concurrency is None and workers > 1
     if automatic and ahead.duration is not None and sum(seconds) - ahead.duration < _STARTING:
+        return replace(ahead, workers=1)
+    if automatic and typed:
+        warnings.warn(
+            f"{typed[0]} was typed in, so runs take turns in this process; from a plugin's file they train side by side"
+        )
         return replace(ahead, workers=1)
     return ahead
 
@@ -366,7 +385,9 @@ def _train_in_processes(
 ) -> None:
     with sharing(device) as variables:
         alike = torch.get_deterministic_debug_mode()
-        start = partial(_start, variables, threads, tuple(plugins), store.root, device, alike)
+        files = {source_file(thing): None for job in jobs for thing in job.made_of().values()}
+        plugins = (*plugins, *(str(file) for file in files if is_loaded(file)))
+        start = partial(_start, variables, threads, plugins, store.root, device, alike)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
         packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
         with closing(side_by_side(packed, workers, start)) as heard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,112 @@ def test_without_a_source_the_code_itself_counts():
 
     assert source_digest(made(1)) == source_digest(made(1, indent="\n")) != source_digest(made(2))
     assert source_digest(made(1).f) == source_digest(made(1).f) != source_digest(made(2).f)
+
+
+TYPED = """
+import math
+from torch import nn
+from torch.nn import functional as F
+
+POWER, UNREAD = 2, 1
+TABLE = {"a": [1, 2]}
+
+def deeper(x):
+    return x + 3
+
+def helper(x):
+    return deeper(x) ** POWER
+
+class Scale:
+    def __init__(self):
+        self.by, self.block = 4, Block  # which names this in turn
+
+class Base(nn.Module):
+    def extra(self, x):
+        return x * 5
+
+    @property
+    def wide(self):
+        return 6
+
+class Block(Base):
+    kind = "seven"
+
+    def __init__(self, act=F.relu, times=8):
+        super().__init__()
+        self.act = act
+
+    def forward(self, x):
+        if self.kind in {"seven", "two", "three", "four"}:
+            x = [self.wide * each for each in helper(x)]
+        return self.again(x) + SCALE.by + math.pi + TABLE["a"][0]
+
+    @staticmethod
+    def again(x):
+        return x - 9 if x else Block
+
+SCALE = Scale()
+"""
+
+
+def typed(text: str = TYPED, name: str = "Block"):
+    space = {"__name__": "typed"}
+    exec(text, space)
+    return space[name]
+
+
+def test_what_was_typed_in_is_what_it_and_all_it_names_does():
+    found = source_digest(typed())
+    for old, new in (
+        ("POWER, UNREAD = 2", "POWER, UNREAD = 3"),
+        ('"a": [1', '"a": [0'),
+        ("x + 3", "x + 2"),
+        ("deeper(x) **", "deeper(x) *"),
+        ("self.by, self.block = 4", "self.by, self.block = 5"),
+        ("x * 5", "x * 6"),
+        ("return 6", "return 7"),
+        ('kind = "seven"', 'kind = "eight"'),
+        ("act=F.relu", "act=F.elu"),
+        ("times=8", "times=9"),
+        ('"two", ', ""),
+        ("self.wide * each", "self.wide + each"),
+        ("x - 9", "x - 8"),
+        ("class Base(nn.Module)", "class Base(nn.Identity)"),
+    ):
+        assert TYPED.count(old) == 1, old
+        assert source_digest(typed(TYPED.replace(old, new))) != found, old
+    for old, new in (
+        ("UNREAD = 2, 1", "UNREAD = 2, 5"),
+        ("import math\n", "import math, os\n\n"),
+        ("  # which", "  # that"),
+    ):
+        assert TYPED.count(old) == 1, old
+        assert source_digest(typed(TYPED.replace(old, new))) == found, old
+    helpers = [source_digest(typed(TYPED.replace("x + 3", new), "helper")) for new in ("x + 3", "x + 4")]
+    assert len({found, *helpers}) == 3
+
+
+def test_what_was_typed_in_is_the_same_in_every_process():
+    for seed in ("1", "2"):
+        code = "import test_digests as t; print(t.source_digest(t.typed()))"
+        env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": seed}
+        said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+        assert said.strip() == source_digest(typed())
+
+
+def test_what_a_typed_block_names_may_change_while_it_is_trained(tmp_path, clean_registries):
+    """A list that grows with every pass: the run is kept under what it was when it was asked for."""
+    space = {"__name__": "typed", "rp": rp}
+    exec(
+        "SEEN = []\n\nclass Seen(rp.blocks.BasicBlock):\n    def forward(self, x):\n        SEEN.append(1)\n"
+        "        return super().forward(x)\n",
+        space,
+    )
+    rp.register_block("seen")(space["Seen"])
+    run = rp.train("cifar/resnet-8", "digits", RECIPE, block="seen", runs=tmp_path, device="cpu", progress=False)
+    assert space["SEEN"]
+    assert run.path.name == run.config.folder_name and rp.RunStore(tmp_path).find(run.config) is not None
+    assert pickle.loads(pickle.dumps(run.config)).key != run.config.key  # elsewhere it is what is there
 
 
 def test_what_cannot_be_told_in_words_is_left_out():

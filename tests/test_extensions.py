@@ -56,6 +56,39 @@ def test_file_is_loaded_once(write):
     assert rp.load_plugin(str(file)) is rp.load_plugin(str(file.parent / ".." / file.parent.name / file.name))
 
 
+@pytest.mark.usefixtures("clean_registries")
+def test_a_file_that_was_edited_is_loaded_anew(write):
+    """As in a notebook whose cell writes it: at once, also within the second in which compiled files look the same."""
+    file = write("edited_here", BLOCK)
+    first, digest = rp.load_plugin(str(file)), rp.BLOCKS.fingerprint("one-by-one")
+    file.write_text(BLOCK.replace("kernel=1", "kernel=3"))
+    again = rp.load_plugin(str(file))
+    assert again is not first and rp.BLOCKS["one-by-one"] is again.OneByOne
+    assert rp.BLOCKS.fingerprint("one-by-one") != digest
+    network = rp.build("cifar/resnet-8", block="one-by-one", width=4)
+    assert {tuple(each.shape[2:]) for each in network.stage1.parameters() if each.ndim == 4} == {(3, 3)}
+    assert rp.load_plugin(str(file)) is again
+    file.write_text("1 / 0")
+    assert "ZeroDivisionError" in refusal(file)
+    assert rp.BLOCKS["one-by-one"] is again.OneByOne
+    file.write_text(BLOCK)
+    rp.load_plugin(str(file))
+    assert rp.BLOCKS.fingerprint("one-by-one") == digest
+
+
+@pytest.mark.usefixtures("clean_registries")
+def test_a_file_beside_it_that_was_edited_is_loaded_anew_too(write):
+    helper, unused = write("helper_of_it", "KERNEL = 1\n"), write("helper_that_stays", "VALUE = 1\n")
+    text = "import helper_that_stays\nfrom helper_of_it import KERNEL\n" + BLOCK.replace("kernel=1", "kernel=KERNEL")
+    file = write("has_a_helper", text)
+    first, digest = rp.load_plugin(str(file)), rp.BLOCKS.fingerprint("one-by-one")
+    helper.write_text("KERNEL = 33\n")
+    again = rp.load_plugin(str(file))
+    assert (first.KERNEL, again.KERNEL) == (1, 33)
+    assert first.helper_that_stays is again.helper_that_stays and unused.is_file()
+    assert rp.BLOCKS.fingerprint("one-by-one") != digest
+
+
 def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path):
     for folder, value in (("one", 1), ("two", 2)):
         (tmp_path / folder).mkdir()

@@ -97,6 +97,34 @@ def test_reimport_of_the_same_definition_is_tolerated(fruits, strange):
     assert fruits["cherry"] is again
 
 
+def test_what_is_typed_in_again_takes_the_place_of_what_was(fruits):
+    """As a notebook's cell that is run twice, edited or not: a class, whose source Python cannot find, and a function."""
+    for text in ("class Cherry: size = {}", "def Cherry(): return {}"):
+        found = []
+        for number in (1, 1, 2):
+            space = {"__name__": "typed"}
+            exec(text.format(number), space)
+            fruits.register("cherry")(space["Cherry"])
+            assert fruits["cherry"] is space["Cherry"]
+            found.append(fruits.fingerprint("cherry"))
+        assert found[0] == found[1] != found[2]
+    with pytest.raises(rp.UsageError, match=r"already registered by typed\.Cherry; choose another name"):
+        fruits.register("cherry")(apple)
+
+
+def test_what_was_typed_in_is_what_its_helpers_are_now(fruits):
+    space = {"__name__": "typed"}
+    exec("def cherry(): return stone()\ndef stone(): return 1", space)
+    fruits.register("cherry")(space["cherry"])
+    before = fruits.fingerprint("cherry")
+    exec("def stone(): return 2", space)  # another cell
+    assert fruits.fingerprint("cherry") != before
+
+
+def test_a_registry_shows_its_names(fruits):
+    assert repr(fruits) == "<fruit: apple, banana>"
+
+
 def test_equal_qualified_name_from_another_file_is_refused(fruits, strange, tmp_path):
     fruits.register("cherry")(strange.cherry)
     elsewhere = tmp_path / "elsewhere.py"

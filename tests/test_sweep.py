@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import pickle
 import signal
@@ -401,6 +402,41 @@ def test_a_plugin_that_is_edited_meanwhile_is_said(tmp_path, clean_registries):
     plugin.write_text(plugin.read_text() + "# edited\n")
     with pytest.raises(rp.UsageError, match="a plugin's file was edited since this was begun; begin it again"):
         run_all(asked, rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=2, plugins=[str(plugin)])
+
+
+def test_a_plugin_that_nobody_names_is_loaded_in_other_processes_too(tmp_path, clean_registries):
+    plugin = tmp_path / "unnamed.py"
+    plugin.write_text(BLOCK.replace("explodes", "unnamed").replace('x * float("inf") if self.training else x', "x"))
+    rp.load_plugin(str(plugin))
+    recipe = rp.default_recipe(rp.load_data("digits"), 4)
+    asked = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4, block="unnamed")) for seed in (0, 1)]
+    assert len(run_all(asked, rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=2)) == 2
+
+
+def test_what_was_typed_in_is_trained_in_this_process(tmp_path, monkeypatch, clean_registries):
+    space = {"__name__": "typed", "rp": rp}
+    exec("class Mine(rp.blocks.BasicBlock): pass\nclass Watch(rp.Probe): name = 'watch'", space)
+    rp.register_block("mine")(space["Mine"])
+    rp.register_probe("watch")(space["Watch"])
+    monkeypatch.setattr("resprobe.sweep._STARTING", -math.inf)  # processes would pay
+    recipe, store = rp.default_recipe(rp.load_data("digits"), 4), rp.RunStore(tmp_path)
+
+    def asked(**settings):
+        configs = [configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4, **settings) for seed in (0, 1)]
+        return [Job(config) for config in configs]
+
+    probed = [replace(job, probes=("watch",)) for job in asked()]
+    for given, what in (asked(block="mine"), "block 'mine'"), (probed, "probe 'watch'"):
+        with pytest.warns(UserWarning, match=f"^{what} was typed in, so runs take turns in this process"):
+            assert survey(given, store, device=CPU).workers == 1
+        with pytest.raises(
+            rp.UsageError, match=f"^{what} was typed in, and other processes cannot have it; put it into a file"
+        ):
+            run_all(given, store, device=CPU, concurrency=2)
+        assert survey(given[:1], store, device=CPU, concurrency=2).workers == 1  # no other process
+    with pytest.warns(UserWarning, match="takes? turns"):
+        assert len(run_all(asked(block="mine"), store, device=CPU)) == 2
+    assert survey(asked(), store, device=CPU).workers == 2
 
 
 PROBE = """
