@@ -93,7 +93,9 @@ def called_as(study: str = "") -> str:
         return f"resprobe {study}".rstrip()
     main = sys.modules["__main__"]
     script = getattr(main, "__spec__", None) is None and hasattr(main, "__file__")  # a notebook has none
-    if script and getattr(getattr(main, "study", None), "name", "") == study != "":
+    theirs = getattr(main, "study", None)
+    # A script that has the study from elsewhere does not take its arguments.
+    if script and getattr(theirs, "name", "") == study != "" and theirs.judge.__module__ == "__main__":
         return f"python {sys.argv[0]}"
     return f"python -m studies.{study}".rstrip(".")
 

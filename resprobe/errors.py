@@ -7,6 +7,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 _NOT_THEIRS = (_ROOT / "resprobe", _ROOT / "plugins", _ROOT / "studies", Path(sysconfig.get_path("stdlib")).resolve())
@@ -91,6 +92,11 @@ def nearest(value: object, accepted: Iterable[object]) -> str | None:
         return names[_ALSO[given]]
     close = difflib.get_close_matches(given, names, n=1)
     return names[close[0]] if close else None
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy's, or of one of its arrays or a tensor without dimensions, as Python's; else the value itself."""
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def is_whole(value: object, least: int) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resprobe.blocks import BLOCKS, Block
-from resprobe.errors import UsageError, check_whole, nearest, not_accepted, one_line, short
+from resprobe.errors import UsageError, check_whole, nearest, not_accepted, one_line, plain, short
 from resprobe.initialization import INITIALIZATIONS, initialize
 from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
@@ -190,12 +190,19 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
     complete = {name: parameter.default for name, parameter in parameters.items()}
     by_depth = NETWORKS.about(family)
     complete |= {name: value for name, value in (by_depth(depth) if by_depth else {}).items() if name in parameters}
-    complete |= options
+    complete |= {name: plain(value) for name, value in options.items()}
     for name, value in complete.items():
         if value is inspect.Parameter.empty:
             raise UsageError(f"network (={network!r}) needs a value for its option {name}, which has no default")
         _check_option(name, value)
     return NetworkSpec(family, depth, tuple(complete.items()))
+
+
+def made_of(spec: NetworkSpec) -> list[tuple[Registry, str]]:
+    """What a network takes from registries, and under which names."""
+    named = ((BLOCKS, "block"), (SHORTCUTS, "shortcut"), (NORMALIZATIONS, "norm"), (INITIALIZATIONS, "init"))
+    used = [(NETWORKS, spec.family), *((registry, spec.get(option)) for registry, option in named)]
+    return [(registry, str(name)) for registry, name in used if name is not None and name in registry]
 
 
 def check_fit(spec: NetworkSpec, data: Data) -> None:
@@ -241,6 +248,8 @@ def _parse_name(name: str) -> tuple[str, int | None]:
 
 
 def _check_option(name: str, value: Option) -> None:
+    if not isinstance(value, str | int | float | None):
+        raise UsageError(f"{name} (={short(value)}) must be a text, a number, True, False or None")
     registries = {"block": BLOCKS, "shortcut": SHORTCUTS, "norm": NORMALIZATIONS, "init": INITIALIZATIONS}
     if name in registries:
         registries[name][value]  # type: ignore[index]

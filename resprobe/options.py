@@ -7,15 +7,16 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
-from resprobe.errors import UsageError, not_accepted, short
+from resprobe.errors import UsageError, not_accepted, plain, short
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,56 @@ _NOT_THE_SETTING = {
 }
 
 
-def check_kinds(options: Options) -> None:
-    """Raises `UsageError` for a value of another kind than its option has, as may be given in Python."""
-    hints = get_type_hints(type(options))
+def of_their_kinds(options: Options) -> Options:
+    """Options as given in Python, each of its kind: lists for tuples, numpy's numbers and paths are taken for what they say.
+    Raises `UsageError` for what is of another kind."""
+    hints, found = get_type_hints(type(options)), {}
     for option in dataclasses.fields(options):
         value, hint = getattr(options, option.name), hints[option.name]
         kind = get_origin(hint) or hint
-        fits = isinstance(value, kind) if kind in (tuple, str, bool) else type(value) in (int, kind)
-        if kind is Literal and value not in get_args(hint):
-            raise not_accepted(option.name, value, get_args(hint))
-        if kind is not Literal and not fits:
-            raise UsageError(
-                f"{option.name} (={short(value)}) must be of type {kind.__name__}, such as {option.default!r}"
-            )
+        if kind is Literal:
+            if value not in get_args(hint):
+                raise not_accepted(option.name, value, get_args(hint))
+            found[option.name] = value
+        elif kind is tuple:
+            found[option.name] = _several(option, value, get_args(hint)[0])
+        else:
+            found[option.name] = _plain(value, kind)
+            if not _is_of(found[option.name], kind):
+                raise UsageError(
+                    f"{option.name} (={short(value)}) must be {_KINDS[kind][0]}, such as {option.default!r}"
+                )
+    return dataclasses.replace(options, **found)
+
+
+_KINDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("a text", "texts"),
+    bool: ("True or False", ""),
+}
+
+
+def _several(option: dataclasses.Field, value: Any, kind: type) -> tuple:
+    """The values of an option that takes several."""
+    ordered = isinstance(value, Iterable) and not isinstance(value, str | set | frozenset | dict)
+    values = tuple(_plain(each, kind) for each in value) if ordered else (value,)
+    if ordered and all(_is_of(each, kind) for each in values):
+        return values
+    example = option.default or (values if _is_of(values[0], kind) else ())
+    aside = f", such as {example!r}" if example else ""
+    raise UsageError(f"{option.name} (={short(value)}) must be a tuple of {_KINDS[kind][1]}{aside}")
+
+
+def _plain(value: Any, kind: type) -> Any:
+    """A number of numpy's as Python's, and a path as its text."""
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return plain(value)
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 # -- the command line ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from resprobe.errors import UsageError, check_whole, is_whole, not_accepted
+from resprobe.errors import UsageError, check_whole, is_whole, not_accepted, plain
 
 _WHOLE = {
     **dict.fromkeys(("iterations", "batch_size", "window", "evaluations", "crop", "plateau", "bn_batch"), 1),
@@ -95,9 +95,10 @@ class Recipe:
     """Points of the test curve, evenly spaced."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # JSON knows no tuples
-            if isinstance(getattr(self, field.name), list):
-                object.__setattr__(self, field.name, tuple(getattr(self, field.name)))
+        for field in fields(self):
+            value = plain(getattr(self, field.name))
+            # JSON knows no tuples.
+            object.__setattr__(self, field.name, tuple(map(plain, value)) if isinstance(value, list | tuple) else value)
         for name, least in _WHOLE.items():
             value = getattr(self, name)
             if not (value is None and name in _MAY_BE_NONE):
@@ -105,13 +106,15 @@ class Recipe:
         for name in ("learning_rate", "decay", "warm_up_rate"):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and name in _MAY_BE_NONE):
-                raise UsageError(f"{name} (={value!r}) must be > 0")
+                raise UsageError(f"{name} (={value!r}) must be a number > 0")
         for name, high in (("flip", 1), ("validation_fraction", 0.9), ("momentum", 1), ("weight_decay", math.inf)):
             value = getattr(self, name)
             if not (_is_number(value) and 0 <= value <= high):
-                raise UsageError(f"{name} (={value!r}) must be ≥ 0" + (f" and ≤ {high}" if high < math.inf else ""))
+                raise UsageError(
+                    f"{name} (={value!r}) must be a number ≥ 0" + (f" and ≤ {high}" if high < math.inf else "")
+                )
         if not (_is_number(self.warm_up_until) and 0 < self.warm_up_until <= 100):
-            raise UsageError(f"warm_up_until (={self.warm_up_until!r}) must be > 0 and ≤ 100, in percent")
+            raise UsageError(f"warm_up_until (={self.warm_up_until!r}) must be a number > 0 and ≤ 100, in percent")
         if not isinstance(self.nesterov, bool) or (self.nesterov and not self.momentum):
             raise UsageError(f"nesterov (={self.nesterov!r}) must be True or False, and False without momentum")
         for name, accepted in (
@@ -158,6 +161,7 @@ class Recipe:
 
     def with_iterations(self, iterations: int) -> Recipe:
         """The same recipe with its whole schedule scaled to `iterations`."""
+        iterations = plain(iterations)
         check_whole("iterations", iterations, 1)
         ratio = iterations / self.iterations
         # Twenty points draw a curve; in a short training more would take longer than the training itself. Plateaus want

@@ -7,10 +7,11 @@ not of when, where or on which card it ran. `train` looks there first, and goes 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +20,6 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from resprobe.blocks import BLOCKS
 from resprobe.checkpoints import (
     check_writable,
     not_kept,
@@ -34,17 +34,15 @@ from resprobe.devices import resolve_device, resolve_precision
 from resprobe.digests import network_digest, sources_of
 from resprobe.distributed import team
 from resprobe.environment import environment
-from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, short
-from resprobe.initialization import INITIALIZATIONS
+from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, nearest, plain, short
 from resprobe.keeping import UNFINISHED, Keeper, Kept, failures_kept, read_table, write_table
-from resprobe.networks import NETWORKS, NetworkSpec, Option, build, check_fit, resolve
-from resprobe.normalization import NORMALIZATIONS
+from resprobe.networks import NetworkSpec, Option, build, check_fit, made_of, resolve
 from resprobe.probes import PROBES, Probe, make_probe
 from resprobe.randomness import seeded
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.registry import Registry
-from resprobe.shortcuts import SHORTCUTS
 from resprobe.training import Progress, Training
+from resprobe.workers import end_if_imported
 
 if TYPE_CHECKING:
     import pandas
@@ -95,15 +93,8 @@ class RunConfig(Kept):
 
     def used(self) -> list[tuple[Registry, str]]:
         """What it takes from registries, and under which names."""
-        used = [
-            (NETWORKS, self.network.family),
-            (BLOCKS, self.network.get("block")),
-            (SHORTCUTS, self.network.get("shortcut")),
-            (NORMALIZATIONS, self.network.get("norm")),
-            (INITIALIZATIONS, self.network.get("init")),
-            (DATASETS, self.data.partition(":")[0]),
-        ]
-        return [(registry, str(name)) for registry, name in used if name is not None and name in registry]
+        data = self.data.partition(":")[0]
+        return [*made_of(self.network), *([(DATASETS, data)] if data in DATASETS else [])]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the sources: where it is read again, they are those that are there."""
@@ -277,7 +268,7 @@ def configure(
     check_fit(spec, loaded)
     recipe = recipe or default_recipe(loaded, depth=spec.depth)
     name = data if isinstance(data, str) else data.name
-    return RunConfig(spec, name, loaded.identity, recipe, check_seed(seed), precision, start)
+    return RunConfig(spec, name, loaded.identity, recipe, check_seed(plain(seed)), precision, start)
 
 
 def default_recipe(data: str | Data, iterations: int | None = None, depth: int | None = None) -> Recipe:
@@ -319,13 +310,17 @@ def train(
     Raises `UsageError` for what cannot be done as asked, `TrainingDiverged` when the loss stops being finite, and
     `StorageError` when the disk is full; what is done so far is kept.
     """
+    end_if_imported()
     chosen_device = resolve_device(device)
     chosen_precision = resolve_precision(precision, chosen_device)
     loaded = load_data(data)
-    config = configure(network, loaded, recipe, seed=seed, precision=chosen_precision, **options)
+    try:
+        config = configure(network, loaded, recipe, seed=seed, precision=chosen_precision, **options)
+    except UsageError as error:
+        raise _meant(options) or error from error.__cause__
     if isinstance(data, str):  # how it is read again, in another process too
         config = replace(config, data=data)
-    if isinstance(probes, str | Probe):
+    if isinstance(probes, str | Probe) or not isinstance(probes, Iterable):
         raise UsageError(f"probes (={probes!r}) must be a list of names or probes")
     made = [make_probe(probe) for probe in probes]
     names = [probe.name for probe in made]
@@ -339,6 +334,8 @@ def train(
         run.tables |= {probe.name: _table_of(probe) for probe in made}
         return run
 
+    if not isinstance(runs, str | Path | RunStore):
+        raise UsageError(f"runs (={short(runs)}) must be a folder, or None to keep nothing")
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
     # Of a registered set its own function says what it is, and its source counts; data handed over may be anything.
     digest = loaded.digest() if isinstance(data, Data) else None
@@ -359,6 +356,22 @@ def train(
             assert found.path is not None
             found._network = _read_weights(network, found.path)
     return found
+
+
+def _meant(options: Mapping[str, Option]) -> UsageError | None:
+    """What is wrong with options that no network takes, if they are the recipe's, or almost `train`'s own."""
+    own = [name for name, each in inspect.signature(train).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    for name in options:
+        field = nearest(name, [each.name for each in fields(Recipe)])
+        if field == "iterations":
+            return UsageError(
+                f"{name} is the recipe's: recipe=rp.default_recipe(data, iterations=…), or one of rp.recipes"
+            )
+        if field:
+            return UsageError(f"{name} is the recipe's: recipe=dataclasses.replace(rp.default_recipe(data), {field}=…)")
+        if near := nearest(name, own):
+            return UsageError(f"{name} is no option of train; nearest: {near}")
+    return None
 
 
 def _check_same_data(path: Path, config: RunConfig, data: Data, digest: str | None) -> None:

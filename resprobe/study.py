@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from resprobe.claims import Claim, Verdict, from_paper
 from resprobe.commands import answer, called_as
 from resprobe.errors import SweepFailed, UsageError, not_accepted, short
-from resprobe.options import Options, arguments_of, check_kinds, offered, parse_options, preset_in
+from resprobe.options import Options, arguments_of, of_their_kinds, offered, parse_options, preset_in
 
 if TYPE_CHECKING:
     import pandas
@@ -152,7 +152,8 @@ class Study:
         """Does the study and writes its report. Returns what `verdict.json` holds; nothing for a dry run
         or in a process that only helped to train."""
         started = time.perf_counter()
-        asked, options = options, self._placed(options)
+        asked = self._checked(options)
+        options = _placed(self, asked)
         arguments = arguments or arguments_of(asked, self.presets[asked.preset])
         if options.dry_run:
             ahead = self.survey(options)
@@ -160,7 +161,7 @@ class Study:
             if self.then is not None and len(ahead) == 1 and ahead[0].missing:  # type: ignore[union-attr]
                 print("a second round of training follows, from what comes out of this one")
             return {}
-        with _ready(self, options, writes=True) as ready:
+        with _ready(self, options, trains=True, reports=True) as ready:
             gathered = _gathered(ready)
         if gathered is None:  # of several processes the first alone reports
             return {}
@@ -188,22 +189,27 @@ class Study:
         trained is not known yet."""
         from resprobe.data.datasets import without_downloads
 
-        with without_downloads(), _ready(self, self._placed(options), writes=False) as ready:
+        with without_downloads(), _ready(self, _placed(self, self._checked(options))) as ready:
             return _surveyed(ready)
 
-    def _placed(self, options: Options) -> Options:
-        """Checked, and with paths as they are meant: a shell leaves alone the ~ of `--out=~/mine`."""
-        if not isinstance(options, kind := type(self.presets["quick"])):
+    def results(self, options: Options) -> Results:
+        """What a report is made from, without one: the runs, found or trained, in tables; to look at in Python."""
+        with _ready(self, _placed(self, self._checked(options)), trains=True) as ready:
+            gathered = _gathered(ready)
+        if gathered is None:
+            raise UsageError("of torchrun's processes the first alone has results")
+        return gathered[0]
+
+    def _checked(self, options: Options) -> Options:
+        from resprobe.workers import end_if_imported
+
+        end_if_imported()
+        if type(options) is not (kind := type(self.presets["quick"])):
             raise UsageError(
                 f"options (={short(options)}) must be the {kind.__qualname__} of {kind.__module__}; "
                 "dataclasses.replace(study.presets['quick'], …) makes one"
             )
-        check_kinds(options)
-        paths: dict[str, Any] = {"out": options.out or f"results/{self.name}", "runs": options.runs}
-        paths = {name: os.path.expanduser(path) for name, path in paths.items()}
-        if weights := getattr(options, "weights", ()):
-            paths["weights"] = tuple(map(os.path.expanduser, weights))
-        return dataclasses.replace(options, **paths)
+        return of_their_kinds(options)
 
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
         """What the networks are built of (`Options.BUILT_OF`), each with the preset's, where it is not the preset's."""
@@ -242,10 +248,19 @@ def is_imagenet(data: str) -> bool:
     return (len(there.train), len(there.test), there.num_classes) == (1_281_167, 50_000, 1000)
 
 
+def _placed(study: Study, options: Options) -> Options:
+    """With paths as they are meant: a shell leaves alone the ~ of `--out=~/mine`."""
+    paths: dict[str, Any] = {"out": options.out or f"results/{study.name}", "runs": options.runs}
+    paths = {name: os.path.expanduser(path) for name, path in paths.items()}
+    if weights := getattr(options, "weights", ()):
+        paths["weights"] = tuple(map(os.path.expanduser, weights))
+    return dataclasses.replace(options, **paths)
+
+
 @contextlib.contextmanager
-def _ready(study: Study, options: Options, *, writes: bool) -> Iterator[_Ready]:
+def _ready(study: Study, options: Options, *, trains: bool = False, reports: bool = False) -> Iterator[_Ready]:
     """Everything that a study's trainings need, for as long as the `with` block lasts. What can be wrong is said here, before
-    anything is trained; `writes`: or written, if anything is going to be."""
+    anything is trained, if anything is going to be, or a report written."""
     from resprobe.devices import deterministic
 
     with contextlib.ExitStack() as held:
@@ -257,10 +272,10 @@ def _ready(study: Study, options: Options, *, writes: bool) -> Iterator[_Ready]:
         elif options.address:
             raise UsageError(f"address (={options.address!r}) is that of a Ray cluster; it needs --executor ray")
         held.enter_context(deterministic(options.deterministic))
-        yield _made_ready(study, options, cluster, writes=writes)
+        yield _made_ready(study, options, cluster, trains=trains, reports=reports)
 
 
-def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, writes: bool) -> _Ready:
+def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, trains: bool, reports: bool) -> _Ready:
     from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
     from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
@@ -283,14 +298,14 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, w
     jobs = _jobs(planned, options, data, precision, changes) if data else []
     _check_networks({job.config.network for _, job in jobs})
     notes = [*_not_named(options, plugins), *_too_few(study, options)]
-    if writes:
+    if reports:
         # Nothing is written before everything that was asked for is known to make sense.
         check_writable(Path(options.out), "out")
         notes += _replaced(study, options)
     if jobs and team().first:
         for note in notes:  # hours before the report is there
             print(f"note: {note}", file=sys.stderr, flush=True)
-    store = RunStore(options.runs, writes=writes) if jobs else None
+    store = RunStore(options.runs, writes=trains) if jobs else None
     here = device if cluster is None else cluster.here
     return _Ready(study, options, cluster, device, here, precision, concurrency, data, changes, jobs, store)
 

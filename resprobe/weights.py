@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from resprobe.checkpoints import read_json
 from resprobe.data import Normalization
 from resprobe.errors import UsageError, one_line, short
-from resprobe.networks import Network, NetworkSpec, Option, build, resolve
+from resprobe.networks import Network, NetworkSpec, Option, build, made_of, resolve
 from resprobe.shortcuts import ZeroPadding
 
 _RUN_FILE = "network.safetensors"
@@ -104,6 +104,8 @@ def load_network(weights: str | Path) -> Network:
 
     Raises `UsageError` for what is neither, and for a file whose network is not known.
     """
+    if not isinstance(weights, str | Path):
+        raise UsageError(f"weights (={short(weights)}) must be a file or a run's folder; that of a Run is its .network")
     path = Path(weights)
     if path.is_dir() or path.name == _RUN_FILE:
         spec = _run_spec(path)
@@ -170,9 +172,12 @@ def check_weights_there(path: Path, there: bool) -> None:
 
 def _run_spec(path: Path) -> NetworkSpec | None:
     """What the network of a run is, by its folder or the weights in it; None for what is neither."""
-    config = (path.parent if path.name == _RUN_FILE else path) / "config.json"
-    network = read_json(config).get("network")
+    network = read_json(_config_of(path)).get("network")
     return NetworkSpec(**network) if isinstance(network, dict) else None  # a detector's has the name of its backbone
+
+
+def _config_of(path: Path) -> Path:
+    return (path.parent if path.name == _RUN_FILE else path) / "config.json"
 
 
 def _check_run(network: Network, path: Path) -> None:
@@ -185,6 +190,14 @@ def _check_run(network: Network, path: Path) -> None:
     differ = [f"{name}={value}" for name, value in theirs.options if name != "init" and ours.get(name) != value]
     if differ:
         raise UsageError(f"weights (={str(path)!r}) are those of {ours.name} with {', '.join(differ)}; build it so")
+    sources = read_json(_config_of(path)).get("sources")
+    for registry, name in made_of(ours) if isinstance(sources, dict) else ():
+        what = f"{registry.kind} {name}"
+        if registry.kind != "init" and sources.get(what) != registry.fingerprint(name):
+            warnings.warn(
+                f"{registry.kind} {name!r} is not from the source that the weights in {path} were trained with, and may compute "
+                "something else; sources are kept beside them"
+            )
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -94,6 +94,11 @@ class _Worker:
             return self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
+            if self._process.exitcode == _IMPORTED:
+                raise UsageError(
+                    "the script trains wherever it is imported, as by processes that are to train side by side; put what trains "
+                    "under if __name__ == '__main__':, or ask for concurrency '1'"
+                ) from None
             return "lost", f"its process {_in_words(self._process.exitcode)}"
 
     def interrupt(self) -> None:
@@ -127,6 +132,17 @@ def _deaf_to_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_IMPORTED = 76
+"""Exit code of a process that found itself training while it was being started."""
+
+
+def end_if_imported() -> None:
+    """Ends a process that is being started, and imports the script that starts it for what tasks may need of that, where the
+    script would train."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_IMPORTED)
 
 
 # -- in the process --------------------------------------------------------------------------------------------------

@@ -144,7 +144,8 @@ def test_a_script_is_called_by_its_own_name(tmp_path):
     script = tmp_path / "studies_mine.py"
     script.write_text(
         "from resprobe.commands import called_as\nfrom types import SimpleNamespace\n"
-        "study = SimpleNamespace(name='mine')\nprint(called_as('mine'), '|', called_as('degradation'))\n"
+        "def judge(results): ...\n"
+        "study = SimpleNamespace(name='mine', judge=judge)\nprint(called_as('mine'), '|', called_as('degradation'))\n"
     )
     done = subprocess.run(
         [sys.executable, script.name],

@@ -129,7 +129,7 @@ class TestNames:
     def test_unusable_name(self, data):
         with pytest.raises(rp.UsageError) as error:
             rp.load_data(data)
-        assert str(error.value) == f"data (={data!r}) must be NAME or NAME:PATH"
+        assert str(error.value) == f"data (={data!r}) must be NAME or NAME:PATH, or a Data"
 
     @pytest.mark.usefixtures("clean_registries")
     def test_strangers_data(self):

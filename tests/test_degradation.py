@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pandas
 import pytest
 import torch
@@ -506,11 +507,19 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"depths": 8}, "depths (=8) must be of type tuple, such as (20, 56)"),
-        ({"concurrency": 1}, "concurrency (=1) must be of type str, such as 'auto'"),
+        ({"depths": 8}, "depths (=8) must be a tuple of whole numbers, such as (20, 56)"),
+        ({"depths": ("8", "14")}, "depths (=('8', '14')) must be a tuple of whole numbers, such as (20, 56)"),
+        ({"seeds": {0, 1}}, "seeds (={0, 1}) must be a tuple of whole numbers, such as (0, 1, 2)"),
+        ({"seeds": (True,)}, "seeds (=(True,)) must be a tuple"),
+        ({"iterations": 4.0}, "iterations (=4.0) must be a whole number, such as 64000"),
+        ({"concurrency": 1}, "concurrency (=1) must be a text, such as 'auto'"),
         ({"preset": "slow"}, "preset (='slow') is unknown; accepted: quick, paper"),
-        ({"plugin": "my_block.py"}, "plugin (='my_block.py') must be of type tuple, such as ()"),
-        ({"recompute": 1}, "recompute (=1) must be of type bool, such as False"),
+        (
+            {"plugin": "my_block.py"},
+            "plugin (='my_block.py') must be a tuple of texts, such as ('my_block.py',)",
+        ),
+        ({"recipe": (("momentum", 0),)}, "recipe (=(('momentum', 0),)) must be a tuple of texts"),
+        ({"recompute": 1}, "recompute (=1) must be True or False, such as False"),
     ],
 )
 def test_options_of_another_kind_are_one_line_in_python_too(options, text):
@@ -529,11 +538,21 @@ def test_what_is_asked_in_python_is_told_as_a_command(tmp_path, monkeypatch):
         rp.UsageError, match=r"^options \(=.*\) must be the Options of studies.convergence; dataclasses.replace"
     ):
         convergence.study.run(asked)
+    with pytest.raises(rp.UsageError, match=r"^options \(=.*\) must be the Options of resprobe.options"):
+        study.run(convergence.study.presets["quick"])
+    found = study.results(asked)
+    assert [len(found.table), len(found.runs)] == [2, 2] and {8} == set(found.histories["depth"])
+    assert not Path("results").exists() and set(found.probed) == {"flops"}
+    asked = dataclasses.replace(
+        asked, depths=numpy.array([8]), seeds=[numpy.int64(0)], runs=Path("runs"), out=Path("results/degradation")
+    )
     command = study.run(asked)["config"]["command"]
     assert command == (
-        "python -m studies.degradation --depths 8 --seeds 0 --iterations 4 --recompute --concurrency 1 --probe flops"
+        "python -m studies.degradation --depths 8 --seeds 0 --iterations 4 --recompute --concurrency 1 --probe flops "
+        "--out results/degradation"
     )
-    assert study.parse(command.split()[3:]) == asked
+    parsed = study.parse(command.split()[3:])
+    assert (parsed.depths, parsed.seeds, parsed.out) == ((8,), (0,), "results/degradation")
 
 
 @pytest.mark.parametrize(

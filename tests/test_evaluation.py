@@ -215,7 +215,7 @@ def test_a_strangers_network_that_says_nothing_of_its_inputs_is_told_of():
         ((None, "digits"), {}, r"^network \(=NoneType\) must be a built network"),
         ((nn.Identity(), "digits"), {"batch_size": 0}, r"^batch_size \(=0\) must be a whole number ≥ 1$"),
         ((nn.Identity(), "digits"), {"normalization": "mean"}, r"^normalization \(='mean'\) must be a Normalization"),
-        ((nn.Identity(), torch.zeros(2, 1, 8, 8)), {}, r"^data \(=a Tensor\) must be NAME or NAME:PATH$"),
+        ((nn.Identity(), torch.zeros(2, 1, 8, 8)), {}, r"^data \(=a Tensor\) must be NAME or NAME:PATH, or a Data$"),
     ],
 )
 def test_arguments_of_another_kind(arguments, options, text):

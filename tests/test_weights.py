@@ -428,6 +428,35 @@ class TestRuns:
         again = rp.load_weights(rp.build("cifar/plain-8", width=4), folder)
         assert torch.equal(again.fc.weight, network.fc.weight)
 
+    def test_a_block_of_another_source_is_said(self, tmp_path, clean_registries):
+        """Its weights fit: no shape tells an ELU from a tanh."""
+        plugin = tmp_path / "acts.py"
+        text = (
+            "import torch, resprobe as rp\n\n\n@rp.register_block('acts')\nclass Acts(rp.blocks.BasicBlock):\n"
+            "    def forward(self, x):\n        return torch.nn.functional.elu(super().forward(x))\n"
+        )
+        plugin.write_text(text)
+        rp.load_plugin(str(plugin))
+        recipe = rp.recipes.digits_quick(iterations=2)
+        run = rp.train(
+            "cifar/resnet-8", "digits", recipe, block="acts", width=4, runs=tmp_path, progress=False, device="cpu"
+        )
+        rp.load_network(run.path)  # without a word: as it was
+        plugin.write_text(text.replace("elu", "tanh"))
+        rp.load_plugin(str(plugin))
+        said = "block 'acts' is not from the source that the weights in .* were trained with"
+        for file in run.path, run.path / "network.safetensors":
+            with pytest.warns(UserWarning, match=said):
+                rp.load_network(file)
+        with pytest.warns(UserWarning, match=said):
+            rp.load_weights(rp.build("cifar/resnet-8", block="acts", width=4, in_channels=1), run.path)
+
+    def test_a_run_itself_is_no_file(self, tmp_path):
+        recipe = rp.recipes.digits_quick(iterations=1)
+        run = rp.train("cifar/resnet-8", "digits", recipe, width=4, progress=False, device="cpu")
+        with pytest.raises(rp.UsageError, match="must be a file or a run's folder; that of a Run is its .network$"):
+            rp.load_network(run)
+
     def test_a_folder_that_is_no_run_gets_one_line(self, tmp_path):
         (tmp_path / "config.json").write_text('{"network": "cifar/resnet-20"}')
         for folder, why in (

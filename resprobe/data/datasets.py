@@ -59,7 +59,7 @@ def load_data(data: str | Data) -> Data:
 
 def _split(data: str) -> tuple[str, str | None]:
     if not isinstance(data, str) or not data:
-        raise UsageError(f"data (={short(data)}) must be NAME or NAME:PATH")
+        raise UsageError(f"data (={short(data)}) must be NAME or NAME:PATH, or a Data")
     name, colon, path = data.partition(":")
     return name, os.path.expanduser(path) if colon else None
 
