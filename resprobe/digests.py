@@ -6,6 +6,7 @@ import ast
 import dis
 import hashlib
 import inspect
+import linecache
 import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
@@ -26,7 +27,7 @@ _texts: dict[str, dict[str, bytes]] = {}
 
 
 def sources_of(digest: str) -> dict[str, bytes]:
-    """The files of a `source_digest` of this process, by their names; empty for what was typed in and is in no file."""
+    """The files of a `source_digest` of this process, by their names; of what was typed in, the cells of a notebook."""
     return dict(_texts.get(digest, {}))
 
 
@@ -133,17 +134,27 @@ def _typed_digest(thing: Any) -> str:
         return origin(thing)
     within = _telling.set((*_telling.get(), id(thing)))
     told: dict[int, str] = {}
+    cells: dict[str, bytes] = {}
     ahead = [thing]
     try:
         while ahead:
             one = ahead.pop()
             if id(one) not in told:
-                told[id(one)] = ""
-                own = _own(one, ahead)
-                told[id(one)] = f"{origin(one)} {own}"
+                told[id(one)] = f"{origin(one)} {_own(one, ahead)}"
+                cells |= _cells(one)
     finally:
         _telling.reset(within)
-    return hashlib.sha256("\n".join(sorted(told.values())).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(sorted(told.values())).encode()).hexdigest()
+    _texts[digest] = {f"typed-{number}.py": text for number, text in enumerate(cells.values(), start=1)}
+    return digest
+
+
+def _cells(thing: Any) -> dict[str, bytes]:
+    """The cells of a notebook that the functions of something typed in are from, by what Python calls them."""
+    parts = vars(thing).values() if inspect.isclass(thing) else [thing]
+    codes = [getattr(getattr(part, "__func__", part), "__code__", None) for part in parts]
+    texts = {code.co_filename: "".join(linecache.getlines(code.co_filename)) for code in codes if code is not None}
+    return {name: text.encode() for name, text in texts.items() if text and not Path(name).is_file()}
 
 
 def _own(thing: Any, ahead: list[Any]) -> object:

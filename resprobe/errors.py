@@ -18,7 +18,15 @@ _ALSO = {"gpu": "cuda", "lr": "learning_rate", "wd": "weight_decay", "epochs": "
 """What others call it, where no likeness of letters tells."""
 
 
-class UsageError(ValueError):
+class _Said:
+    """An error whose text says all that a user needs."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython, and with it a notebook, shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UsageError(_Said, ValueError):
     """Something the user asked for cannot be done as asked. Studies print it as one line and exit with code 2."""
 
 
@@ -26,15 +34,15 @@ class DamagedFile(UsageError):
     """A file of the data cannot be read."""
 
 
-class StorageError(RuntimeError):
+class StorageError(_Said, RuntimeError):
     """What was to be kept could not be written, or what is kept not be read: the disk is full, read-only, or gone."""
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(_Said, RuntimeError):
     """The loss, or a weight, stopped being finite. Names the iteration, the learning rate and the first layer concerned."""
 
 
-class SweepFailed(RuntimeError):
+class SweepFailed(_Said, RuntimeError):
     """Some runs of a sweep failed; the others went on. The text names each failure and what is kept, `keys` the runs."""
 
     def __init__(self, text: str, keys: Iterable[str] = ()):
@@ -42,7 +50,7 @@ class SweepFailed(RuntimeError):
         self.keys = frozenset(keys)
 
 
-class ProcessFailed(RuntimeError):
+class ProcessFailed(_Said, RuntimeError):
     """A training of several processes ends by what one of them met, which the others cannot know."""
 
 

@@ -40,12 +40,25 @@ DARK_PAGE = "#16181b"
 Colour = tuple[float, float, float]
 
 
+class Shown(Figure):
+    """A figure that a notebook shows where a cell ends with it, also without pyplot."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        return for_notebook(self)
+
+
+def for_notebook(figure: Figure) -> tuple[bytes, dict[str, int]]:
+    """The figure as PNG, and at which size a notebook is to show it, in pixels."""
+    width, height = (round(100 * inches) for inches in figure.get_size_inches())
+    return render(figure, "png"), {"width": width, "height": height}
+
+
 def new_figure(
     panels: int = 1, *, width: float = 5.2, height: float = 4.2, share_y: bool = True
 ) -> tuple[Figure, list[Axes]]:
     """A figure with panels side by side. Made without pyplot, so that nothing is left open behind it."""
     with seaborn.axes_style("ticks"), seaborn.plotting_context("notebook"):
-        figure = Figure(figsize=(width * panels, height), layout="constrained")
+        figure = Shown(figsize=(width * panels, height), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False, sharey=share_y)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)

@@ -96,11 +96,16 @@ class Results:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with its caption and a text that says what it shows to those who cannot see it."""
+    """A figure with its caption and a text that says what it shows to those who cannot see it. A notebook shows the figure."""
 
     figure: Figure
     caption: str
     alt: str
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        from resprobe.figures import for_notebook
+
+        return for_notebook(self.figure)
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,16 @@ def test_a_script_is_called_by_its_own_name(tmp_path):
     assert done.stdout == "python studies_mine.py | python -m studies.degradation\n", done.stderr
 
 
+def test_a_script_that_has_a_study_from_elsewhere_is_not_how_that_is_called(tmp_path):
+    script = tmp_path / "lesson.py"
+    script.write_text(
+        "from resprobe.commands import called_as\nfrom studies.degradation import study\nprint(called_as(study.name))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "python -m studies.degradation\n", done.stderr
+
+
 @pytest.mark.parametrize("module", ["benchmarks.card", "benchmarks.training", "plugins.tensorboard"])
 def test_mistakes_elsewhere_are_one_line_too(module, capsys):
     assert importlib.import_module(module).main(["--wrong"]) == 2

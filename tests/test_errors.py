@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from resprobe.blocks import BLOCKS
+from resprobe.commands import EXPECTED
 from resprobe.errors import last_words, one_line
 
 
@@ -73,3 +74,9 @@ def test_an_error_in_a_users_file_names_the_line(tmp_path):
 def test_the_last_words_of_a_process(code, words):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert last_words(done.stderr) == words
+
+
+@pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
+def test_a_notebook_shows_a_line_in_place_of_a_traceback(kind):
+    """IPython asks the error itself."""
+    assert kind("width (=0) must be ≥ 1")._render_traceback_() == [f"{kind.__name__}: width (=0) must be ≥ 1"]

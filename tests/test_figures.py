@@ -13,8 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex, to_rgb
 
+import resprobe as rp
 from resprobe import figures
 from resprobe.figures import DARK_PAGE, LINE_CONTRAST, PALETTE, TEXT_CONTRAST, contrast
+
+
+def test_a_notebook_shows_figures_and_drawings_without_pyplot():
+    figure, _ = figures.new_figure(2)
+    for shown in figure, rp.Drawing(figure, "a caption", "a text"):
+        picture, size = shown._repr_png_()
+        assert picture == figures.render(figure, "png") and picture.startswith(b"\x89PNG")
+        assert size == {"width": 1040, "height": 420}  # of 160 pixels an inch, for sharp screens
+
 
 SEEN_BY = {
     "full colour vision": np.eye(3),

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib
+import linecache
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import resprobe as rp
+from resprobe.digests import sources_of
 from resprobe.registry import Registry
 
 
@@ -119,6 +121,20 @@ def test_what_was_typed_in_is_what_its_helpers_are_now(fruits):
     before = fruits.fingerprint("cherry")
     exec("def stone(): return 2", space)  # another cell
     assert fruits.fingerprint("cherry") != before
+
+
+def test_cells_are_kept_as_they_are_typed(fruits):
+    """A notebook puts its cells where tracebacks find their lines."""
+    cells = {"<cell 1>": "def stone(): return 1\n", "<cell 2>": "class Cherry:\n    def f(self): return stone()\n"}
+    space = {"__name__": "typed"}
+    for name, text in cells.items():
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+        exec(compile(text, name, "exec"), space)
+    fruits.register("cherry")(space["Cherry"])
+    kept = sources_of(fruits.fingerprint("cherry"))
+    assert sorted(kept) == ["typed-1.py", "typed-2.py"] and set(kept.values()) == {
+        text.encode() for text in cells.values()
+    }
 
 
 def test_a_registry_shows_its_names(fruits):

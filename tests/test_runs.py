@@ -495,6 +495,40 @@ def test_a_seed_is_a_whole_number_from_0_on(tmp_path, seed):
     assert list(tmp_path.rglob("result.json")) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            {"iterations": 20},
+            "iterations is the recipe's: recipe=rp.default_recipe(data, iterations=…), or one of rp.recipes",
+        ),
+        ({"epochs": 2}, "epochs is the recipe's: recipe=rp.default_recipe(data, iterations=…)"),
+        ({"lr": 0.1}, "lr is the recipe's: recipe=dataclasses.replace(rp.default_recipe(data), learning_rate=…)"),
+        ({"probe": "flops"}, "probe is no option of train; nearest: probes"),
+        ({"blok": "basic"}, "option of cifar/resnet (='blok') is unknown; accepted: block"),
+        ({"shortcut": "D"}, "shortcut (='D') is unknown; accepted: A"),
+        ({"shortcut": ["A"]}, "shortcut (=['A']) must be a text, a number, True, False or None"),
+        ({"probes": None}, "probes (=None) must be a list of names or probes"),
+        ({"runs": True}, "runs (=True) must be a folder, or None to keep nothing"),
+    ],
+)
+def test_what_is_asked_in_another_place_is_said_in_one_line(options, text):
+    given = {"recipe": RECIPE, "progress": False, "device": "cpu"} | options
+    with pytest.raises(UsageError) as caught:
+        rp.train("cifar/resnet-8", "digits", **given)
+    assert str(caught.value).startswith(text)
+
+
+def test_numbers_of_numpys_are_numbers():
+    asked = configure("cifar/resnet-8", "digits", RECIPE, seed=np.int64(3), width=np.int32(4))
+    assert asked == configure("cifar/resnet-8", "digits", RECIPE, seed=3, width=4)
+    assert asked.key == configure("cifar/resnet-8", "digits", RECIPE, seed=3, width=4).key
+    changed = replace(RECIPE, learning_rate=np.float64(0.5), milestones=[np.int64(2), 3])
+    assert changed == replace(RECIPE, learning_rate=0.5, milestones=(2, 3))
+    assert {type(changed.learning_rate), *map(type, changed.milestones)} == {float, int}
+    assert rp.recipes.cifar_paper(np.int64(100)) == rp.recipes.cifar_paper(100)
+
+
 def test_a_network_that_does_not_fit_the_data_is_refused_before_training(tmp_path, no_training):
     no_training()
     with pytest.raises(UsageError) as caught:

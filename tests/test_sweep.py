@@ -439,6 +439,29 @@ def test_what_was_typed_in_is_trained_in_this_process(tmp_path, monkeypatch, cle
     assert survey(asked(), store, device=CPU).workers == 2
 
 
+UNGUARDED = """
+import dataclasses, resprobe as rp
+from studies.degradation import study
+rp.train("cifar/resnet-8", "digits", rp.recipes.digits_quick(2), width=4, device="cpu", progress=False)
+given = dataclasses.replace(study.presets["quick"], depths=(8, 14), seeds=(0,), iterations=2, concurrency="2", device="cpu")
+study.{call}(given)
+"""
+
+
+@pytest.mark.parametrize("call", ["run", "results"])
+def test_a_script_that_processes_would_run_again_is_told_so_in_a_line(tmp_path, call):
+    script = tmp_path / "unguarded.py"
+    script.write_text(UNGUARDED.format(call=call))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) < 50
+    assert done.stderr.splitlines()[-1] == (
+        "resprobe.errors.UsageError: the script trains wherever it is imported, as by processes that are to train side by side; "
+        "put what trains under if __name__ == '__main__':, or ask for concurrency '1'"
+    )
+    assert not list(tmp_path.rglob("result.json"))
+
+
 PROBE = """
 import pandas
 import resprobe as rp
