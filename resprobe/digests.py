@@ -152,9 +152,10 @@ def _typed_digest(thing: Any) -> str:
 def _cells(thing: Any) -> dict[str, bytes]:
     """The cells of a notebook that the functions of something typed in are from, by what Python calls them."""
     parts = vars(thing).values() if inspect.isclass(thing) else [thing]
-    codes = [getattr(getattr(part, "__func__", part), "__code__", None) for part in parts]
-    texts = {code.co_filename: "".join(linecache.getlines(code.co_filename)) for code in codes if code is not None}
-    return {name: text.encode() for name, text in texts.items() if text and not Path(name).is_file()}
+    functions = [getattr(part, "__func__", part) for part in parts]
+    names = {each.__code__.co_filename: None for each in functions if inspect.isfunction(each) and typed_in(each)}
+    texts = {name: "".join(linecache.getlines(name)) for name in names}
+    return {name: text.encode() for name, text in texts.items() if text}
 
 
 def _own(thing: Any, ahead: list[Any]) -> object:

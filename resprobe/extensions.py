@@ -73,10 +73,11 @@ def _load_file(path: Path) -> ModuleType:
     # The folder is part of the name, so that two files of one name in two folders stay two modules.
     name = f"resprobe_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     before = sys.modules.get(name)
-    if before is not None and _files.get(path) == files_digest(name, path):
-        return before
-    if path in _files:
-        _forget_helpers(_files[path], files_digest(name, path), path)
+    if before is not None and path in _files:
+        now = files_digest(name, path)
+        if now == _files[path]:
+            return before
+        _forget_helpers(_files[path], now, path)
     specification = importlib.util.spec_from_file_location(name, path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
