@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ast
-import dis
 import hashlib
 import inspect
-import linecache
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
-from types import CellType, CodeType
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
 
 _seen_sources: dict[tuple[str, str], tuple[Any, str]] = {}
 """Module and file → how the module was loaded, and its digest: the file may be edited later, and the process not know."""
+
+_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 
 _texts: dict[str, dict[str, bytes]] = {}
 """Digest → the files that it is of, by their names from the first one's folder."""
@@ -33,15 +33,41 @@ def sources_of(digest: str) -> dict[str, bytes]:
 
 def source_digest(thing: Any) -> str | None:
     """SHA-256 of the source file that a class or function comes from, and of those beside it that it imports, as they were
-    when this was first asked of what was loaded; None for resprobe's own. Of what was typed in: of what it does, and all that
-    it names does, now."""
-    thing = inspect.unwrap(thing)
-    module = getattr(thing, "__module__", None) or ""
+    when this was first asked of what was loaded; None for resprobe's own. Of what decorators made it from as well. Of what was
+    typed in: of what it does, and all that it names does, now."""
+    if isinstance(thing, partial) or not (inspect.isroutine(thing) or inspect.isclass(thing)):  # made of something
+        return hashlib.sha256(str(as_text(thing)).encode()).hexdigest()
+    *decorators, last = _unwrapped(thing)
+    parts = [_digest_of_one(each) for each in (*(each for each in decorators if not is_known(each)), last)]
+    found = list(dict.fromkeys(filter(None, parts)))
+    return hashlib.sha256("".join(found).encode()).hexdigest() if len(found) > 1 else found[0] if found else None
+
+
+def _unwrapped(thing: Any) -> list[Any]:
+    """A function, what it wraps, what that wraps, and so on."""
+    found = [thing]
+    while (inner := getattr(found[-1], "__wrapped__", None)) is not None and len(found) < 100:
+        found.append(inner)
+    return found
+
+
+def _digest_of_one(thing: Any) -> str | None:
+    module = _module_of(thing)
     if module.split(".")[0] == "resprobe":
         return None
     file = source_file(thing)
-    if file is None:
-        return _typed_digest(thing)
+    if file is not None:
+        return loaded_digest(module, file)
+    from resprobe.typed import told
+
+    text, cells = told(thing)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    _texts[digest] = cells
+    return digest
+
+
+def loaded_digest(module: str, file: Path) -> str:
+    """`files_digest` as it was when it was first asked of what was loaded."""
     loaded_by = getattr(sys.modules.get(module), "__spec__", None)  # another one after a reload
     known = _seen_sources.get((module, str(file)))
     if known is None or known[0] is not loaded_by:
@@ -50,22 +76,59 @@ def source_digest(thing: Any) -> str | None:
 
 
 def typed_in(thing: Any) -> bool:
-    """Whether a class or function was typed into a notebook or an interpreter, so that no other process can have it."""
-    return source_file(thing) is None
+    """Whether something, or what it is made of, was typed into a notebook or an interpreter, so that no other process can have
+    it."""
+    if isinstance(thing, partial):
+        return typed_in(thing.func)
+    if not (inspect.isroutine(thing) or inspect.isclass(thing)):
+        return typed_in(type(thing))
+    functions = [getattr(each, "__func__", each) for each in _unwrapped(thing)]
+    written = [each for each in functions if isinstance(each, FunctionType) or inspect.isclass(each)]  # not built in
+    return any(source_file(each) is None and not is_known(each) for each in written)
 
 
 def source_file(thing: Any) -> Path | None:
     """The file that a class or function comes from. None for what was typed in, also where a notebook's debugger keeps its cells
-    in files."""
-    thing = inspect.unwrap(thing)
-    if getattr(thing, "__module__", None) == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
+    in files, and for what is built in."""
+    module = _module_of(thing)
+    if module == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
         return None
     try:
         file = Path(inspect.getsourcefile(thing) or "")
     except (OSError, TypeError):
         return None
-    known = (getattr(thing, "__module__", None), str(file)) in _seen_sources  # the file may be gone since
-    return file if known or file.is_file() else None
+    return file if (module, str(file)) in _seen_sources or file.is_file() else None  # it may be gone since
+
+
+def _module_of(thing: Any) -> str:
+    """The module that a class or function was written in, which a decorator would have be that of what it wraps."""
+    function = getattr(thing, "__func__", thing)
+    of_function = getattr(function, "__globals__", {}).get("__name__")
+    return of_function or getattr(thing, "__module__", None) or ""
+
+
+def is_known(thing: Any) -> bool:
+    """Whether a function or class is told by its name alone: resprobe's, torch's, and Python's own."""
+    return is_known_module(_module_of(thing))
+
+
+def is_known_module(name: str) -> bool:
+    """Whether a module is resprobe's, torch's or Python's own."""
+    top = name.partition(".")[0]
+    if top in ("builtins", "resprobe", "torch", "torchvision"):
+        return True
+    return top in sys.stdlib_module_names and _is_pythons(sys.modules.get(top))
+
+
+def _is_pythons(module: Any) -> bool:
+    """Whether a module of a name of the standard library's is that, and not a user's file of the same name."""
+    file = getattr(module, "__file__", None)
+    return module is not None and (file is None or Path(file).resolve().is_relative_to(_LIBRARY))
+
+
+def is_installed(file: Path) -> bool:
+    """Whether a file is of an installed package, whose version says what is in it, or Python's own."""
+    return bool({"site-packages", "dist-packages"}.intersection(file.parts)) or file.resolve().is_relative_to(_LIBRARY)
 
 
 def files_digest(module: str, file: Path) -> str:
@@ -82,7 +145,7 @@ def _add_helpers(module: str, file: Path, folder: Path, texts: dict[Path, bytes]
     """Adds the files in `folder` and below that the source `file` of a module imports, and that those import."""
     for name in _imports(module, file):
         path = _file_of(name, folder)
-        if path is None or path in texts or "site-packages" in path.parts:
+        if path is None or path in texts or is_installed(path):
             continue
         texts[path] = path.read_bytes()
         _add_helpers(name, path, folder, texts)
@@ -120,92 +183,6 @@ def _file_of(module: str, folder: Path) -> Path | None:
         bases = [root.joinpath(*module.split(".")) for root in roots]
         candidates = [path for base in bases for path in (base.with_suffix(".py"), base / "__init__.py")]
     return next((path for path in candidates if path.is_relative_to(folder) and path.is_file()), None)
-
-
-_OF_PYTHON = {"__dict__", "__doc__", "__firstlineno__", "__static_attributes__", "__weakref__"}
-"""Attributes of a class that say nothing of what it does."""
-
-_telling: ContextVar[tuple[int, ...]] = ContextVar("_telling", default=())
-
-
-def _typed_digest(thing: Any) -> str:
-    """SHA-256 of what something typed in does: of its code, and of what that names, the same again."""
-    if id(thing) in _telling.get():  # by way of something that it names
-        return origin(thing)
-    within = _telling.set((*_telling.get(), id(thing)))
-    told: dict[int, str] = {}
-    cells: dict[str, bytes] = {}
-    ahead = [thing]
-    try:
-        while ahead:
-            one = ahead.pop()
-            if id(one) not in told:
-                told[id(one)] = f"{origin(one)} {_own(one, ahead)}"
-                cells |= _cells(one)
-    finally:
-        _telling.reset(within)
-    digest = hashlib.sha256("\n".join(sorted(told.values())).encode()).hexdigest()
-    _texts[digest] = {f"typed-{number}.py": text for number, text in enumerate(cells.values(), start=1)}
-    return digest
-
-
-def _cells(thing: Any) -> dict[str, bytes]:
-    """The cells of a notebook that the functions of something typed in are from, by what Python calls them."""
-    parts = vars(thing).values() if inspect.isclass(thing) else [thing]
-    functions = [getattr(part, "__func__", part) for part in parts]
-    names = {each.__code__.co_filename: None for each in functions if inspect.isfunction(each) and typed_in(each)}
-    texts = {name: "".join(linecache.getlines(name)) for name in names}
-    return {name: text.encode() for name, text in texts.items() if text}
-
-
-def _own(thing: Any, ahead: list[Any]) -> object:
-    """What a function or class, or a value, is by itself, as text; what it names and was typed in too is put `ahead`."""
-    routine = getattr(thing, "__func__", thing)
-    if isinstance(thing, property):
-        return [_own(each, ahead) for each in (thing.fget, thing.fset, thing.fdel)]
-    if inspect.isclass(thing) and typed_in(thing):
-        ahead += [base for base in thing.__bases__ if _is_typed(base)]
-        bases = [origin(base) if _is_typed(base) else as_text(base) for base in thing.__bases__]
-        held = sorted((name, value) for name, value in vars(thing).items() if name not in _OF_PYTHON)
-        return bases, [(name, _own(value, ahead)) for name, value in held]
-    code = getattr(routine, "__code__", None)
-    if code is None or not typed_in(routine):
-        return as_text(thing)
-    held = {name: routine.__globals__[name] for name in sorted(_globals(code)) if name in routine.__globals__}
-    closed = zip(code.co_freevars, getattr(routine, "__closure__", None) or (), strict=False)
-    held |= {name: cell.cell_contents for name, cell in closed if cell != CellType()}
-    named = []
-    for name, value in held.items():
-        if _is_typed(value):
-            ahead.append(value)
-            named.append((name, origin(value)))
-        else:
-            named.append((name, as_text(value)))
-    defaults = [
-        _own(value, ahead) for value in (*(routine.__defaults__ or ()), *sorted((routine.__kwdefaults__ or {}).items()))
-    ]
-    return _code(code), defaults, named
-
-
-def _is_typed(value: Any) -> bool:
-    """Whether a value is a function or class that was typed in."""
-    return (inspect.isfunction(value) or inspect.isclass(value)) and typed_in(value) and not _is_known(value)
-
-
-def _is_known(value: Any) -> bool:
-    """Whether a function or class is told by its name alone."""
-    return origin(value).split(".")[0] in ("builtins", "resprobe", "torch", "torchvision")
-
-
-def _code(code: CodeType) -> object:
-    constants = [_code(each) if inspect.iscode(each) else as_text(each) for each in code.co_consts]
-    return code.co_code.hex(), code.co_names, constants
-
-
-def _globals(code: CodeType) -> set[str]:
-    """Names of globals that a function reads, and those in it."""
-    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return own.union(*(_globals(each) for each in code.co_consts if inspect.iscode(each)))
 
 
 def origin(thing: object) -> str:
@@ -265,8 +242,8 @@ def as_text(value: Any, within: tuple[int, ...] = ()) -> str | None:
         return str([text(each) for each in value])
     if isinstance(value, partial):
         return f"{text(value.func)} {text(value.args)} {text(value.keywords)}"
-    if inspect.isroutine(value) or inspect.isclass(value):
-        if _is_known(value):
+    if hasattr(value, "__qualname__") and (inspect.isroutine(value) or inspect.isclass(value)):
+        if is_known(value):
             return origin(value)
         # A stranger's file is what is in it, whatever it is called.
         of_function = getattr(value, "__func__", value)

@@ -8,6 +8,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy
@@ -181,7 +182,7 @@ SCALE = Scale()
 
 def typed(text: str = TYPED, name: str = "Block"):
     space = {"__name__": "typed"}
-    exec(text, space)
+    exec(compile(text, "<typed>", "exec", dont_inherit=True), space)
     return space[name]
 
 
@@ -216,12 +217,145 @@ def test_what_was_typed_in_is_what_it_and_all_it_names_does():
     assert len({found, *helpers}) == 3
 
 
+DIFFER = {
+    "which of two lambdas": (
+        "f = lambda x: x + 1\ng = lambda x: x - 1\ndef B(x): return f(x) * 2 + g(x)",
+        "f(x) * 2 + g(x)",
+        "g(x) * 2 + f(x)",
+    ),
+    "order of parameters": ("def B(x, a=1, b=2): return x * a + b", "x, a=1, b=2", "x, b=1, a=2"),
+    "where a try ends": (
+        "def B():\n try: a(); b()\n except E: pass",
+        "a(); b()\n except E: pass",
+        "a()\n except E: pass\n else: b()",
+    ),
+    "a wrapper": ("import functools\ndef f(x): return x\n@functools.wraps(f)\ndef B(x): return f(x) + 1", "+ 1", "+ 2"),
+    "what is wrapped": (
+        "import functools\ndef f(x): return x + 1\n@functools.wraps(f)\ndef B(x): return f(x)",
+        "+ 1",
+        "+ 2",
+    ),
+    "a wrapper of torch's": (
+        "import functools, torch\n@functools.wraps(torch.relu)\ndef B(x): return torch.relu(x) + 1",
+        "+ 1",
+        "+ 2",
+    ),
+    "a fraction": ("from fractions import Fraction\nP = Fraction(1, 2)\ndef B(x): return x * P", "(1, 2)", "(1, 3)"),
+    "a pattern": ("import re\nP = re.compile('a')\ndef B(x): return P.match(x)", "'a'", "'b'"),
+    "slots": (
+        "class S:\n __slots__ = ('v',)\n def __init__(self, v): self.v = v\nP = S(1)\ndef B(x): return x * P.v",
+        "S(1)",
+        "S(2)",
+    ),
+    "a table": (
+        "import pandas\nP = pandas.DataFrame({'a': range(200)})\ndef B(x): return P",
+        "range(200)",
+        "[*range(99), 9, *range(100)]",
+    ),
+    "an attribute of a function": ("def B(x): return x\nB.by = 1", "by = 1", "by = 2"),
+    "a metaclass": ("class M(type):\n def f(cls): return 1\nclass B(metaclass=M): pass", "return 1", "return 2"),
+    "a cached property": (
+        "import functools\nclass B:\n @functools.cached_property\n def f(self): return 1",
+        "return 1",
+        "return 2",
+    ),
+    "a dataclass's field": ("from dataclasses import dataclass\n@dataclass\nclass B:\n a: int = 1", "= 1", "= 2"),
+    "a class in a class": ("class B:\n class C:\n  def f(self): return 1", "return 1", "return 2"),
+    "a closure": ("def make(n):\n def B(x): return x * n\n return B\nB = make(1)", "make(1)", "make(2)"),
+    "classes that hold each other": (
+        "class A: by = 1\nclass B: own = A\nA.other = B\nB.own_self = B",
+        "by = 1",
+        "by = 2",
+    ),
+    "a static method of a partial": (
+        "import functools\ndef f(x, y): return x\nclass B:\n g = staticmethod(functools.partial(f, 1))",
+        "f, 1",
+        "f, 2",
+    ),
+}
+"""Code, and what in it is put in place of what."""
+
+
+@pytest.mark.parametrize("what", DIFFER)
+def test_what_does_something_else_is_something_else(what):
+    text, old, new = DIFFER[what]
+    assert text.count(old) == 1
+    assert (
+        source_digest(typed(text, "B"))
+        == source_digest(typed(text, "B"))
+        != source_digest(typed(text.replace(old, new), "B"))
+    )
+
+
+def test_of_two_that_name_each_other_each_is_itself():
+    text = "def B(n): return C(n) + 1\ndef C(n): return B(n) + 2"
+    assert source_digest(typed(text, "B")) != source_digest(typed(text, "C"))
+
+
+def test_things_that_all_name_each_other_are_told_at_once():
+    many = 30
+    text = "class T:\n def __init__(self): self.by = {}\n" + "\n".join(f"t{n} = T()" for n in range(many))
+    text += f"\nfor t in [*range({many})]: globals()['t%d' % t].by.update({{n: globals()['t%d' % n] for n in range({many})}})"
+    text += "\ndef B(): return t0"
+    started = time.perf_counter()
+    source_digest(typed(text, "B"))
+    assert time.perf_counter() - started < 5
+
+
+def test_a_users_module_counts_by_what_is_in_it(tmp_path, monkeypatch):
+    file = tmp_path / "typed_help.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for number in (1, 1, 22):
+        file.write_text(f"def scale(x): return x * {number}\n")
+        monkeypatch.delitem(sys.modules, "typed_help", raising=False)
+        importlib.invalidate_caches()
+        found.append(source_digest(typed("import typed_help\ndef B(x): return typed_help.scale(x)", "B")))
+    assert found[0] == found[1] != found[2]
+
+
+ELSEWHERE = """
+import abc, enum, functools, logging, dataclasses, pathlib, typing
+from contextlib import contextmanager
+from functools import partial
+
+LOG = logging.getLogger("mine")
+
+class Kind(enum.Enum):
+    ONE = 1
+
+class B(abc.ABC, typing.Generic[typing.TypeVar("T")]):
+    kinds = frozenset({"a", "b", "c"}), {Kind.ONE}
+    half = partial(max, 1)
+    path: pathlib.Path = pathlib.Path("a")
+
+    @contextmanager
+    def f(self):
+        LOG.info("x")
+        yield Kind.ONE
+
+    @functools.cached_property
+    def g(self):
+        return {"x", "y", "z"}
+"""
+
+
 def test_what_was_typed_in_is_the_same_in_every_process():
-    for seed in ("1", "2"):
-        code = "import test_digests as t; print(t.source_digest(t.typed()))"
+    """Whatever else that has imported, and however it orders sets."""
+    for seed, first in (
+        ("1", ""),
+        ("2", "import pandas, matplotlib.pyplot, sklearn.datasets, logging; logging.warning('x'); "),
+    ):
+        code = f"{first}import test_digests as t; print(t.source_digest(t.typed()), t.source_digest(t.typed(t.ELSEWHERE, 'B')))"
         env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": seed}
         said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-        assert said.strip() == source_digest(typed())
+        assert said.split() == [source_digest(typed()), source_digest(typed(ELSEWHERE, "B"))]
+
+
+def test_who_asks_for_annotations_changes_nothing():
+    block = typed("class B:\n def f(self): return 1", "B")
+    before = source_digest(block)
+    assert block.__annotations__ == {} and source_digest(block) == before
 
 
 def test_what_a_typed_block_names_may_change_while_it_is_trained(tmp_path, clean_registries):

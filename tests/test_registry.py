@@ -6,12 +6,13 @@ import importlib
 import linecache
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import resprobe as rp
-from resprobe.digests import sources_of
+from resprobe.digests import as_text, sources_of, typed_in
 from resprobe.registry import Registry
 
 
@@ -218,8 +219,31 @@ def test_fingerprint_of_a_strangers_thing_is_its_files_digest(fruits, strange, t
 
 
 def test_fingerprint_looks_through_decorators(fruits, strange, tmp_path):
-    fruits.register("cherry")(functools.wraps(strange.cherry)(lambda: 3))
-    assert fruits.fingerprint("cherry") == hashlib.sha256((tmp_path / "strange_fruit.py").read_bytes()).hexdigest()
+    file = tmp_path / "strange_fruit.py"
+    fruits.register("cherry")(torch.no_grad()(strange.cherry))
+    assert fruits.fingerprint("cherry") == hashlib.sha256(file.read_bytes()).hexdigest()
+    fruits.register("lime")(
+        functools.wraps(strange.cherry)(lambda: 3)
+    )  # what wraps it counts too, if it is a stranger's
+    before = fruits.fingerprint("lime")
+    assert before not in (fruits.fingerprint("cherry"), None)
+    file.write_text(file.read_text() + "# edited\n")
+    fruits.register("lime")(functools.wraps(importlib.reload(strange).cherry)(lambda: 3))
+    assert fruits.fingerprint("lime") not in (before, None)
+    fruits.register("plum")(functools.wraps(rp.networks.cifar_resnet)(lambda depth: 3))
+    assert fruits.fingerprint("plum") == hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def test_what_is_no_function_is_what_it_is_made_of(fruits, strange):
+    """A partial, or an object that can be called: the same in every process, and in a file where that is."""
+    for number in (1, 1, 2):
+        for made in (functools.partial(strange.cherry, number), SimpleNamespace(value=strange.cherry, number=number)):
+            name = f"{type(made).__name__}-{number}"
+            assert "0x" not in str(as_text(made)) and not typed_in(made)
+            fruits._things.pop(name, None)
+            fruits.register(name)(made)
+    found = [fruits.fingerprint(name) for name in ("partial-1", "partial-2", "SimpleNamespace-1", "SimpleNamespace-2")]
+    assert len({*found, None}) == 5
 
 
 def test_fingerprint_of_something_without_a_file_is_what_it_does(fruits):
