@@ -311,8 +311,11 @@ def total(network: nn.Module, image_shape: Sequence[int]) -> pandas.Series:
 
 
 def of_named(name: str, image_shape: Sequence[int], **options: Any) -> pandas.Series:
-    """Totals for one image of the network that `rp.build` makes of these, which gets no weights and takes no time."""
-    with torch.device("meta"):
+    """Totals for one image of the network that `rp.build` makes of these, without weights, in no time."""
+    try:
+        with torch.device("meta"):
+            network = rp.build(name, **options)
+    except rp.UsageError:  # a stranger's block may compute with its weights where it is made
         network = rp.build(name, **options)
     return total(network, image_shape)
 

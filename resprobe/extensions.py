@@ -6,6 +6,7 @@ package.module` imports a module; `--plugin path/to/file.py` loads a single file
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -96,10 +97,17 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _forget_helpers(before: str, now: str, path: Path) -> None:
-    """Has the files beside a plugin that it imports, and that were edited since, imported anew."""
-    old, new = sources_of(before), sources_of(now)
-    edited = {(path.parent / name).resolve() for name in old | new if old.get(name) != new.get(name)}
+    """Has the files beside a plugin that it imports imported anew, all of them: one that was not edited may hold what is in one
+    that was."""
+    helpers = {(path.parent / name).resolve() for name in sources_of(before) | sources_of(now)} - {path}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and Path(file).resolve() in edited and Path(file).resolve() != path:
-            del sys.modules[name]
+        if not file or Path(file).resolve() not in helpers:
+            continue
+        del sys.modules[name]
+        package, _, own = name.rpartition(".")
+        vars(sys.modules.get(package, module)).pop(own, None)  # which "from package import own" would find
+        with contextlib.suppress(
+            OSError, NotImplementedError
+        ):  # Python's cache takes two edits within a second for one
+            Path(importlib.util.cache_from_source(file)).unlink()

@@ -248,8 +248,10 @@ def _parse_name(name: str) -> tuple[str, int | None]:
 
 
 def _check_option(name: str, value: Option) -> None:
-    if not isinstance(value, str | int | float | None):
-        raise UsageError(f"{name} (={short(value)}) must be a text, a number, True, False or None")
+    try:
+        hash(value)
+    except TypeError:
+        raise UsageError(f"{name} (={short(value)}) must be a text, a number, True, False, None or a tuple") from None
     registries = {"block": BLOCKS, "shortcut": SHORTCUTS, "norm": NORMALIZATIONS, "init": INITIALIZATIONS}
     if name in registries:
         registries[name][value]  # type: ignore[index]

@@ -122,7 +122,7 @@ def of_their_kinds(options: Options) -> Options:
         value, hint = getattr(options, option.name), hints[option.name]
         kind = get_origin(hint) or hint
         if kind is Literal:
-            if value not in get_args(hint):
+            if not (isinstance(value, str) and value in get_args(hint)):
                 raise not_accepted(option.name, value, get_args(hint))
             found[option.name] = value
         elif kind is tuple:
@@ -146,7 +146,8 @@ _KINDS = {
 
 def _several(option: dataclasses.Field, value: Any, kind: type) -> tuple:
     """The values of an option that takes several."""
-    ordered = isinstance(value, Iterable) and not isinstance(value, str | set | frozenset | dict)
+    value = plain(value)
+    ordered = isinstance(value, Iterable) and not isinstance(value, str | bytes | set | frozenset | dict)
     values = tuple(_plain(each, kind) for each in value) if ordered else (value,)
     if ordered and all(_is_of(each, kind) for each in values):
         return values

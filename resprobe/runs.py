@@ -317,7 +317,7 @@ def train(
     try:
         config = configure(network, loaded, recipe, seed=seed, precision=chosen_precision, **options)
     except UsageError as error:
-        raise _meant(options) or error from error.__cause__
+        raise _meant(network, options) or error from error.__cause__
     if isinstance(data, str):  # how it is read again, in another process too
         config = replace(config, data=data)
     if isinstance(probes, str | Probe) or not isinstance(probes, Iterable):
@@ -358,10 +358,14 @@ def train(
     return found
 
 
-def _meant(options: Mapping[str, Option]) -> UsageError | None:
-    """What is wrong with options that no network takes, if they are the recipe's, or almost `train`'s own."""
+def _meant(network: object, options: Mapping[str, Option]) -> UsageError | None:
+    """What is wrong with options that the network does not take, if they are the recipe's, or almost `train`'s own."""
+    try:
+        taken = dict(resolve(network).options)  # type: ignore[arg-type]
+    except UsageError:  # there is no such network
+        return None
     own = [name for name, each in inspect.signature(train).parameters.items() if each.kind is each.KEYWORD_ONLY]
-    for name in options:
+    for name in (name for name in options if name not in taken):
         field = nearest(name, [each.name for each in fields(Recipe)])
         if field == "iterations":
             return UsageError(

@@ -488,19 +488,21 @@ def _too_few(study: Study, options: Options) -> Iterator[str]:
 def _not_named(options: Options, plugins: Mapping[str, str]) -> Iterator[str]:
     """Says that nothing of what a plugin registers is asked for. `plugins`: where they are, and the modules they are."""
     from resprobe.blocks import BLOCKS
+    from resprobe.data import DATASETS
     from resprobe.probes import PROBES
     from resprobe.shortcuts import SHORTCUTS
 
-    asked = {word for value in vars(options).values() for word in (value if isinstance(value, tuple) else (value,))}
+    asked = {options.data_name}
+    asked.update(word for value in vars(options).values() for word in (value if isinstance(value, tuple) else (value,)))
     for plugin, module in plugins.items():
-        there = {
-            f"--{registry.kind} {name}": name
-            for registry in (BLOCKS, SHORTCUTS, PROBES)
+        there = [
+            (registry.kind, name)
+            for registry in (BLOCKS, SHORTCUTS, PROBES, DATASETS)
             for name in registry.names_of(module)
-            if registry.kind in offered(type(options))
-        }
-        if there and asked.isdisjoint(there.values()):
-            yield f"nothing is asked for of what {plugin} registers ({', '.join(there)})"
+        ]
+        flags = [f"--{kind} {name}" for kind, name in there if kind in offered(type(options))]
+        if flags and asked.isdisjoint(name for _, name in there):
+            yield f"nothing is asked for of what {plugin} registers ({', '.join(flags)})"
 
 
 def _replaced(study: Study, options: Options) -> Iterator[str]:

@@ -77,7 +77,7 @@ class _Worker:
         # Spawned, not forked: torch's threads and CUDA do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, start))
+        self._process = context.Process(target=_serve, args=(theirs, start), name=_NAME)
         with _deaf_to_interrupts():
             self._process.start()
         self._interrupted = False
@@ -134,6 +134,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_NAME = "resprobe-worker"
 _IMPORTED = 76
 """Exit code of a process that found itself training while it was being started."""
 
@@ -141,7 +142,9 @@ _IMPORTED = 76
 def end_if_imported() -> None:
     """Ends a process that is being started, and imports the script that starts it for what tasks may need of that, where the
     script would train."""
-    if getattr(multiprocessing.current_process(), "_inheriting", False):
+    process = multiprocessing.current_process()
+    # Its own name, since others' processes (a pool's, a loader's) import the script too, and may need what it trains.
+    if process.name == _NAME and getattr(process, "_inheriting", False):
         os._exit(_IMPORTED)
 
 

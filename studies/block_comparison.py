@@ -27,9 +27,11 @@ Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in do
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,13 +104,21 @@ def _matched_width(options: Options, name: str, usual: int) -> int:
         chosen = {"block": block, "shortcut": options.shortcut, "width": width}
         return int(flops.of_named(name, (3, 32, 32), **chosen)[options.match])
 
-    wanted, width, costs = cost(options.against, usual), usual, {}
-    while width not in costs:  # a cost grows about as the square of the width
-        costs[width] = cost(options.block, width)
-        width = max(1, round(width * math.sqrt(wanted / costs[width])))
-    for neighbour in {max(1, width - 1), width + 1} - set(costs):
-        costs[neighbour] = cost(options.block, neighbour)
-    return min(costs, key=lambda width: abs(costs[width] - wanted))
+    def nearest_to(width: float) -> Iterator[tuple[int, int]]:
+        """Widths, the nearest first, and costs; of some widths a block cannot be, with channels in groups say."""
+        for other in sorted(range(1, 4 * usual + 1), key=lambda other: abs(other - width)):
+            with contextlib.suppress(rp.UsageError):
+                yield other, cost(options.block, other)
+
+    wanted, estimate = cost(options.against, usual), float(usual)
+    for _ in range(3):  # a cost grows about as the square of the width
+        width, known = next(nearest_to(estimate), None) or (
+            usual,
+            cost(options.block, usual),
+        )  # which says what is wrong
+        estimate = width * math.sqrt(wanted / known)
+    about = dict(itertools.islice(nearest_to(estimate), 3))
+    return min(about, key=lambda width: abs(about[width] - wanted))
 
 
 def _blocks(options: Options) -> tuple[str, str]:

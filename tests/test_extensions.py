@@ -1,5 +1,6 @@
 """Plugins: found as a file, a module, an installed entry point; a broken one is one line, not a traceback."""
 
+import importlib
 import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -78,15 +79,38 @@ def test_a_file_that_was_edited_is_loaded_anew(write):
 
 @pytest.mark.usefixtures("clean_registries")
 def test_a_file_beside_it_that_was_edited_is_loaded_anew_too(write):
-    helper, unused = write("helper_of_it", "KERNEL = 1\n"), write("helper_that_stays", "VALUE = 1\n")
-    text = "import helper_that_stays\nfrom helper_of_it import KERNEL\n" + BLOCK.replace("kernel=1", "kernel=KERNEL")
+    helper = write("helper_of_it", "KERNEL = 1\n")
+    text = "from helper_of_it import KERNEL\n" + BLOCK.replace("kernel=1", "kernel=KERNEL")
     file = write("has_a_helper", text)
     first, digest = rp.load_plugin(str(file)), rp.BLOCKS.fingerprint("one-by-one")
     helper.write_text("KERNEL = 33\n")
     again = rp.load_plugin(str(file))
     assert (first.KERNEL, again.KERNEL) == (1, 33)
-    assert first.helper_that_stays is again.helper_that_stays and unused.is_file()
     assert rp.BLOCKS.fingerprint("one-by-one") != digest
+
+
+@pytest.mark.parametrize("way", ["by way of another file", "in a package", "in a package's own file", "in a folder"])
+def test_what_files_beside_it_take_from_each_other_is_loaded_anew(write, tmp_path, way):
+    name = f"helps_{abs(hash(way))}"
+    if way == "by way of another file":
+        edited, text = write(f"{name}_b", "KERNEL = 1\n"), f"from {name}_a import KERNEL\n"
+        write(f"{name}_a", f"from {name}_b import KERNEL\n")
+    else:
+        (tmp_path / name).mkdir()
+        edited = tmp_path / name / "sub.py"
+        edited.write_text("KERNEL = 1\n")
+        text = f"from {name} import sub\nKERNEL = sub.KERNEL\n"
+        if way == "in a package":
+            (tmp_path / name / "__init__.py").write_text("")
+        if way == "in a package's own file":
+            (tmp_path / name / "__init__.py").write_text("from .sub import KERNEL\n")
+            text = f"from {name} import KERNEL\n"
+    importlib.invalidate_caches()
+    file = write(f"{name}_plugin", text)
+    assert rp.load_plugin(str(file)).KERNEL == 1
+    for kernel in (2, 3):  # within the second in which compiled files look the same
+        edited.write_text(f"KERNEL = {kernel}\n")
+        assert kernel == rp.load_plugin(str(file)).KERNEL
 
 
 def test_files_of_one_name_in_two_folders_are_two_modules(tmp_path):

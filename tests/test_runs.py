@@ -507,7 +507,7 @@ def test_a_seed_is_a_whole_number_from_0_on(tmp_path, seed):
         ({"probe": "flops"}, "probe is no option of train; nearest: probes"),
         ({"blok": "basic"}, "option of cifar/resnet (='blok') is unknown; accepted: block"),
         ({"shortcut": "D"}, "shortcut (='D') is unknown; accepted: A"),
-        ({"shortcut": ["A"]}, "shortcut (=['A']) must be a text, a number, True, False or None"),
+        ({"shortcut": ["A"]}, "shortcut (=['A']) must be a text, a number, True, False, None or a tuple"),
         ({"probes": None}, "probes (=None) must be a list of names or probes"),
         ({"runs": True}, "runs (=True) must be a folder, or None to keep nothing"),
     ],

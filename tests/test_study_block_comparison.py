@@ -2,6 +2,7 @@
 
 import pandas
 import pytest
+import torch
 
 import resprobe as rp
 from plugins import flops
@@ -102,6 +103,29 @@ def test_matched_networks_are_as_wide_as_brings_them_nearest(match, block, again
     assert width == ours.options["width"] and (width > 16) == (block == "bottleneck")
     away = {other: abs(cost(ours, width=other) - cost(theirs)) for other in range(width - 3, width + 4)}
     assert min(away, key=away.get) == width
+
+
+@pytest.mark.parametrize("match", ["macs", "parameters"])
+def test_a_block_that_cannot_be_of_every_width_is_of_the_nearest_that_it_can(match, clean_registries):
+    """Channels in eight groups, and a number that is computed from weights where the block is made."""
+
+    @rp.register_block("grouped")
+    class Grouped(rp.blocks.BasicBlock):
+        weighted_layers = 3
+
+        def make_branch(self, in_channels, width, stride, layers):
+            branch = super().make_branch(in_channels, width, stride, layers)
+            branch.append(torch.nn.Conv2d(width, width, 1, groups=8))
+            self.scale = float(branch[-1].weight.detach().abs().max())
+            return branch
+
+    ours, theirs = plan(Options(block="grouped", match=match, depths=(20,), against="bottleneck"))
+    wanted = flops.of_named(theirs.network, (3, 32, 32), **theirs.options)[match]
+    costs = {
+        width: flops.of_named(ours.network, (3, 32, 32), **(ours.options | {"width": width}))[match]
+        for width in (8, 16, 24, 32)
+    }
+    assert min(costs, key=lambda width: abs(costs[width] - wanted)) == ours.labels["width"]
 
 
 def test_a_block_that_costs_the_same_keeps_its_width():

@@ -156,6 +156,7 @@ def test_where_no_gradient_arrives_in_the_shallowest_network_a_change_cannot_be_
         ([-5.0, -13.7, -2.0], [False, True, False], "≤ -13.70; -5.00; -2.00"),
         ([-18.0, -13.7, -12.0], [False, True, False], "≤ -18.00; ≤ -13.70; -12.00"),
         ([-18.0, -13.7, -12.0, -11.0], [False, True, True, False], "≤ -18.00; ≤ -12.85; -11.00"),
+        ([-13.0, -2.0], [True, False], "≤ -13.00; ≤ -7.50; -2.00"),
         ([-5.0, -4.0, -2.0], [False] * 3, "-5.00; -4.00; -2.00"),
         ([-13.7, math.nan, -13.5], [True, False, True], "≤ -13.70; ≤ -13.60; ≤ -13.50"),
     ],

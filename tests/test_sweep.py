@@ -462,6 +462,26 @@ def test_a_script_that_processes_would_run_again_is_told_so_in_a_line(tmp_path, 
     assert not list(tmp_path.rglob("result.json"))
 
 
+POOLED = """
+import multiprocessing, resprobe as rp
+run = rp.train("cifar/resnet-8", "digits", rp.recipes.digits_quick(2), width=4, device="cpu", progress=False, runs="runs")
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print(pool.map(len, [[1, 2]], 1))
+"""
+
+
+def test_processes_of_others_import_a_script_that_trains(tmp_path):
+    script = tmp_path / "pooled.py"
+    script.write_text(POOLED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout == "[2]\n", done.stderr
+
+
 PROBE = """
 import pandas
 import resprobe as rp
