@@ -27,7 +27,7 @@ from torch import nn
 
 from resprobe.data import load_data
 from resprobe.devices import cores, cpu_threads, deterministic, prepare_cpu, usable
-from resprobe.digests import source_file, typed_in
+from resprobe.digests import is_installed, is_known, source_file, typed_in
 from resprobe.distributed import team
 from resprobe.environment import device_name
 from resprobe.errors import DamagedFile, ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
@@ -35,7 +35,7 @@ from resprobe.estimates import costs
 from resprobe.extensions import is_loaded, load_plugin
 from resprobe.keeping import traceback_file
 from resprobe.probes import PROBES
-from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, train
+from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, train_as
 from resprobe.sharing import sharing
 from resprobe.training import Progress
 from resprobe.workers import Lost, Perform, side_by_side
@@ -313,17 +313,13 @@ def _edited(job: Job) -> UsageError:
 
 def train_job(job: Job, store: RunStore, device: torch.device, watch: Callable[[Progress], None]) -> dict[str, float]:
     """Trains one run in this process and keeps it in `store`. `watch` is told of its progress. Gives its metrics."""
-    config = job.config
-    run = train(
+    run = train_as(
+        job.config,
         # A copy: the network is trained in place, and is where the run begins for whoever holds it.
-        config.network if job.network is None else copy.deepcopy(job.network),
-        config.data,
-        config.recipe,
-        seed=config.seed,
-        runs=store,
+        copy.deepcopy(job.network),
+        store,
         probes=job.probes,
         device=device,
-        precision=config.precision,
         recompute=job.recompute,
         step=job.step,
         progress=watch,
@@ -385,8 +381,8 @@ def _train_in_processes(
 ) -> None:
     with sharing(device) as variables:
         alike = torch.get_deterministic_debug_mode()
-        files = {source_file(thing): None for job in jobs for thing in job.made_of().values()}
-        plugins = (*plugins, *(str(file) for file in files if is_loaded(file)))
+        things = [thing for job in jobs for thing in job.made_of().values()]
+        plugins = (*plugins, *dict.fromkeys(filter(None, map(_where, things))))
         start = partial(_start, variables, threads, plugins, store.root, device, alike)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
         packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
@@ -406,6 +402,16 @@ def _train_in_processes(
                     )
                 else:
                     board.failed(job, f"{what}, twice" if word == "lost" else what)
+
+
+def _where(thing: Any) -> str:
+    """The plugin that another process must load to have this; nothing for what it has anyway."""
+    file, module = source_file(thing), getattr(thing, "__module__", None) or "__main__"
+    if (
+        file is None or is_installed(file) or is_known(thing) or module == "__main__"
+    ):  # a script's own is imported with it
+        return ""
+    return str(file) if is_loaded(file) else module
 
 
 def _start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import math
 import os
 import pickle
@@ -411,6 +412,28 @@ def test_a_plugin_that_nobody_names_is_loaded_in_other_processes_too(tmp_path, c
     recipe = rp.default_recipe(rp.load_data("digits"), 4)
     asked = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4, block="unnamed")) for seed in (0, 1)]
     assert len(run_all(asked, rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=2)) == 2
+
+
+def test_a_module_that_was_merely_imported_is_imported_in_other_processes_too(tmp_path, monkeypatch, clean_registries):
+    (tmp_path / "imported_block.py").write_text(BLOCK.replace("explodes", "imported").replace('x * float("inf")', "x"))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("imported_block")
+    recipe = rp.default_recipe(rp.load_data("digits"), 4)
+    asked = [
+        Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4, block="imported")) for seed in (0, 1)
+    ]
+    assert len(run_all(asked, rp.RunStore(tmp_path / "runs"), device=CPU, concurrency=2)) == 2
+
+
+def test_what_a_typed_block_changes_while_it_trains_does_not_lose_its_run(tmp_path, clean_registries):
+    space = {"__name__": "typed", "rp": rp}
+    text = "SEEN = []\nclass Seen(rp.blocks.BasicBlock):\n def forward(self, x):\n  SEEN.append(1)\n  return super().forward(x)"
+    exec(text, space)
+    rp.register_block("seen")(space["Seen"])
+    recipe, store = rp.default_recipe(rp.load_data("digits"), 4), rp.RunStore(tmp_path)
+    asked = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=4, block="seen")) for seed in (0, 1)]
+    runs = run_all(asked, store, device=CPU, concurrency=1)
+    assert space["SEEN"] and [run.path for run in runs] == [store.folder(job.config) for job in asked]
 
 
 def test_what_was_typed_in_is_trained_in_this_process(tmp_path, monkeypatch, clean_registries):
