@@ -112,10 +112,9 @@ def _matched_width(options: Options, name: str, usual: int) -> int:
 
     wanted, estimate = cost(options.against, usual), float(usual)
     for _ in range(3):  # a cost grows about as the square of the width
-        width, known = next(nearest_to(estimate), None) or (
-            usual,
-            cost(options.block, usual),
-        )  # which says what is wrong
+        if (found := next(nearest_to(estimate), None)) is None:
+            return usual  # what is wrong with it is said when all networks are built, before any is trained
+        width, known = found
         estimate = width * math.sqrt(wanted / known)
     about = dict(itertools.islice(nearest_to(estimate), 3))
     return min(about, key=lambda width: abs(about[width] - wanted))
