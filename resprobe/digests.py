@@ -36,7 +36,7 @@ def source_digest(thing: Any) -> str | None:
     when this was first asked of what was loaded; None for resprobe's own. Of what decorators made it from as well. Of what was
     typed in: of what it does, and all that it names does, now."""
     if isinstance(thing, partial) or not (inspect.isroutine(thing) or inspect.isclass(thing)):  # made of something
-        return hashlib.sha256(str(as_text(thing)).encode()).hexdigest()
+        return _told_digest(thing)
     *decorators, last = _unwrapped(thing)
     parts = [_digest_of_one(each) for each in (*(each for each in decorators if not is_known(each)), last)]
     found = list(dict.fromkeys(filter(None, parts)))
@@ -56,8 +56,10 @@ def _digest_of_one(thing: Any) -> str | None:
     if module.split(".")[0] == "resprobe":
         return None
     file = source_file(thing)
-    if file is not None:
-        return loaded_digest(module, file)
+    return _told_digest(thing) if file is None else loaded_digest(module, file)
+
+
+def _told_digest(thing: Any) -> str:
     from resprobe.typed import told
 
     text, cells = told(thing)

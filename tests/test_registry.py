@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import resprobe as rp
-from resprobe.digests import as_text, sources_of, typed_in
+from resprobe.digests import sources_of, typed_in
 from resprobe.registry import Registry
+from resprobe.typed import told
 
 
 def apple():
@@ -239,7 +240,7 @@ def test_what_is_no_function_is_what_it_is_made_of(fruits, strange):
     for number in (1, 1, 2):
         for made in (functools.partial(strange.cherry, number), SimpleNamespace(value=strange.cherry, number=number)):
             name = f"{type(made).__name__}-{number}"
-            assert "0x" not in str(as_text(made)) and not typed_in(made)
+            assert "0x" not in told(made)[0] and not typed_in(made)
             fruits._things.pop(name, None)
             fruits.register(name)(made)
     found = [fruits.fingerprint(name) for name in ("partial-1", "partial-2", "SimpleNamespace-1", "SimpleNamespace-2")]
