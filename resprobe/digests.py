@@ -6,12 +6,13 @@ import ast
 import hashlib
 import inspect
 import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
+
+from resprobe.errors import is_installed, is_pythons
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 _seen_sources: dict[tuple[str, str], tuple[Any, str]] = {}
 """Module and file → how the module was loaded, and its digest: the file may be edited later, and the process not know."""
-
-_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 
 _texts: dict[str, dict[str, bytes]] = {}
 """Digest → the files that it is of, by their names from the first one's folder."""
@@ -52,7 +51,7 @@ def _unwrapped(thing: Any) -> list[Any]:
 
 
 def _digest_of_one(thing: Any) -> str | None:
-    module = _module_of(thing)
+    module = module_of(thing)
     if module.split(".")[0] == "resprobe":
         return None
     file = source_file(thing)
@@ -86,13 +85,13 @@ def typed_in(thing: Any) -> bool:
         return typed_in(type(thing))
     functions = [getattr(each, "__func__", each) for each in _unwrapped(thing)]
     written = [each for each in functions if isinstance(each, FunctionType) or inspect.isclass(each)]  # not built in
-    return any(source_file(each) is None and not is_known(each) for each in written)
+    return any(not is_known(each) and source_file(each) is None for each in written)
 
 
 def source_file(thing: Any) -> Path | None:
     """The file that a class or function comes from. None for what was typed in, also where a notebook's debugger keeps its cells
     in files, and for what is built in."""
-    module = _module_of(thing)
+    module = module_of(thing)
     if module == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
         return None
     try:
@@ -102,7 +101,7 @@ def source_file(thing: Any) -> Path | None:
     return file if (module, str(file)) in _seen_sources or file.is_file() else None  # it may be gone since
 
 
-def _module_of(thing: Any) -> str:
+def module_of(thing: Any) -> str:
     """The module that a class or function was written in, which a decorator would have be that of what it wraps."""
     function = getattr(thing, "__func__", thing)
     of_function = getattr(function, "__globals__", {}).get("__name__")
@@ -111,7 +110,7 @@ def _module_of(thing: Any) -> str:
 
 def is_known(thing: Any) -> bool:
     """Whether a function or class is told by its name alone: resprobe's, torch's, and Python's own."""
-    return is_known_module(_module_of(thing))
+    return is_known_module(module_of(thing))
 
 
 def is_known_module(name: str) -> bool:
@@ -125,12 +124,7 @@ def is_known_module(name: str) -> bool:
 def _is_pythons(module: Any) -> bool:
     """Whether a module of a name of the standard library's is that, and not a user's file of the same name."""
     file = getattr(module, "__file__", None)
-    return module is not None and (file is None or Path(file).resolve().is_relative_to(_LIBRARY))
-
-
-def is_installed(file: Path) -> bool:
-    """Whether a file is of an installed package, whose version says what is in it, or Python's own."""
-    return bool({"site-packages", "dist-packages"}.intersection(file.parts)) or file.resolve().is_relative_to(_LIBRARY)
+    return module is not None and (file is None or is_pythons(Path(file)))
 
 
 def files_digest(module: str, file: Path) -> str:

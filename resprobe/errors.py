@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
-_NOT_THEIRS = (_ROOT / "resprobe", _ROOT / "plugins", _ROOT / "studies", Path(sysconfig.get_path("stdlib")).resolve())
+_OURS = (_ROOT / "resprobe", _ROOT / "plugins", _ROOT / "studies")
+_LIBRARY = Path(sysconfig.get_path("stdlib")).resolve()
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -80,7 +81,17 @@ def _place(error: BaseException) -> str:
 def _is_a_users(file: Path) -> bool:
     """Whether a file is neither resprobe's, nor an installed package's, nor Python's own. A cell of a notebook is none."""
     file = file.resolve()
-    return file.is_file() and not _INSTALLED.intersection(file.parts) and not any(map(file.is_relative_to, _NOT_THEIRS))
+    return file.is_file() and not is_installed(file) and not any(map(file.is_relative_to, _OURS))
+
+
+def is_installed(file: Path) -> bool:
+    """Whether a file is of an installed package or Python's own, whose version says what is in it."""
+    return bool(_INSTALLED.intersection(file.parts)) or is_pythons(file)
+
+
+def is_pythons(file: Path) -> bool:
+    """Whether a file is of Python's own library."""
+    return file.resolve().is_relative_to(_LIBRARY)
 
 
 def last_words(stderr: str) -> str:

@@ -107,7 +107,6 @@ def _forget_helpers(before: str, now: str, path: Path) -> None:
         del sys.modules[name]
         package, _, own = name.rpartition(".")
         vars(sys.modules.get(package, module)).pop(own, None)  # which "from package import own" would find
-        with contextlib.suppress(
-            OSError, NotImplementedError
-        ):  # Python's cache takes two edits within a second for one
+        # Python's cache of compiled files takes two edits within a second for one.
+        with contextlib.suppress(OSError, NotImplementedError):
             Path(importlib.util.cache_from_source(file)).unlink()

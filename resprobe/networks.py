@@ -34,6 +34,10 @@ Option = int | str | bool | float | None
 NETWORKS: Registry[Callable[..., nn.Module]] = Registry("network")
 
 
+_REGISTERED = {"block": BLOCKS, "shortcut": SHORTCUTS, "norm": NORMALIZATIONS, "init": INITIALIZATIONS}
+"""Options of networks whose values are names of registered things."""
+
+
 def register_network(name: str, *, defaults: Callable[[int], Mapping[str, Option]] | None = None):
     """Decorator that files a family `(depth, *, options...) -> nn.Module` under `name`.
 
@@ -200,8 +204,7 @@ def resolve(network: str | NetworkSpec, **options: Option) -> NetworkSpec:
 
 def made_of(spec: NetworkSpec) -> list[tuple[Registry, str]]:
     """What a network takes from registries, and under which names."""
-    named = ((BLOCKS, "block"), (SHORTCUTS, "shortcut"), (NORMALIZATIONS, "norm"), (INITIALIZATIONS, "init"))
-    used = [(NETWORKS, spec.family), *((registry, spec.get(option)) for registry, option in named)]
+    used = [(NETWORKS, spec.family), *((registry, spec.get(option)) for option, registry in _REGISTERED.items())]
     return [(registry, str(name)) for registry, name in used if name is not None and name in registry]
 
 
@@ -252,9 +255,8 @@ def _check_option(name: str, value: Option) -> None:
         hash(value)
     except TypeError:
         raise UsageError(f"{name} (={short(value)}) must be a text, a number, True, False, None or a tuple") from None
-    registries = {"block": BLOCKS, "shortcut": SHORTCUTS, "norm": NORMALIZATIONS, "init": INITIALIZATIONS}
-    if name in registries:
-        registries[name][value]  # type: ignore[index]
+    if name in _REGISTERED:
+        _REGISTERED[name][value]  # type: ignore[index]
     if name in ("width", "num_classes", "in_channels"):
         check_whole(name, value, 1)
     if name == "stride_in" and value not in ("1x1", "3x3"):

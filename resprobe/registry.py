@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class _Entry(NamedTuple, Generic[T]):
-    """A registered thing, the digest of its source, and what was told of it beside."""
+    """A registered thing, the digest of its source if it is in a file, and what was told of it beside."""
 
     thing: T
     source: str | None
@@ -51,7 +51,7 @@ class Registry(Generic[T]):
                     f"{self.kind} (={name!r}) is already registered by {origin(taken_by.thing)}; choose another name"
                 )
             # Now, while the file is what was loaded: it may be edited later, and this process not know of it.
-            self._things[name] = _Entry(thing, source_digest(thing), about)
+            self._things[name] = _Entry(thing, None if typed_in(thing) else source_digest(thing), about)
             return thing
 
         return file_under_name

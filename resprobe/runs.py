@@ -336,7 +336,18 @@ def train(
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
     # Of a registered set its own function says what it is, and its source counts; data handed over may be anything.
     digest = loaded.digest() if isinstance(data, Data) else None
-    found = _found_or_trained(store, config, network, loaded, chosen_device, made, recompute, step, progress, digest)
+    found = train_as(
+        config,
+        network,
+        store,
+        data=loaded,
+        data_digest=digest,
+        probes=made,
+        device=chosen_device,
+        recompute=recompute,
+        step=step,
+        progress=progress,
+    )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
         if found._network is None:
             assert found.path is not None
@@ -346,19 +357,32 @@ def train(
 
 def train_as(
     config: RunConfig,
-    network: nn.Module | None,
+    network: str | NetworkSpec | nn.Module | None,
     store: RunStore,
     *,
-    probes: Sequence[str] = (),
+    data: Data | None = None,
+    data_digest: str | None = None,
+    probes: Sequence[str | Probe] = (),
     device: torch.device,
     recompute: bool = False,
     step: str = "auto",
     progress: bool | Callable[[Progress], None] = True,
 ) -> Run:
     """Trains the run of a `config`, or finds it in the store, under the key that it has there: what was typed in may have become
-    something else by now. `network`: as for `train`, one that was handed over built, to be trained in place, or None."""
-    data, made = load_data(config.data), _made(probes)
-    return _found_or_trained(store, config, network, data, device, made, recompute, step, progress, None)
+    something else by now. `network`: one that was handed over built is trained in place; else `config` says how it is built.
+    `data`: by default those that `config` names; `data_digest`: of data that were handed over."""
+    data, made, together = data or load_data(config.data), _made(probes), team()
+    together.told(lambda: _check_same_data(store.folder(config), config, data, data_digest))
+    found = together.told(lambda: store.find(config, made))
+    if found is not None:
+        return found
+    with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
+        # It may have been finished while another command held the lock.
+        found = together.told(lambda: store.find(config, made))
+        if found is not None:
+            return found
+        with failures_kept(store.folder(config)):
+            return _train_in_store(store, config, network, data, device, made, recompute, step, progress, data_digest)
 
 
 def _made(probes: Sequence[str | Probe]) -> list[Probe]:
@@ -368,32 +392,6 @@ def _made(probes: Sequence[str | Probe]) -> list[Probe]:
     if len(set(names)) < len(names) or "" in names:
         raise UsageError(f"probes ({', '.join(map(repr, names))}) must have a name each, and each its own")
     return made
-
-
-def _found_or_trained(
-    store: RunStore,
-    config: RunConfig,
-    network: Any,
-    data: Data,
-    device: torch.device,
-    probes: list[Probe],
-    recompute: bool,
-    step: str,
-    progress: bool | Callable[[Progress], None],
-    data_digest: str | None,
-) -> Run:
-    together = team()
-    together.told(lambda: _check_same_data(store.folder(config), config, data, data_digest))
-    found = together.told(lambda: store.find(config, probes))
-    if found is not None:
-        return found
-    with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
-        # It may have been finished while another command held the lock.
-        found = together.told(lambda: store.find(config, probes))
-        if found is not None:
-            return found
-        with failures_kept(store.folder(config)):
-            return _train_in_store(store, config, network, data, device, probes, recompute, step, progress, data_digest)
 
 
 def _meant(network: object, options: Mapping[str, Option]) -> UsageError | None:

@@ -27,10 +27,18 @@ from torch import nn
 
 from resprobe.data import load_data
 from resprobe.devices import cores, cpu_threads, deterministic, prepare_cpu, usable
-from resprobe.digests import is_installed, is_known, source_file, typed_in
+from resprobe.digests import is_known, module_of, source_file, typed_in
 from resprobe.distributed import team
 from resprobe.environment import device_name
-from resprobe.errors import DamagedFile, ProcessFailed, SweepFailed, TrainingDiverged, UsageError, one_line
+from resprobe.errors import (
+    DamagedFile,
+    ProcessFailed,
+    SweepFailed,
+    TrainingDiverged,
+    UsageError,
+    is_installed,
+    one_line,
+)
 from resprobe.estimates import costs
 from resprobe.extensions import is_loaded, load_plugin
 from resprobe.keeping import traceback_file
@@ -406,10 +414,9 @@ def _train_in_processes(
 
 def _where(thing: Any) -> str:
     """The plugin that another process must load to have this; nothing for what it has anyway."""
-    file, module = source_file(thing), getattr(thing, "__module__", None) or "__main__"
-    if (
-        file is None or is_installed(file) or is_known(thing) or module == "__main__"
-    ):  # a script's own is imported with it
+    file, module = source_file(thing), module_of(thing)
+    # A script's own, of the module __main__, is imported with it.
+    if file is None or is_installed(file) or is_known(thing) or module in ("", "__main__"):
         return ""
     return str(file) if is_loaded(file) else module
 

@@ -18,6 +18,7 @@ from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from resprobe import digests
+from resprobe.errors import is_installed
 
 _OF_PYTHON = {
     *("__dict__", "__doc__", "__firstlineno__", "__static_attributes__", "__weakref__"),
@@ -146,7 +147,7 @@ def _leaf(value: Any) -> str | None:
 def _module(module: ModuleType) -> str:
     """A module's name, and what is in a user's own."""
     file = Path(getattr(module, "__file__", None) or "")
-    if digests.is_known_module(module.__name__) or not file.is_file() or digests.is_installed(file):
+    if digests.is_known_module(module.__name__) or not file.is_file() or is_installed(file):
         return f"module {module.__name__}"
     return f"module {module.__name__} {digests.loaded_digest(module.__name__, file)}"
 
