@@ -219,7 +219,9 @@ class Study:
     def built_of(self, options: Options) -> dict[str, tuple[str, str]]:
         """What the networks are built of (`Options.BUILT_OF`), each with the preset's, where it is not the preset's."""
         usual = self.presets[options.preset]
-        pairs = {name: (getattr(options, name), getattr(usual, name)) for name in options.BUILT_OF}
+        pairs = {
+            name: (_in_words(getattr(options, name)), _in_words(getattr(usual, name))) for name in options.BUILT_OF
+        }
         return {name: (ours, its) for name, (ours, its) in pairs.items() if ours != its}
 
     def beside_paper(self, options: Options) -> bool:
@@ -240,6 +242,11 @@ class Study:
             return "custom"
         folder = options.data_name == "folder"
         return "custom" if folder and not is_imagenet(options.data) else options.preset
+
+
+def _in_words(value: object) -> str:
+    """The value of an option as it is given on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def is_imagenet(data: str) -> bool:
@@ -412,7 +419,7 @@ def _planned(study: Study, options: Options) -> tuple[Sequence[Planned], dict[st
     for name in ("depths", "seeds"):
         values = getattr(options, name)
         if not values or len(set(values)) < len(values):
-            raise UsageError(f"{name} (={' '.join(map(str, values))}) must be given, each once")
+            raise UsageError(f"{name} (={_in_words(values)}) must be given, each once")
     for seed in options.seeds:
         check_seed(seed)
     for name in options.probe:
@@ -461,8 +468,9 @@ def _check_weights(study: Study, options: Options) -> None:
     for name in trained if weights else ():  # a study that trains by itself has a seed for that
         given = getattr(options, name)
         if given != getattr(usual, name):
-            text = " ".join(map(str, given)) if isinstance(given, tuple) else str(given)
-            raise UsageError(f"{name} (={text!r}) is that of a training, and with --weights nothing is trained")
+            raise UsageError(
+                f"{name} (={_in_words(given)!r}) is that of a training, and with --weights nothing is trained"
+            )
 
 
 def _without(failed: frozenset[str], options: Options, labelled: Labelled) -> str:

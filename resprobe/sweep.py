@@ -271,14 +271,14 @@ def run_all(
     with Board(ahead, store, jobs) as board:
         ordered, workers = ahead.missing, ahead.workers
         if ordered and cluster is not None:
-            cluster.train(ordered, store, concurrency, plugins, board)
+            cluster.train(ordered, store, concurrency, _needed(ordered, plugins), board)
         elif ordered:
             here = workers <= 1 and usable(device)  # the survey may have left it unable
             left = _train_here(ordered, store, device, ahead.threads, board) if here else ordered
             if left and together.size > 1:
                 raise ProcessFailed(f"process {together.rank} cannot compute on {device} any more; begin again")
             if left:
-                _train_in_processes(left, store, device, workers, ahead.threads, plugins, board)
+                _train_in_processes(left, store, device, workers, ahead.threads, _needed(left, plugins), board)
     if failures := board.failures:
         together.told(lambda: None)  # the first has spoken; torchrun ends it when another one has ended
         kept = ahead.total - len(failures)
@@ -389,8 +389,6 @@ def _train_in_processes(
 ) -> None:
     with sharing(device) as variables:
         alike = torch.get_deterministic_debug_mode()
-        things = [thing for job in jobs for thing in job.made_of().values()]
-        plugins = (*plugins, *dict.fromkeys(filter(None, map(_where, things))))
         start = partial(_start, variables, threads, plugins, store.root, device, alike)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
         packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
@@ -410,6 +408,12 @@ def _train_in_processes(
                     )
                 else:
                     board.failed(job, f"{what}, twice" if word == "lost" else what)
+
+
+def _needed(jobs: Sequence[Job], plugins: Sequence[str]) -> tuple[str, ...]:
+    """The plugins that were named, and those that another process must load beside them to have what the jobs are made of."""
+    things = [thing for job in jobs for thing in job.made_of().values()]
+    return (*plugins, *dict.fromkeys(filter(None, map(_where, things))))
 
 
 def _where(thing: Any) -> str:

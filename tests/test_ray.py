@@ -263,7 +263,7 @@ jobs = [
 store = rp.RunStore(runs)
 with ray_cluster(address, "cpu") as cluster:
     try:
-        run_all(jobs, store, device=cluster.device, cluster=cluster, plugins=[plugin])
+        run_all(jobs, store, device=cluster.device, cluster=cluster)
     except SweepFailed as error:
         print("FAILED", error)
 print([job.config.network.get("block") for job in jobs if store.find(job.config) is not None])

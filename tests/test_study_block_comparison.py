@@ -15,11 +15,13 @@ BETTER = {
     ("basic", 56): [7.0, 7.1, 6.9],
 }
 """Test errors in percent, one a seed: worse at 20 layers, better at 56."""
-UNCOUNTED = {"mine": "aten::_fft_c2c aten::add", "basic": "aten::add aten::relu"}
+UNCOUNTED = {"mine": "aten::_fft_c2c aten::add", "basic": "aten::add aten::relu", "other": "aten::add aten::relu"}
+THIRD = {("other", 20): [9.0, 9.2, 8.8], ("other", 56): [6.2, 6.8, 5.6]}
+"""Of a third block, which at 56 layers errs about as `mine` does."""
 
 
 def results(errors: dict[tuple[str, int], list[float]], **changed) -> rp.Results:
-    """Given test errors; training errors a point below. `mine` costs twice what `basic` does in weights, and half in work."""
+    """Given test errors; training errors a point below. `mine` costs twice what others do in weights, and half in work."""
     rows, costs, histories = [], [], []
     for (block, depth), seeds in errors.items():
         cost = {"parameters": 1000, "macs": 4_000_000, "activations": 300}
@@ -34,7 +36,8 @@ def results(errors: dict[tuple[str, int], list[float]], **changed) -> rp.Results
                 row = {"iteration": iteration, "test_error": error + above, "train_error": error - 1 + above}
                 histories.append(labels | row)
     depths = tuple(dict.fromkeys(depth for _, depth in errors))
-    options = Options(block="mine", against="basic", depths=depths, seeds=tuple(range(len(seeds))), **changed)
+    against = tuple(dict.fromkeys(block for block, _ in errors if block != "mine"))
+    options = Options(block="mine", against=against, depths=depths, seeds=tuple(range(len(seeds))), **changed)
     tables = pandas.DataFrame(rows), pandas.DataFrame(histories)
     return rp.Results(options, *tables, [], measurements=pandas.DataFrame(costs))
 
@@ -61,15 +64,46 @@ def test_turned_round_it_fails():
     errors = {key: turned[key] for key in BETTER}
     found = verdict(errors)
     assert found.verdict == "fails"
-    assert found.evidence.split("; ")[1] == "mine certainly errs more"
+    assert found.evidence.split("; ")[1] == "mine certainly errs more than basic"
 
 
 def test_an_advantage_too_small_to_count_is_excluded_or_left_open():
     alike = verdict(BETTER | {("mine", 56): [7.0, 7.1, 6.9]})
     assert alike.verdict == "fails"
-    assert alike.evidence.split("; ")[1] == "0.5 points less of mine are excluded"
+    assert alike.evidence.split("; ")[1] == "that mine errs by 0.5 points less than basic is excluded"
     assert verdict(BETTER | {("mine", 56): [5.0, 9.0, 6.5]}).verdict == "inconclusive"
     assert verdict({key: errors[:1] for key, errors in BETTER.items()}).verdict == "inconclusive"
+
+
+def test_beside_several_blocks_it_must_err_less_than_each():
+    found = verdict(BETTER | THIRD)
+    assert (
+        found.claim.statement
+        == "Residual networks of one block err less than those of each of several others, at the same depth"
+    )
+    assert found.measured.endswith("mine 6.00 ± 0.10 %, basic 7.00 ± 0.10 %, other 6.20 ± 0.60 %")
+    assert found.verdict == "inconclusive"
+    told = found.evidence.split("; ")
+    for other in "basic", "other":
+        assert [line.split(":")[0] for line in told if other in line] == [
+            f"test error, {other} less mine",
+            f"training error, {other} less mine",
+            f"mine by {other}",
+            f"test error at 20 layers, {other} less mine",
+        ]
+    assert verdict(BETTER | {("other", 56): [8.0, 8.1, 7.9], ("other", 20): [9.0, 9.2, 8.8]}).verdict == "holds"
+    worse = verdict(BETTER | {("other", 56): [5.0, 5.1, 4.9], ("other", 20): [9.0, 9.2, 8.8]})
+    assert worse.verdict == "fails" and "mine certainly errs more than other" in worse.evidence
+
+
+def test_of_several_blocks_the_first_is_the_one_that_is_matched():
+    planned = plan(Options(block="bottleneck", against=("basic", "single"), match="macs", depths=(20,)))
+    widths = {one.labels["block"]: one.labels["width"] for one in planned}
+    assert list(widths) == ["bottleneck", "basic", "single"]
+    assert widths["bottleneck"] > widths["basic"] == widths["single"] == 16
+    turned = plan(Options(block="basic", against=("bottleneck", "single"), match="macs", depths=(20,)))
+    narrower = {one.labels["block"]: one.labels["width"] for one in turned}
+    assert narrower["bottleneck"] == 16 > narrower["basic"] == narrower["single"]
 
 
 def test_the_claim_is_marked_as_ours():
@@ -78,7 +112,7 @@ def test_the_claim_is_marked_as_ours():
 
 
 def test_the_plan_has_residual_networks_of_both_blocks():
-    planned = plan(Options(block="single", against="bottleneck", depths=(20, 56), shortcut="B"))
+    planned = plan(Options(block="single", against=("bottleneck",), depths=(20, 56), shortcut="B"))
     assert [(one.labels, one.network, one.options) for one in planned] == [
         (
             {"block": block, "depth": depth, "width": 16},
@@ -97,7 +131,7 @@ def test_matched_networks_are_as_wide_as_brings_them_nearest(match, block, again
     def cost(one: rp.Planned, **changed) -> float:
         return flops.of_named(one.network, (3, 32, 32), **(one.options | changed))[match]
 
-    ours, theirs = plan(Options(block=block, against=against, match=match, depths=(20,), shortcut="B"))
+    ours, theirs = plan(Options(block=block, against=(against,), match=match, depths=(20,), shortcut="B"))
     assert (theirs.options["block"], theirs.labels["width"], ours.options["block"]) == (against, 16, block)
     width = ours.labels["width"]
     assert width == ours.options["width"] and (width > 16) == (block == "bottleneck")
@@ -119,7 +153,7 @@ def test_a_block_that_cannot_be_of_every_width_is_of_the_nearest_that_it_can(mat
             self.scale = float(branch[-1].weight.detach().abs().max())
             return branch
 
-    ours, theirs = plan(Options(block="grouped", match=match, depths=(20,), against="bottleneck"))
+    ours, theirs = plan(Options(block="grouped", match=match, depths=(20,), against=("bottleneck",)))
     wanted = flops.of_named(theirs.network, (3, 32, 32), **theirs.options)[match]
     costs = {
         width: flops.of_named(ours.network, (3, 32, 32), **(ours.options | {"width": width}))[match]
@@ -170,6 +204,18 @@ def test_figures_have_one_colour_a_block_and_the_cost_of_each_network():
     assert drawings["figure-curves"].alt.endswith("mine 5.00 ± 0.10 %, basic 6.00 ± 0.10 %.")
 
 
+def test_figures_and_table_have_every_block():
+    three = results(BETTER | THIRD)
+    drawings = study.draw(three)
+    _, over_cost = drawings["figure"].figure.axes
+    assert [text.get_text() for text in over_cost.get_legend().get_texts()] == ["basic", "other", "mine"]
+    for axis in drawings["figure-curves"].figure.axes:
+        assert {text.get_text() for text in axis.texts} == {"basic", "other", "mine"}
+    assert study.tabulate(three)["network"].tolist() == [
+        f"ResNet-{depth}, {block}" for depth in (20, 56) for block in ("mine", "basic", "other")
+    ]
+
+
 def test_the_table_has_errors_beside_costs():
     table = study.tabulate(results(BETTER))
     assert table["network"].tolist() == ["ResNet-20, mine", "ResNet-20, basic", "ResNet-56, mine", "ResNet-56, basic"]
@@ -196,6 +242,13 @@ MISTAKES = [
         "depths (=32) must be 18n+2, which both bottleneck and basic can make up: 20, 38, 56, 74, 92, …",
     ),
     (("--depths", "2"), "depths (=2) must be 18n+2"),
+    (("--against", "basic", "bottleneck"), "block (='bottleneck') is the one it is set against; accepted: single"),
+    (("--against", "basic", "basic"), "against (='basic basic') must name each block once"),
+    (
+        ("--against", "basic", "single", "--depths", "32"),
+        "depths (=32) must be 18n+2, which all of bottleneck, basic and single can make up: 20, 38",
+    ),
+    (("--against",), "against (='') must name a block, or several"),
 ]
 
 
