@@ -142,7 +142,7 @@ def branch_and_shortcut(
                 parts = [_integral(gradient, each, steps) for each in (branch, shortcut)]
             else:
                 parts = [gradient * each for each in (branch, shortcut)]
-            figures = torch.stack([*_sums(*parts), logit.double()], dim=1).tolist()
+            figures = torch.stack([*_sums(*parts), _wide(logit)], dim=1).tolist()
             for index, row in enumerate(figures):
                 where = (start + index, int(part_classes[index]))
                 rows.append(
@@ -245,8 +245,8 @@ def integrated_gradients(
     for image, target in zip(images.split(1), classes.split(1), strict=True):
         start = baseline.to(image).expand_as(image)
         attribution = method.attribute(image, start, target=target, n_steps=steps, internal_batch_size=BATCH)
-        before, after = twin.logits(torch.cat([start, image]), target.repeat(2)).double().tolist()
-        delta = float(attribution.sum(dtype=torch.float64)) - (after - before)
+        before, after = twin.logits(torch.cat([start, image]), target.repeat(2)).cpu().double().tolist()
+        delta = float(attribution.cpu().sum(dtype=torch.float64)) - (after - before)
         rows.append((int(target), after, after - before, delta, attribution[0].detach().cpu()))
     return pandas.DataFrame(rows, columns=["target_class", "logit", "difference", "delta", "attribution"])
 
@@ -502,8 +502,15 @@ def _integral(gradient: Tensor, value: Tensor, steps: int) -> Tensor:
     return ((gradient[1:] + gradient[:-1]) / 2 * value.diff(dim=0)).sum(0)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In float64, which Apple's GPUs do not have."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
 def _sums(branch: Tensor, shortcut: Tensor) -> list[Tensor]:
     """The measures of each image but the logit, from the contributions of the elements."""
+    if branch.device.type == "mps":  # which has no float64
+        branch, shortcut = branch.cpu(), shortcut.cpu()
     sums = [each.flatten(1).sum(1, dtype=torch.float64) for each in (branch, shortcut, branch + shortcut)]
     sums += [each.abs().flatten(1).sum(1, dtype=torch.float64) for each in (branch, shortcut)]
     for one, other in (sums[:2], sums[3:5]):

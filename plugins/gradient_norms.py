@@ -405,12 +405,13 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def _doubtful(tensor: Tensor, norm: Tensor | float) -> bool:
-    """Whether squares may have left float32's range in `norm`, the 2-norm of `tensor`. GPUs add up in float64."""
-    return tensor.device.type == "cpu" and not _SMALL < norm < _LARGE
+    """Whether squares may have left float32's range in `norm`, the 2-norm of `tensor`. CUDA adds up in float64."""
+    return tensor.device.type in ("cpu", "mps") and not _SMALL < norm < _LARGE
 
 
 def _wide_norm(tensor: Tensor) -> Tensor:
-    """The 2-norm on a CPU, summed up in float64, a part at a time, since each part is copied."""
+    """The 2-norm on a CPU, summed up in float64, a part at a time, since each part is copied. Apple's GPUs have no float64."""
+    tensor = tensor.cpu()
     norm, rows = torch.linalg.vector_norm, _real(tensor) if tensor.ndim else _real(tensor).reshape(-1)
     size = max(1, _PART * len(rows) // max(1, rows.numel()))
     return norm(torch.stack([norm(part, dtype=torch.float64) for part in rows.split(size)]))
@@ -454,6 +455,8 @@ def _to_host(scalars: list[Tensor]) -> numpy.ndarray:
     """All figures in one transfer."""
     if not scalars:
         return numpy.zeros(0)
+    if any(scalar.device.type == "mps" for scalar in scalars):  # whose GPU holds no float64
+        scalars = [scalar.cpu() for scalar in scalars]
     device = scalars[0].device
     dtype = torch.float64 if any(scalar.dtype == torch.float64 for scalar in scalars) else torch.float32
     return numpy.array(torch.stack([scalar.to(device, dtype) for scalar in scalars]).tolist())

@@ -315,7 +315,7 @@ class LayerResponses(rp.Probe):
         counts = tuple(self._seen[use][0] if use in self._seen else 0 for use in self._layers)
         if self._counts_of_pass is None or self._counts_of_pass[0] != (counts, sizes, device):
             of_channels = torch.tensor(counts, dtype=kind).repeat_interleave(torch.tensor(sizes))
-            self._counts_of_pass = (counts, sizes, device), of_channels.to(device, non_blocking=True)
+            self._counts_of_pass = (counts, sizes, device), of_channels.to(device)
         added = self._counts_of_pass[1]
         blank = example.new_zeros(max(sizes))
         parts = [
@@ -378,7 +378,7 @@ class LayerResponses(rp.Probe):
         What was seen after a training, or without one, goes by the number after the last."""
         since = (self._filed[-1][0] + 1 if self._filed else 0, self._count, self._mean, self._squares)
         for iteration, *figures in (*self._filed, since):
-            count, mean, squares = (figure.double().cpu().numpy() for figure in figures)
+            count, mean, squares = (figure.cpu().double().numpy() for figure in figures)
             start = 0
             for position, ((layer, call), about) in enumerate(self._layers.items(), start=1):
                 end = start + about["channels"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-_LIST = ast.parse(Path(__file__).with_suffix(".pyi").read_text())
+_LIST = ast.parse(Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
 _HOME = {alias.name: node.module for node in _LIST.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 """Public name → the module it comes from; None where it is a module itself."""
 

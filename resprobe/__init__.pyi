@@ -10,6 +10,7 @@ from .claims import (
     band as band,
     compare as compare,
     from_paper as from_paper,
+    if_learned as if_learned,
     mean_std as mean_std,
 )
 from .data import (

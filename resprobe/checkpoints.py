@@ -5,12 +5,14 @@ A finished run's weights are written whole or not at all too.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
 import pickle
+import time
 import uuid
 import warnings
 from collections import Counter, OrderedDict
@@ -22,6 +24,9 @@ import torch
 
 from resprobe.errors import StorageError, UsageError
 
+_WINDOWS = os.name == "nt"
+_PATIENCE = 2.0
+"""Seconds for which a file that Windows does not let be replaced is tried again."""
 _MAGIC = b"resprobe checkpoint 1 sha256 "
 
 
@@ -38,7 +43,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(scratch, path)
+        _replace(scratch, path)
         _sync_folder(path.parent)
     except OSError as error:
         scratch_exists = error.errno not in (errno.ENOTDIR, errno.ENAMETOOLONG) and scratch.exists()
@@ -61,7 +66,8 @@ def check_writable(folder: Path, option: str) -> None:
     """
     try:
         write_atomically(folder / ".writable", b"")
-        (folder / ".writable").unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # on Windows another process may be at it
+            (folder / ".writable").unlink(missing_ok=True)
     except StorageError as error:
         cause = error.__cause__
         why = "it is a file, not a folder" if folder.is_file() else getattr(cause, "strerror", cause)
@@ -79,8 +85,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     # Killed between these steps, the newest checkpoint still goes by one of the names that `load_checkpoint` knows.
     try:
         if current.exists():
-            os.replace(current, previous)
-        os.replace(incoming, current)
+            _replace(current, previous)
+        _replace(incoming, current)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was half-written") from error
 
@@ -155,7 +161,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        # Copies: what is mapped from the file keeps Windows from deleting it, or writing it anew.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise UsageError(
             f"the weights in {path.parent} are missing or damaged ({error}); delete that folder and the run is made again"
@@ -165,6 +172,19 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _names(path: Path) -> tuple[Path, Path, Path]:
     """The names a checkpoint can go by, newest first."""
     return path.with_name(path.name + ".incoming"), path, path.with_name(path.name + ".previous")
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Puts a file in the place of another. Windows refuses that while somebody has the other open, as a scanner for viruses does
+    for moments: there it is tried for a while."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if not _WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from resprobe.errors import UsageError, not_accepted, short
@@ -15,10 +15,9 @@ LEVEL = 0.05
 """Of the one-sided tests."""
 MARGIN = 0.5
 """Points of error below which a difference does not count as an effect. Fixed before any run."""
-FITTED = (
-    "the shallower network fits every training image, and the deeper nearly all, so that a gain cannot be refuted here"
-)
-"""Evidence where `Comparison.gain` is "not tested"."""
+LEARNED = 45.0
+"""Training error (%) up to which a network has learned: half of what guessing among ten classes gives. Where none of those
+that are compared has, nothing is said by a difference that is not seen."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,12 @@ class Verdict:
 @dataclass(frozen=True)
 class Comparison:
     """The difference of two means over seeds, `higher − lower`, with one-sided 95 % confidence limits (Welch's; Student's
-    where one side is a constant).
+    where one side is a constant, or figures are `paired` by seed).
 
     `verdict` says whether `higher` is indeed higher: it holds if the lower limit is above 0; it fails if the upper
     limit is below `margin`, which excludes any effect that matters; else it is inconclusive. Without a spread on
     either side (fewer than two seeds) nothing can be said. `n` has the seeds of both sides, None for a constant.
+    `higher`: the mean of that side.
     """
 
     difference: float
@@ -67,6 +67,8 @@ class Comparison:
     n: tuple[int | None, int | None]
     margin: float = MARGIN
     unit: str = "points"
+    paired: bool = False
+    higher: float = math.inf
 
     @property
     def seeds(self) -> int:
@@ -93,36 +95,58 @@ class Comparison:
     @property
     def similar(self) -> Word:
         """Whether both are the same but for `margin`: it holds if a larger difference is excluded in both directions,
-        and fails if that is not so and there is certainly a difference, in either."""
+        and fails if there is certainly a larger one, in either."""
         if self.seeds < 2:
             return "inconclusive"
         if self.lower > -self.margin and self.upper < self.margin:
             return "holds"
-        return "fails" if self.lower > 0 or self.upper < 0 else "inconclusive"
+        return "fails" if self.lower > self.margin or self.upper < -self.margin else "inconclusive"
 
-    def gain(self, shallow: Sequence[float], deep: Sequence[float]) -> Word:
-        """Whether a deeper network gained accuracy, where `higher` is the error of the shallower one.
+    def gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> Word:
+        """Whether something errs less than what it is to improve on, whose error is the `higher`: `verdict`, but "not tested"
+        where there is nothing to gain, and none is shown (`nothing_to_gain`)."""
+        return "not tested" if self.nothing_to_gain(before, after) else self.verdict
 
-        `shallow` and `deep`: their training errors, one a seed. Where the shallower network fits every training image, and the
-        deeper all but `MARGIN` percent, a gain that is not shown is "not tested": depth is to help by fitting them better, and
-        they are fitted. So the paper takes 1202 layers' higher test error, at the training error of 110, for overfitting
-        (§4.2). A deeper network that does not fit them has degraded.
+    def nothing_to_gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> str:
+        """Why a gain that is not shown is not refuted either; nothing if it is shown or could be.
+
+        `higher` may be below `margin`, where no gain can reach that. `before` and `after`: training errors of a network and of
+        a deeper one, one a seed. Where the one fits every training image, and the other all but `MARGIN` percent, depth, which
+        is to help by fitting them better, cannot. So the paper takes 1202 layers' higher test error, at the training error of
+        110, for overfitting (§4.2). A deeper network that does not fit them has degraded.
         """
-        fitted = len(shallow) > 0 and not any(shallow) and len(deep) > 0 and _mean(deep) < MARGIN
-        return "not tested" if fitted and self.verdict != "holds" else self.verdict
+        if self.verdict == "holds":
+            return ""
+        worse = ", though the deeper certainly errs more" if self.upper < 0 else ""
+        if len(before) > 0 and not any(before) and len(after) > 0 and _mean(after) < MARGIN:
+            return (
+                "the shallower network fits every training image, and the deeper nearly all, so that a gain cannot be refuted "
+                f"here{worse}"
+            )
+        if self.seeds > 1 and self.higher < self.margin:
+            return f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
+        return ""
 
     def __str__(self) -> str:
+        return self.said()
+
+    def said(self, *, p: bool = True) -> str:
+        """In words. `p` is that of a difference above 0, and better left out where the claim is about another."""
         digits = self._decimals
         difference = f"difference {self.difference:+.{digits}f} {self.unit}"
         if self.seeds < 2:
             return f"{difference}, n = {self.seeds}: one seed has no spread to judge by"
-        against = " and ".join("a constant" if count is None else f"{count}" for count in self.n)
+        if self.paired:
+            test, n = "paired t", f"{self.seeds} pairs"
+        elif None in self.n:
+            test, n = "t", f"{self.seeds} seeds against a constant"
+        else:
+            test, n = "Welch", f"{self.n[0]} and {self.n[1]} seeds"
         if self.lower == self.upper:
-            return f"{difference}, the same at every seed, n = {against} seeds"
-        return (
-            f"{difference}, 95 % limits {self.lower:+.{digits}f} and {self.upper:+.{digits}f}, "
-            f"one-sided {'t' if None in self.n else 'Welch'} test p = {self.p:.2g}, n = {against} seeds"
-        )
+            return f"{difference}, the same at every seed, n = {n}"
+        tested = f", {test} test p = {self.p:.2g}" if p else ""
+        limits = f"{self.lower:+.{digits}f} and {self.upper:+.{digits}f}"
+        return f"{difference}, one-sided 95 % limits {limits}{tested}, n = {n}"
 
     @property
     def _decimals(self) -> int:
@@ -132,11 +156,17 @@ class Comparison:
 
 
 def compare(
-    higher: Sequence[float] | float, lower: Sequence[float] | float, *, margin: float = MARGIN, unit: str = "points"
+    higher: Sequence[float] | float,
+    lower: Sequence[float] | float,
+    *,
+    margin: float = MARGIN,
+    unit: str = "points",
+    paired: bool = False,
 ) -> Comparison:
     """Is the mean of `higher` above that of `lower`? One value a seed, in percent unless `margin` and `unit` say else.
 
-    A bare number on one side is a constant: the test is then that of one sample.
+    A bare number on one side is a constant: the test is then that of one sample. `paired`: the sides have what stands in both
+    in common (the same weights, say), seed by seed; the test is then that of their differences.
     """
     from scipy import stats
 
@@ -144,20 +174,32 @@ def compare(
     n = tuple(len(side) if isinstance(side, list) else None for side in (higher, lower))
     if n == (None, None) or 0 in n:
         raise UsageError("compare needs one value a seed on either side, or on one side a constant")
-    higher, lower = (side if isinstance(side, list) else [side] * 2 for side in (higher, lower))
-    difference = _mean(higher) - _mean(lower)
+    if paired and (None in n or n[0] != n[1]):
+        raise UsageError("compare needs as many values on either side where they are paired")
+    sides = [side if isinstance(side, list) else [side] for side in (higher, lower)]
+    means = [_mean(side) for side in sides]
+    # Equal figures have means that may differ in their last digit: a difference of that size is none.
+    none = 1e-12 * max(abs(value) for side in sides for value in side)
+    if paired:
+        sides = [[one - other for one, other in zip(*sides, strict=True)]]
+    difference = means[0] - means[1] if abs(means[0] - means[1]) > none else 0.0
+
+    def found(lower: float, upper: float, p: float) -> Comparison:
+        return Comparison(difference, lower, upper, p, n, margin, unit, paired, means[0])
+
     if min(count for count in n if count is not None) < 2:
-        return Comparison(difference, -math.inf, math.inf, math.nan, n, margin, unit)
+        return found(-math.inf, math.inf, math.nan)
     # Welch's test, from its formula since scipy's warns where all seeds of one side agree, which errors of 0 % do.
-    parts = [_std(values) ** 2 / len(values) for values in (higher, lower)]
+    sides = [side for side in sides if len(side) > 1]  # a constant has no spread
+    parts = [_std(side) ** 2 / len(side) for side in sides]
     error = math.sqrt(sum(parts))
-    if error == 0:  # the same figure at every seed on both sides: there is nothing to test
-        return Comparison(difference, difference, difference, 0.0 if difference > 0 else 1.0, n, margin, unit)
-    freedom = error**4 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (higher, lower), strict=True))
+    if error <= none:  # the same figure at every seed on both sides: there is nothing to test
+        return found(difference, difference, 0.0 if difference > 0 else 1.0)
+    freedom = error**4 / sum(part**2 / (len(side) - 1) for part, side in zip(parts, sides, strict=True))
     # Each limit is that of a one-sided 95 % interval, so that each of the two verdicts errs at most 5 % of the time.
     reach = float(stats.t.ppf(1 - LEVEL, freedom)) * error
     p = float(stats.t.sf(difference / error, freedom))
-    return Comparison(difference, difference - reach, difference + reach, p, n, margin, unit)
+    return found(difference - reach, difference + reach, p)
 
 
 def _values(side: Sequence[float] | float) -> list[float] | float:
@@ -178,6 +220,18 @@ def all_of(words: Iterable[Word]) -> Word:
     if "fails" in parts:
         return "fails"
     return "holds" if parts == {"holds"} else "inconclusive" if parts - {"not tested"} else "not tested"
+
+
+def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fails") -> Verdict:
+    """The verdict, but "inconclusive" where it is `absent`, the word that says that there is no difference, and none of the
+    networks has learned: such networks do not differ in anything. `training`: the training errors of each, one a seed."""
+    best = min(map(_mean, training))
+    if verdict.verdict != absent or best <= LEARNED:
+        return verdict
+    why = (
+        f"none of these networks has learned (training error {best:.1f} % at best), so that no difference says nothing"
+    )
+    return replace(verdict, verdict="inconclusive", evidence=f"{why}. {verdict.evidence}")
 
 
 def band(values: Sequence[float]) -> float:

@@ -26,8 +26,7 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
     `kept`: what is said to be there of a work that is interrupted, or whose output nobody reads any more. Without it, a
     reader who leaves (`head`, say) has what he wanted.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without "→" shows "?" rather than failing at the end
-        sys.stdout.reconfigure(errors="replace")
+    readable_output()
     kept = kept and f"; {kept}"
     with notes_on_one_line(), ended_like_interrupted():
         try:
@@ -42,6 +41,12 @@ def answer(work: Callable[[], int | None], *, kept: str = "") -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return _say(f"nobody reads the output any more{kept}", 1) if kept else 0
     return code
+
+
+def readable_output() -> None:
+    """Has a terminal, or a file, that has no "→" show "?" rather than fail at the end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextlib.contextmanager

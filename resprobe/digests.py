@@ -131,7 +131,8 @@ def files_digest(module: str, file: Path) -> str:
     """SHA-256 of a module's source file, and of those beside it that it imports, as they are now."""
     texts = {file: file.read_bytes()}
     _add_helpers(module, file, file.parent, texts)
-    own, *helpers = (hashlib.sha256(text).hexdigest() for text in texts.values())
+    # Line ends are those of the system, or of git's settings there: no other source.
+    own, *helpers = (hashlib.sha256(text.replace(b"\r\n", b"\n")).hexdigest() for text in texts.values())
     digest = hashlib.sha256("".join((own, *sorted(helpers))).encode()).hexdigest() if helpers else own
     _texts[digest] = {path.relative_to(file.parent).as_posix(): text for path, text in texts.items()}
     return digest

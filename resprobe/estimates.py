@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, Normalization, batches_of
 from resprobe.data.folder import loader_processes
-from resprobe.devices import autocast, cpu_threads, fastest
+from resprobe.devices import autocast, cpu_threads, fastest, memory_format
 from resprobe.layers import subsampling
 from resprobe.networks import NetworkSpec, build
 from resprobe.randomness import keeping_random_state
@@ -81,9 +81,9 @@ def _timed(
     spec: NetworkSpec, recipe: Recipe, data: Data, device: torch.device, precision: str, recompute: bool
 ) -> Cost:
     with torch.random.fork_rng(devices=[]):
-        network = build(spec).to(device, memory_format=torch.channels_last)
+        network = build(spec).to(device, memory_format=memory_format(device))
     images = torch.zeros(recipe.batch_size, *_shape(data, recipe), device=device)
-    images = images.contiguous(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=memory_format(device))
     labels = torch.zeros(recipe.batch_size, dtype=torch.long, device=device)
     instead = list(subsampling(network)) if device.type == "cpu" else []
     part_size = recipe.bn_batch or recipe.batch_size

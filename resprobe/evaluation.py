@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, ImageSet, Normalization, load_data
-from resprobe.devices import autocast, resolve_device, resolve_precision
+from resprobe.devices import autocast, memory_format, resolve_device, resolve_precision
 from resprobe.errors import UsageError, check_whole, not_accepted
 from resprobe.modes import evaluation_mode
 from resprobe.networks import Network, NetworkSpec, check_fit, check_logits
@@ -162,7 +162,7 @@ def _scoring(
         for member, normalize in members:
             for view in (crop for whole in batch for crop in crops(normalize(whole.to(device)))):
                 with autocast(device, precision):
-                    logits = member(view.contiguous(memory_format=torch.channels_last))
+                    logits = member(view.contiguous(memory_format=memory_format(device)))
                 check_logits(member, logits, len(view), classes)
                 probabilities = logits.double().softmax(1) if device.type != "mps" else logits.float().softmax(1)
                 total = probabilities if total is None else total + probabilities

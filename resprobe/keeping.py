@@ -32,6 +32,8 @@ UNFINISHED = "history.unfinished.csv"
 """The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
 TRACEBACK = "traceback.txt"
 """Where in the code a run failed, in its folder until it is begun again: what is said of it is one line."""
+DIVERGED = "diverged.txt"
+"""How a run diverged, in its folder until it is begun again: by it a report of other seeds knows what it leaves out."""
 CHECKPOINT_SECONDS = 30.0
 """At least so much time passes between two checkpoints, and at most so much is lost."""
 
@@ -118,7 +120,7 @@ class Keeper:
 def write_table(path: Path, table: pandas.DataFrame) -> None:
     """Writes a table that `read_table` gives back to the last bit."""
     # "nan" for what was not measured, so that it is not taken for an empty text.
-    write_atomically(path, table.to_csv(index=False, na_rep="nan").encode())
+    write_atomically(path, table.to_csv(index=False, na_rep="nan", lineterminator="\n").encode())
 
 
 def read_table(path: Path, kinds: Mapping[str, str] = MappingProxyType({})) -> pandas.DataFrame:
@@ -151,15 +153,23 @@ def traceback_file(path: Path) -> Path:
 
 @contextlib.contextmanager
 def failures_kept(path: Path) -> Iterator[None]:
-    """Writes down where in the code what fails inside has failed, unless its text says all that there is to say."""
-    file = traceback_file(path)
-    for old in path.glob("traceback*.txt") if team().size == 1 else [file]:
+    """Writes down where in the code what fails inside has failed, unless its text says all that there is to say; and that a
+    training has diverged."""
+    file, diverged = traceback_file(path), path / DIVERGED
+    for old in [diverged, *(path.glob("traceback*.txt") if team().size == 1 else [file])]:
         old.unlink(missing_ok=True)
+
+    def write(file: Path, text: str) -> None:
+        with contextlib.suppress(StorageError):  # which must not take the place of what went wrong
+            write_atomically(file, text.encode())
+
     try:
         yield
-    except (UsageError, StorageError, TrainingDiverged):
+    except TrainingDiverged as error:
+        write(diverged, f"{error}\n")
+        raise
+    except (UsageError, StorageError):
         raise
     except Exception:
-        with contextlib.suppress(StorageError):  # which must not take the place of what went wrong
-            write_atomically(file, traceback.format_exc().encode())
+        write(file, traceback.format_exc())
         raise

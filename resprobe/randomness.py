@@ -16,9 +16,9 @@ from torch import nn
 def keeping_random_state(network: nn.Module) -> Iterator[None]:
     """Puts back after a `with` block the states of Python's, numpy's and torch's generators, on the host and on the GPUs
     that `network` is on."""
-    devices = {tensor.device for tensor in network.parameters() if tensor.device.type == "cuda"}
+    devices = {tensor.device for tensor in network.parameters()}
     of_torch, of_python, of_numpy = host_random_state()
-    on_devices = {device: torch.cuda.get_rng_state(device) for device in devices}
+    on_devices = {device: state for device in devices if (state := device_random_state(device)) is not None}
     try:
         yield
     finally:
@@ -26,7 +26,7 @@ def keeping_random_state(network: nn.Module) -> Iterator[None]:
         random.setstate(of_python)
         numpy.random.set_state(of_numpy)
         for device, state in on_devices.items():
-            torch.cuda.set_rng_state(state, device)
+            set_device_random_state(state, device)
 
 
 @contextmanager
@@ -38,6 +38,21 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # and no GPU's, which are the caller's
         yield
+
+
+def device_random_state(device: torch.device) -> torch.Tensor | None:
+    """The state of torch's generator on a GPU; None on the host."""
+    if device.type == "mps":
+        return torch.mps.get_rng_state()
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_device_random_state(state: torch.Tensor, device: torch.device) -> None:
+    """Puts back what `device_random_state` gave."""
+    if device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.cuda.set_rng_state(state, device)
 
 
 def host_random_state() -> tuple:

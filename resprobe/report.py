@@ -70,7 +70,9 @@ def write_report(
             "recipes": [
                 dataclasses.asdict(recipe) for recipe in dict.fromkeys(run.config.recipe for run in results.runs)
             ],
+            "built_of": {name: ours for name, (ours, _) in study.built_of(results.options).items()},
             "departures": _departures(study, results, environment),
+            "left_out": dict(results.left_out),
             "seconds_of_training": sum(run.metrics["seconds"] for run in results.runs),
             "seconds_of_study": round(seconds, 1),
         },
@@ -94,7 +96,7 @@ def write_report(
         light, dark = map(base64.b64encode, render_for_page(drawing.figure))
         images[name] = {"light": light.decode(), "dark": dark.decode()}
     for name, content in tables.items():
-        write_atomically(out / f"{name}.csv", content.to_csv(index=False).encode())
+        write_atomically(out / f"{name}.csv", content.to_csv(index=False, lineterminator="\n").encode())
     page = {
         "study": study,
         "record": record,
@@ -108,7 +110,7 @@ def write_report(
         "images": images,
         "summary": summary(study, verdicts, setting, results),
         "followed": "the paper's data and recipe" if results.runs else "nothing was trained",
-        "how_sure": " ".join(filter(None, [study.how_sure or _how_sure(results), study.rules])),
+        "how_sure": " ".join(filter(None, [study.how_sure or _how_sure(results), study.rules, _left_out(results)])),
         "made": _made(record),
     }
     write_atomically(out / "report.md", render_template("report.md", page).encode())
@@ -248,6 +250,12 @@ def _how_sure(results: Results) -> str:
         f"of order holds if a one-sided Welch test over seeds has p < {LEVEL}; it fails if the same test at the same level "
         f"excludes a difference of {MARGIN} points or more; else it is inconclusive. Both numbers were fixed beforehand."
     )
+
+
+def _left_out(results: Results) -> str:
+    """What the figures do not have, since it diverged."""
+    seeds = "; ".join(f"{name}, seeds {' '.join(map(str, left))}" for name, left in results.left_out.items())
+    return f"Left out are trainings that diverged ({seeds}): all figures are of those that did not." if seeds else ""
 
 
 def render_template(template: str, page: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from resprobe.digests import network_digest, sources_of
 from resprobe.distributed import team
 from resprobe.environment import environment
 from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, nearest, plain, short
-from resprobe.keeping import UNFINISHED, Keeper, Kept, failures_kept, read_table, write_table
+from resprobe.keeping import DIVERGED, UNFINISHED, Keeper, Kept, failures_kept, read_table, write_table
 from resprobe.networks import NetworkSpec, Option, build, check_fit, made_of, resolve
 from resprobe.probes import PROBES, Probe, make_probe
 from resprobe.randomness import seeded
@@ -210,6 +210,16 @@ class RunStore:
         except (OSError, ValueError, KeyError):
             return 0
 
+    def diverged(self, config: RunConfig) -> set[int]:
+        """The seeds of which such a run, the same but for its seed, has diverged."""
+        wanted = json.loads(json.dumps(config.identity()))
+        found = set()
+        for file in self.root.glob(f"*/{DIVERGED}"):
+            theirs = read_json(file.with_name("config.json"))
+            if all(theirs.get(name) == value for name, value in wanted.items() if name != "seed"):
+                found.add(theirs["seed"])
+        return found
+
     @contextlib.contextmanager
     def lock(self, config: Kept, tell: Callable[[str], None]) -> Iterator[None]:
         """One writer a run. A second process waits; a lock whose holder was killed is free."""
@@ -220,6 +230,7 @@ class RunStore:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
+                end_if_imported(whoever=True)
                 tell(f"another process trains {path.name}; waiting for it")
                 lock.acquire(poll_interval=0.2)
         except OSError as error:

@@ -67,7 +67,8 @@ class Results:
     `table`: one row a run: the labels, seed, the run's metrics (errors in percent), its folder. `histories`: one row a
     log point of a run, with the same labels. `runs` are in the order of `table`. `measurements`: what the study's
     `measure` gave, if it has one. `probed`: for each probe that the user asked for, by its name, one table of all runs, with
-    the runs' labels. `device` and `precision` are those to measure with.
+    the runs' labels. `left_out`: seeds that were not asked for, and of which a run diverged, by network. `device` and
+    `precision` are those to measure with.
     """
 
     options: Options
@@ -76,6 +77,7 @@ class Results:
     runs: Sequence[Run]
     measurements: pandas.DataFrame | None = None
     probed: Mapping[str, pandas.DataFrame] = field(default_factory=dict)
+    left_out: Mapping[str, Sequence[int]] = field(default_factory=dict)
     device: str = "cpu"
     precision: str = "fp32"
 
@@ -373,7 +375,20 @@ class _Ready:
 
     def results(self, labelled: Labelled, runs: Sequence[Run]) -> Results:
         """The runs in tables."""
-        return _tables(self.options, labelled, runs, device=str(self.here), precision=self.precision)
+        found = _tables(self.options, labelled, runs, device=str(self.here), precision=self.precision)
+        return dataclasses.replace(found, left_out=self._left_out(labelled))
+
+    def _left_out(self, labelled: Labelled) -> dict[str, list[int]]:
+        """Seeds that are not asked for and of which a run diverged, by network: without them a study tells of survivors."""
+        from resprobe.sweep import names_of
+
+        configs = [job.config for _, job in labelled]
+        names, asked, found = names_of(configs), {config.key for config in configs}, {}
+        for config in {names[config.key]: config for config in configs}.values() if self.store else ():
+            seeds = self.store.diverged(config)
+            left = [seed for seed in sorted(seeds) if dataclasses.replace(config, seed=seed).key not in asked]
+            found |= {names[config.key]: left} if left else {}
+        return found
 
 
 def _surveyed(ready: _Ready) -> list[Survey | Outlook]:
@@ -480,7 +495,7 @@ def _without(failed: frozenset[str], options: Options, labelled: Labelled) -> st
         values = getattr(options, name)
         left = [str(value) for value in values if value not in ended]
         if 0 < len(left) < len(values) and name in offered(type(options)):
-            return f", or reports without the failed ones with --{name} {' '.join(left)}"
+            return f", or reports without the failed ones, and says so, with --{name} {' '.join(left)}"
     return ""
 
 

@@ -463,8 +463,8 @@ def _start(
 # -- what the user sees --------------------------------------------------------------------------------------------
 
 
-def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """What runs are called by their keys: network and seed, and options in which networks of one name differ."""
+def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
+    """What runs' networks are called, by the runs' keys: their names, and options in which networks of one name differ."""
     options: dict[str, list[dict[str, Any]]] = {}
     for config in configs:
         options.setdefault(config.network.name, []).append(dict(config.network.options))
@@ -473,7 +473,7 @@ def _names(configs: Sequence[RunConfig]) -> dict[str, str]:
         others = options[config.network.name]
         differ = [name for name, value in config.network.options if any(other.get(name) != value for other in others)]
         said = "".join(f", {name} {config.network.get(name)}" for name in differ)
-        names[config.key] = f"{config.network.name}{said}, seed {config.seed}"
+        names[config.key] = f"{config.network.name}{said}"
     return names
 
 
@@ -488,7 +488,9 @@ class Board:
         self.store, self.total, self.found = store, ahead.total, ahead.found
         self.work = {job.config.key: job.work for job in ahead.missing}
         self.share = dict.fromkeys(self.work, 0.0)
-        self.names = _names([job.config for job in jobs])  # those that are there already too: which block was it?
+        configs = [job.config for job in jobs]  # those that are there already too: which block was it?
+        networks = names_of(configs)
+        self.names = {config.key: f"{networks[config.key]}, seed {config.seed}" for config in configs}
         self.latest: dict[str, Progress] = {}
         self.failures: dict[str, str] = {}
         self.done, self.lock = 0, threading.Lock()

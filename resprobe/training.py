@@ -25,14 +25,14 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderBatches, Normalization, TensorBatches, batches_of
 from resprobe.data.images import generator
-from resprobe.devices import autocast, prepare_cpu
+from resprobe.devices import autocast, memory_format, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged, UsageError, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import subsampling
 from resprobe.networks import check_logits
 from resprobe.probes import Probe, attach
-from resprobe.randomness import host_random_state, keeping_random_state
+from resprobe.randomness import device_random_state, host_random_state, keeping_random_state, set_device_random_state
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import calling, recomputing
 from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
@@ -88,11 +88,10 @@ class Training:
         self.data = data.hold_out(recipe.validation_fraction).cropped(recipe.crop)
         sample = self.data.train.sample(_FIT_IMAGES)
         self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
-        # Convolutions on CPU and CUDA are fastest with channels last; the values are the same.
         self.network = network.to(device)
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.ndim == 4:
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+                tensor.data = tensor.data.contiguous(memory_format=memory_format(device))
         self.instead = list(subsampling(network)) if device.type == "cpu" else []
         self.test = self.data.test.to(device)
         self.validation = None if self.data.validation is None else self.data.validation.to(device)
@@ -547,8 +546,8 @@ def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, p
 def _random_state(device: torch.device) -> dict[str, Any]:
     of_torch, of_python, of_numpy = host_random_state()
     states = {"cpu": of_torch, "python": of_python, "numpy": _plain(of_numpy)}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
+    if (on_device := device_random_state(device)) is not None:
+        states[device.type] = on_device
     return states
 
 
@@ -556,16 +555,16 @@ def _set_random_state(states: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"], device)
+    if device.type in states and device.type != "cpu":
+        set_device_random_state(states[device.type], device)
 
 
 def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Any]:
     # What `torch.manual_seed` and its like would leave behind, without touching the caller's generators on any device.
     states = {"cpu": torch.Generator().manual_seed(seed).get_state(), "python": random.Random(seed).getstate()}
     states["numpy"] = _plain(numpy.random.RandomState(numpy.random.MT19937(seed)).get_state())
-    if device.type == "cuda":
-        states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    if device.type != "cpu":
+        states[device.type] = torch.Generator(device).manual_seed(seed).get_state()
     return states
 
 

@@ -105,7 +105,7 @@ class _Teller:
     def _instance(self, value: Any) -> list[Text]:
         kind = self.tell(type(value))
         if type(value).__module__.partition(".")[0] == "pandas" and hasattr(value, "to_csv"):
-            return [kind, value.to_csv()]
+            return [kind, value.to_csv(lineterminator="\n")]
         slots = [name for cls in type(value).__mro__ for name in _names(getattr(cls, "__slots__", ()))]
         held = {name: getattr(value, name) for name in sorted(slots) if hasattr(value, name)}
         held |= dict(sorted(getattr(value, "__dict__", {}).items()))

@@ -43,8 +43,10 @@ def side_by_side(tasks: Sequence[Any], count: int, start: Callable[[], Perform])
                 worker = idle.pop() if idle else _Worker(start)
                 running[worker.connection] = worker, index
                 worker.begin(tasks[index])
-            for connection in wait(list(running)):
-                worker, index = running[connection]  # type: ignore[index]
+            ready = wait([end for worker, _ in running.values() for end in worker.ends])
+            for connection, (worker, index) in list(running.items()):
+                if not any(end in ready for end in worker.ends):
+                    continue
                 word, what = worker.hear()
                 if word == "lost":
                     worker.end()
@@ -53,7 +55,7 @@ def side_by_side(tasks: Sequence[Any], count: int, start: Callable[[], Perform])
                 if word == "again":
                     again.append(index)
                 if word != "news":
-                    del running[connection]  # type: ignore[arg-type]
+                    del running[connection]
                 if word in ("done", "failed", "mistake"):
                     idle.append(worker)
                 yield index, word, what
@@ -88,17 +90,22 @@ class _Worker:
         with suppress(OSError):  # it is gone already, as will be heard
             self.connection.send(task)
 
+    @property
+    def ends(self) -> tuple[Connection, int]:
+        """What to wait for: that it says something, and that it has ended. On Windows this process holds the other end of a
+        connection too, until a new process takes it, so that of one that ends before that nothing is ever heard."""
+        return self.connection, self._process.sentinel
+
     def hear(self) -> tuple[Word, Any]:
         """What the process says next of its task, or what has become of it."""
         try:
+            if not self.connection.poll():
+                raise EOFError
             return self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
             if self._process.exitcode == _IMPORTED:
-                raise UsageError(
-                    "the script trains wherever it is imported, as by processes that are to train side by side; put what trains "
-                    "under if __name__ == '__main__':, or ask for concurrency '1'"
-                ) from None
+                raise UsageError(f"{_UNGUARDED}, or ask for concurrency '1'") from None
             return "lost", f"its process {_in_words(self._process.exitcode)}"
 
     def interrupt(self) -> None:
@@ -115,7 +122,7 @@ class _Worker:
 
 
 def _in_words(code: int | None) -> str:
-    if code == -signal.SIGKILL:
+    if code == -getattr(signal, "SIGKILL", 9):  # which Windows has not
         return "was killed (out of memory, perhaps)"
     return f"ended with {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
 
@@ -139,13 +146,25 @@ _IMPORTED = 76
 """Exit code of a process that found itself training while it was being started."""
 
 
-def end_if_imported() -> None:
+_UNGUARDED = (
+    "the script trains wherever it is imported, as by processes that are to train side by side or to read images; put what "
+    "trains under if __name__ == '__main__':"
+)
+
+
+def end_if_imported(*, whoever: bool = False) -> None:
     """Ends a process that is being started, and imports the script that starts it for what tasks may need of that, where the
-    script would train."""
+    script would train.
+
+    Its own alone, since others' (a pool's) import the script too, and may need what it trains. `whoever`: any such process,
+    where it would have to wait for what the one that starts it is doing: one that reads images for a training, say.
+    """
     process = multiprocessing.current_process()
-    # Its own name, since others' processes (a pool's, a loader's) import the script too, and may need what it trains.
-    if process.name == _NAME and getattr(process, "_inheriting", False):
-        os._exit(_IMPORTED)
+    if getattr(process, "_inheriting", False):
+        if process.name == _NAME:
+            os._exit(_IMPORTED)
+        if whoever:
+            raise UsageError(_UNGUARDED)
 
 
 # -- in the process --------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     words, evidence = [], []
     for other in options.against:
         lower = _compare(results, "test_error", other, deep)
-        words.append(lower.verdict)
+        words.append(lower.gain())
         evidence += _evidence(results, other, lower)
     errors = ", ".join(
         f"{block}{_filters(results, block, deep)} {_error(results, 'test_error', block, deep)} %"
@@ -157,14 +157,18 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     if len(options.against) > 1:
         statement = statement.replace("another", "each of several others")
     claim = dataclasses.replace(ERRS_LESS, statement=statement)
-    return [rp.Verdict(claim, rp.all_of(words), f"test error at {deep} layers: {errors}", "; ".join(evidence))]
+    verdict = rp.Verdict(claim, rp.all_of(words), f"test error at {deep} layers: {errors}", "; ".join(evidence))
+    trained = [results.values("train_error", block=block, depth=deep) for block in _blocks(options)]
+    return [rp.if_learned(verdict, *trained)]
 
 
 def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator[str]:
     """What is told of the block beside another, on whose test error at the deepest it errs less or not."""
     ours, (*shallower, deep) = results.options.block, sorted(results.options.depths)
     yield f"test error, {other} less {ours}: {lower}"
-    if lower.verdict == "fails":  # p is that of an advantage, and says neither
+    if reason := lower.nothing_to_gain():
+        yield reason
+    elif lower.verdict == "fails":  # p is that of an advantage, and says neither
         excluded = f"that {ours} errs by 0.5 points less than {other} is excluded"
         yield f"{ours} certainly errs more than {other}" if lower.upper < 0 else excluded
     yield f"training error, {other} less {ours}: {_compare(results, 'train_error', other, deep)}"

@@ -141,10 +141,12 @@ def _prepare(labels: dict, module: nn.Module, shape: tuple[int, ...], results: r
     import torch
 
     from plugins import flops
+    from resprobe.devices import memory_format
     from resprobe.layers import subsampling
 
-    module = module.to(results.device, memory_format=torch.channels_last)
-    images = torch.randn(shape, device=results.device).contiguous(memory_format=torch.channels_last)
+    device = torch.device(results.device)
+    module = module.to(device, memory_format=memory_format(device))
+    images = torch.randn(shape, device=device).contiguous(memory_format=memory_format(device))
     if labels["depth"] == 0:  # within a network a block is given activations, and passes the gradient on
         images = images.to(torch.bfloat16 if results.precision == "bf16" else torch.float32).requires_grad_()
     instead = list(subsampling(module)) if images.device.type == "cpu" else []
@@ -275,7 +277,7 @@ def _judge_cost(results: rp.Results) -> rp.Verdict:
     # Counted: the same in every round.
     doubled = projected[["weights", "macs"]].iloc[0].min() >= DOUBLED
     evidence = [
-        f"training step of the block, in % longer with a projection: {slower.difference:+.0f}, 95 % limits "
+        f"training step of the block, in % longer with a projection: {slower.difference:+.0f}, one-sided 95 % limits "
         f"{slower.lower:+.0f} and {slower.upper:+.0f}, n = {len(rounds)} rounds (above {SLOWER:.0f} is needed)",
         f"the bottleneck block by the basic one: {_said(block)}",
     ]
@@ -315,13 +317,17 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
         rp.mean_std(results.values("train_error", block=options.block, kind="plain", depth=depth))
         for depth in sorted(options.depths)
     )
-    return rp.Verdict(
+    trained = [
+        results.values("train_error", block=options.block, kind="plain", depth=depth) for depth in (shallow, deep)
+    ]
+    verdict = rp.Verdict(
         PLAIN_BOTTLENECKS_DEGRADE,
         rise("plain", "train_error").verdict,
         f"training error of plain networks {path} % at {', '.join(map(str, sorted(options.depths)))} layers",
         f"training error, plain-{deep} against plain-{shallow}: {rise('plain', 'train_error')}. "
         f"Test error: {rise('plain', 'test_error')}. Training error of the residual ones: {rise('residual', 'train_error')}",
     )
+    return rp.if_learned(verdict, *trained)
 
 
 # -- figures and table -----------------------------------------------------------------------------------------------

@@ -251,17 +251,20 @@ def _judge_training(results: rp.Results, shallow: int, deep: int) -> rp.Verdict:
     else:
         word = "fails" if rise.lower > 0 else "inconclusive"
     gap = rp.compare(errors("plain", deep, SCRATCH), errors("plain", deep, TRAINED_ON))
+    trained = errors("plain", shallow, SCRATCH), errors("plain", deep, TRAINED_ON)
     ways = "; ".join(f"{kind}-{deep} {_way(results, kind, deep, TRAINED_ON)}" for kind in ("plain", "residual"))
-    return rp.Verdict(
+    verdict = rp.Verdict(
         SGD_KEEPS_IT,
         word,
         f"training error of plain-{shallow} {rp.mean_std(errors('plain', shallow, SCRATCH))} %; of plain-{deep} trained on from "
         f"the constructed solution {rp.mean_std(errors('plain', deep, TRAINED_ON))} %, at the last rate "
         f"{rp.mean_std(errors('plain', deep, LAST_RATE))} %, from random weights {rp.mean_std(errors('plain', deep, SCRATCH))} %",
-        f"training error of the trained-on plain-{deep} above plain-{shallow}: {rise}; it holds if a rise of {rise.margin} "
-        f"points is excluded. From random weights above trained on, plain-{deep}: {gap}. Trained on by the whole recipe "
+        f"training error of the trained-on plain-{deep} above plain-{shallow}: {rise.said(p=False)}; it holds if a rise of "
+        f"{rise.margin} points is excluded. From random weights above trained on, plain-{deep}: {gap}. Trained on by the whole "
+        "recipe "
         f"(means over seeds): {ways}",
     )
+    return rp.if_learned(verdict, *trained, absent="holds")
 
 
 def _way(results: rp.Results, kind: str, depth: int, start: str) -> str:

@@ -102,7 +102,15 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         tested = _compare(results, "test", level)
         on_test = f"{tested.difference:+.0f} iterations" if tested else "reached by neither"
         evidence.append(f"{level:g} %, plain against residual: {slower} (the same test error: {on_test})")
-        words.append(slower.verdict)
+        lost = (~_rows(results, "residual", "training", level)["reached"]).sum()
+        if lost and slower.verdict == "holds":
+            # It counts as one window after the end, which is the least that it can be: of a plain network that is cautious.
+            words.append("inconclusive")
+            evidence.append(
+                f"residual networks that do not reach {level:g} %: {lost}, so that it is not known how much later"
+            )
+        else:
+            words.append(slower.verdict)
     window = results.measurements.loc[results.measurements["curve"] == "training", "window"].max()
     evidence.append(f"log points are {window:g} iterations apart")
     final = ", ".join(f"{rp.mean_std(results.values('test_error', kind=kind))} % ({kind})" for kind in KINDS)

@@ -29,7 +29,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import resprobe as rp
-from resprobe.claims import FITTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,6 +48,7 @@ OTHERS = {
 """Parameters and test errors of other methods' networks on CIFAR-10, as Table 6 quotes them. Of Highway-19 the mean of
 several runs; the best of them is 7.54."""
 
+KINDS = ("plain", "residual")
 DRAWN = 56
 """Layers of the deepest plain network in Fig. 6, of which C1 speaks; the 110-layer one's error is told beside it."""
 
@@ -112,15 +112,16 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         for depth in every[1:]
         if depth in (DRAWN, deep)
     }
-    gains = [fall.gain(unfitted(shallow), unfitted(depth)) for depth, fall in falls.items()]
-    evidence = [f"test error, ResNet-{shallow} against ResNet-{depth}: {fall}" for depth, fall in falls.items()]
-    if "not tested" in gains:
-        evidence.insert(0, FITTED)
+    fits = {depth: (unfitted(shallow), unfitted(depth)) for depth in falls}
+    gains = [fall.gain(*fits[depth]) for depth, fall in falls.items()]
+    evidence = [fall.nothing_to_gain(*fits[depth]) for depth, fall in falls.items()]
+    evidence = list(dict.fromkeys(filter(None, evidence)))
+    evidence += [f"test error, ResNet-{shallow} against ResNet-{depth}: {fall}" for depth, fall in falls.items()]
     if study.beside_paper(results.options) and (printed := [depth for depth in every if depth in PAPER_TEST_ERROR]):
         errors = {depth: results.values("test_error", kind="residual", depth=depth) for depth in printed}
         near = sum(abs(fmean(each) - PAPER_TEST_ERROR[depth]) <= rp.band(each) for depth, each in errors.items())
         evidence.append(f"{near} of {len(errors)} test errors are within max(0.5 points, 2 std) of Table 6's")
-    return [
+    verdicts = [
         rp.Verdict(
             DEEPER_PLAIN_IS_WORSE,
             rise.verdict,
@@ -135,6 +136,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
             ". ".join(evidence),
         ),
     ]
+    trained = {kind: [results.values("train_error", kind=kind, depth=depth) for depth in every] for kind in KINDS}
+    return [rp.if_learned(verdict, *trained[kind]) for verdict, kind in zip(verdicts, KINDS, strict=True)]
 
 
 def _deep_plain(depths: Sequence[int]) -> int:
@@ -156,7 +159,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     at_the_edge = "; what ends beyond the axis, as Fig. 6's plain-110, is named at its edge" if beyond else ""
 
     figure, panels = rp.figures.new_figure(2)
-    for axis, kind in zip(panels, ("plain", "residual"), strict=True):
+    for axis, kind in zip(panels, KINDS, strict=True):
         rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
         axis.set_title(f"{kind} networks")
     panels[0].set_ylabel("error (%)")

@@ -497,10 +497,9 @@ def _judge_steps(results: rp.Results) -> rp.Verdict:
     for before, step in itertools.pairwise(there):
         lower, higher = values(before), values(step)
         if values(before, "run") == values(step, "run"):
-            # The same detectors, tested in two ways: what one has over another is in both figures. So gains are taken seed by
-            # seed and compared with 0, which makes the test Student's for pairs.
-            gain = rp.compare([new - old for old, new in zip(lower, higher, strict=True)], 0.0)
-            evidence.append(f"{step}, paired by seed: {gain}")
+            # The same detectors, tested in two ways: what one has over another is in both figures.
+            gain = rp.compare(higher, lower, paired=True)
+            evidence.append(f"{step}: {gain}")
         else:
             # With context detectors are trained anew, and compared as other networks of equal seeds are. That their backbones
             # are the same makes Welch's test more cautious, if anything.

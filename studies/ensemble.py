@@ -128,17 +128,18 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         for over in ("seeds", "all")
         if len(rows := _whole(results, over))
     ]
-    return [
-        rp.Verdict(
-            ENSEMBLE_GAINS,
-            gain.verdict,
-            f"test error of ensembles of {over_depths['members'].iloc[0]} depths "
-            f"{rp.mean_std(over_depths['test_error'].tolist())} %, of their members on average "
-            f"{rp.mean_std(over_depths['mean_of_members'].tolist())} %",
-            f"members' mean above the ensemble's error: {gain}. The member best on the test set: {best.difference:+.2f} points "
-            f"above the ensemble. Other ensembles: {'; '.join(others) or 'none'}",
-        )
-    ]
+    trained = [errors.tolist() for _, errors in results.table.groupby("depth")["train_error"]]
+    reason = f"{gain.nothing_to_gain()}. " if gain.nothing_to_gain() else ""
+    verdict = rp.Verdict(
+        ENSEMBLE_GAINS,
+        gain.gain(),
+        f"test error of ensembles of {over_depths['members'].iloc[0]} depths "
+        f"{rp.mean_std(over_depths['test_error'].tolist())} %, of their members on average "
+        f"{rp.mean_std(over_depths['mean_of_members'].tolist())} %",
+        f"{reason}members' mean above the ensemble's error: {gain}. The member best on the test set: "
+        f"{best.difference:+.2f} points above the ensemble. Other ensembles: {'; '.join(others) or 'none'}",
+    )
+    return [rp.if_learned(verdict, *trained)]
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:

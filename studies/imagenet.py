@@ -38,7 +38,6 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
-from resprobe.claims import FITTED
 
 if TYPE_CHECKING:
     import pandas
@@ -237,14 +236,18 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
             name = "plain" if kind == "plain" else "ResNet"
             evidence.append(f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}")
-    if "not tested" in parts:
-        evidence.append(FITTED)
-    return rp.Verdict(
+            if kind == "residual" and (reason := comparison.nothing_to_gain(*unfitted)):
+                evidence.append(reason)
+    trained = [
+        _errors(results, kind, depth, "train_error") for kind in ("plain", "residual") for depth in (shallow, deep)
+    ]
+    verdict = rp.Verdict(
         PLAIN_DEGRADE,
         rp.all_of(parts),
         f"error at {shallow} → {deep} layers ({protocol}): " + ", ".join(measured),
-        "; ".join(evidence),
+        "; ".join(dict.fromkeys(evidence)),
     )
+    return rp.if_learned(verdict, *trained)
 
 
 def _judge_gain(results: rp.Results) -> rp.Verdict:
@@ -259,10 +262,10 @@ def _judge_gain(results: rp.Results) -> rp.Verdict:
     parts, evidence = [], []
     for shallow, deep in itertools.pairwise(depths):
         comparison = rp.compare(errors[shallow], errors[deep], margin=SMALLEST_STEP)
-        parts.append(comparison.gain(unfitted.get(shallow, []), unfitted.get(deep, [])))
-        evidence.append(f"ResNet-{shallow} above ResNet-{deep}: {comparison}")
-    if "not tested" in parts:
-        evidence.append(FITTED)
+        fits = unfitted.get(shallow, []), unfitted.get(deep, [])
+        parts.append(comparison.gain(*fits))
+        reason = comparison.nothing_to_gain(*fits)
+        evidence.append(f"ResNet-{shallow} above ResNet-{deep}: {comparison}" + (f" ({reason})" if reason else ""))
     if missing := [str(depth) for depth in (34, *DEPTHS[3]) if depth not in depths]:
         parts.append("inconclusive")
         evidence.append(f"not there: {', '.join(missing)} layers")

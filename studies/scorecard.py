@@ -30,13 +30,21 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import studies
 from resprobe.claims import VERDICTS, Claim
-from resprobe.commands import EXPECTED, Parser, answer, called_as, ended_like_interrupted, notes_on_one_line
+from resprobe.commands import (
+    EXPECTED,
+    Parser,
+    answer,
+    called_as,
+    ended_like_interrupted,
+    notes_on_one_line,
+    readable_output,
+)
 from resprobe.errors import UsageError, not_accepted, one_line
 from resprobe.options import offered
 from resprobe.study import Study
@@ -143,6 +151,10 @@ def _read(file: Path) -> list[Row]:
     record = json.loads(file.read_text())
     config, rows = record["config"], []
     trained = config["seconds_of_training"] > 0
+    # An audit rests on no data and no seeds, whatever its options hold.
+    of = [config["options"]["data"].partition(":")[0]] if trained else []
+    of += [f"{name} {value}" for name, value in config.get("built_of", {}).items()]
+    of += config["options"].get("recipe", [])
     for said in record["claims"]:
         if said["verdict"] not in VERDICTS:
             raise not_accepted("verdict", said["verdict"], VERDICTS)
@@ -154,8 +166,7 @@ def _read(file: Path) -> list[Row]:
                 said["measured"],
                 said["evidence"],
                 record["setting"],
-                # An audit rests on no data and no seeds, whatever its options hold.
-                data=config["options"]["data"].partition(":")[0] if trained else "",
+                data=", ".join(of),
                 seeds=len(config["options"]["seeds"]) if trained else None,
                 date=record["environment"]["date"],
                 command=config["command"],
@@ -357,6 +368,9 @@ def _in_a_process(function: Callable, *arguments: Any) -> Any:
     process.start()
     sender.close()
     try:
+        wait([receiver, process.sentinel])  # on Windows nothing may ever be heard of a process that has ended
+        if not receiver.poll():
+            raise EOFError
         result, error = receiver.recv()
     except EOFError:
         process.join()
@@ -375,6 +389,7 @@ def _answer(sender: Connection, function: Callable, arguments: Sequence[Any]) ->
     from resprobe.workers import end_with_parent
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    readable_output()
     try:
         with ended_like_interrupted():
             sender.send((function(*arguments), None))

@@ -104,15 +104,17 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
     better = rp.compare(errors["plain"], errors["A"])
     small = _compare_spread(errors)
-    word = rp.all_of([better.verdict, small.verdict])
-    evidence = [f"plain-{deep} against option A: {better}", f"half the gap to plain less the spread: {small}"]
+    word = rp.all_of([better.gain(), small.verdict])
+    evidence = [better.nothing_to_gain()] if better.nothing_to_gain() else []
+    evidence += [f"plain-{deep} against option A: {better}", f"half the gap to plain less the spread: {small}"]
     for depth in sorted(results.options.depths):
         for column, kind in (("test_error", "test"), ("train_error", "training")):
             spread, gap = _spread_and_gap(_errors(results, column, depth))
             evidence.append(f"{kind} error at {depth} layers: spread {spread:.2f}, gap to plain {gap:.2f} points")
     for one, other in itertools.pairwise(compared):  # "B is slightly better than A", "C is marginally better than B"
         evidence.append(f"{one} less {other} at {deep} layers: {rp.compare(errors[one], errors[other])}")
-    return [rp.Verdict(OPTIONS_HARDLY_DIFFER, word, measured, "; ".join(evidence))]
+    verdict = rp.Verdict(OPTIONS_HARDLY_DIFFER, word, measured, "; ".join(evidence))
+    return [rp.if_learned(verdict, *_errors(results, "train_error", deep).values())]
 
 
 def _errors(results: rp.Results, column: str, depth: int) -> dict[str, list[float]]:
@@ -136,14 +138,14 @@ def _spread_and_gap(errors: dict[str, list[float]]) -> tuple[float, float]:
 def _compare_spread(errors: dict[str, list[float]]) -> rp.Comparison:
     """Is half of the worst option's gap to plain above the spread among options?
 
-    The worst option's error is in both, so both are taken seed by seed and their difference is compared with 0, which
-    makes the test Student's for pairs. Best and worst are chosen by their means, which overstates the spread rather than
-    the gap: chance speaks against the claim.
+    The worst option's error is in both, so they are paired. Best and worst are chosen by their means, which overstates the
+    spread rather than the gap: chance speaks against the claim. So it fails only if half the gap is certainly the smaller, and
+    not already if it is not larger by a margin.
     """
     best, worst = _extremes(errors)
-    seeds = zip(errors["plain"], errors[worst], errors[best], strict=True)
-    excess = [SHARE * (plain - high) - (high - low) for plain, high, low in seeds]
-    return rp.compare(excess, 0.0)
+    gap = [SHARE * (plain - high) for plain, high in zip(errors["plain"], errors[worst], strict=True)]
+    spread = [high - low for high, low in zip(errors[worst], errors[best], strict=True)]
+    return rp.compare(gap, spread, margin=0.0, paired=True)
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:

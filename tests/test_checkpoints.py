@@ -375,3 +375,43 @@ def test_what_a_checkpoint_keeps_is_what_torch_reads_back(value, kind, tmp_path)
     save_checkpoint(tmp_path / "checkpoint.pt", {"value": value})
     with contextlib.nullcontext() if not kind else pytest.warns(UserWarning, match="is damaged and was passed over"):
         assert (load_checkpoint(tmp_path / "checkpoint.pt") is None) == bool(kind)
+
+
+@pytest.mark.parametrize("times", [2, 10_000])
+def test_a_file_that_windows_holds_for_a_moment_is_replaced_all_the_same(tmp_path, monkeypatch, times):
+    from resprobe import checkpoints
+
+    file, replace, refused = tmp_path / "kept", os.replace, []
+    write_atomically(file, b"old")
+
+    def held(source, target):
+        refused.append(target)
+        if len(refused) <= times:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(checkpoints, "_WINDOWS", True)
+    monkeypatch.setattr(checkpoints, "_PATIENCE", 0.2)
+    if times == 2:
+        write_atomically(file, b"new")
+        assert (file.read_bytes(), len(refused)) == (b"new", 3)
+        return
+    with pytest.raises(StorageError, match="Permission denied; nothing was half-written"):
+        write_atomically(file, b"new")
+    assert file.read_bytes() == b"old" and len(refused) > 2
+    refused.clear()
+    monkeypatch.setattr(checkpoints, "_WINDOWS", False)
+    with pytest.raises(StorageError):
+        write_atomically(file, b"new")
+    assert len(refused) == 1  # elsewhere it means what it says
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells of maps on Linux alone")
+def test_what_is_read_of_a_run_leaves_its_file_alone(tmp_path):
+    from resprobe.checkpoints import read_tensors, write_tensors
+
+    write_tensors(tmp_path / "network.safetensors", {"a": torch.ones(3)})
+    tensors = read_tensors(tmp_path / "network.safetensors")
+    assert tensors["a"].tolist() == [1.0, 1.0, 1.0]
+    assert "network.safetensors" not in Path("/proc/self/maps").read_text()

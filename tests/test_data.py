@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import re
 import shutil
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.error import URLError
 
 import numpy as np
@@ -501,6 +503,20 @@ class TestFolder:
         few = torch.cat([pixels for part in parts for pixels, _ in part.views(8)])  # 20 each: without
         assert torch.equal(many, few)
 
+    def test_hidden_entries_are_none_of_the_users(self, small):
+        """As macOS leaves on foreign disks, and notebooks beside them."""
+        data = rp.load_data(f"folder:{small}")
+        (small / "train" / ".ipynb_checkpoints").mkdir()
+        (small / "train" / "dog" / "._1.png").write_bytes(b"\0\5\x16\7")
+        again = rp.load_data(f"folder:{small}")
+        assert (again.identity, again.classes, len(again.train)) == (data.identity, data.classes, len(data.train))
+
+    def test_files_come_in_the_same_order_on_all_systems(self):
+        for kind in PurePosixPath, PureWindowsPath:
+            files = [kind("train/b/1.png"), kind("train/C/1.png"), kind("train/C-1/1.png"), kind("train/a/1.png")]
+            names = [file.as_posix() for file in sorted(files, key=folder._in_order)]
+            assert names == ["train/C/1.png", "train/C-1/1.png", "train/a/1.png", "train/b/1.png"]
+
     def test_test_folder_will_do_for_val(self, small):
         (small / "val").rename(small / "test")
         assert len(rp.load_data(f"folder:{small}").test) == 3
@@ -952,3 +968,24 @@ class TestRealCifar:
             f"cifar10 in {folder} is incomplete or damaged (a file is missing or its MD5 differs); "
             "unpack cifar-10-python.tar.gz there again"
         )
+
+
+UNGUARDED = """
+import dataclasses
+import multiprocessing
+
+multiprocessing.set_start_method("spawn", force=True)  # as on Windows and macOS
+import resprobe as rp
+
+recipe = dataclasses.replace(rp.recipes.imagenet_paper(2), batch_size=8, crop=32, scale=(32, 40))
+rp.train("cifar/resnet-8", "folder:images", recipe, runs="runs", device="cpu", progress=False)
+"""
+
+
+def test_a_script_that_trains_where_it_is_imported_does_not_wait_for_itself(tmp_path):
+    """Processes that read images import the script, and would wait for the run that waits for them."""
+    write_images(tmp_path / "images", {f"{name}/{index}.png": (70, 70) for name in "ab" for index in range(20)})
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "the script trains wherever it is imported" in done.stderr

@@ -743,8 +743,11 @@ def test_a_probe_that_is_not_there_is_said_before_the_training(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("failing", "hint"),
     [
-        (lambda config: config.seed == 1, ", or reports without the failed ones with --seeds 0 2\n"),
-        (lambda config: config.network.depth == 8, ", or reports without the failed ones with --depths 14\n"),
+        (lambda config: config.seed == 1, ", or reports without the failed ones, and says so, with --seeds 0 2\n"),
+        (
+            lambda config: config.network.depth == 8,
+            ", or reports without the failed ones, and says so, with --depths 14\n",
+        ),
         (lambda config: config.network.depth == 8 + 6 * config.seed, "tries them again from there\n"),
     ],
     ids=["seed", "depth", "neither"],
@@ -762,6 +765,42 @@ def test_after_failures_the_line_says_how_to_have_the_rest(failing, hint, tmp_pa
     seeds = ["0", "1", "2"] if "seeds" in hint or "depths" in hint else ["0", "1"]
     assert study.main(["--depths", "8", "14", "--seeds", *seeds, "--iterations", "4", "--concurrency", "1"]) == 1
     assert capsys.readouterr().err.endswith(hint)
+
+
+def test_a_report_says_of_which_seeds_a_training_diverged(tmp_path, monkeypatch, capsys):
+    from resprobe.training import Training
+
+    monkeypatch.chdir(tmp_path)
+    small = ["--depths", "8", "14", "--iterations", "4", "--concurrency", "1", "--device", "cpu", "--precision", "fp32"]
+    run = Training.run
+
+    def diverges(training, *rest):
+        if training.seed == 1 and training.network.depth == 8:
+            raise TrainingDiverged("the loss is not finite at iteration 3")
+        run(training, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Training, "run", diverges)
+        assert study.main([*small, "--seeds", "0", "1"]) == 1
+    assert "and says so, with --seeds 0\n" in capsys.readouterr().err
+    assert sum(1 for _ in Path("runs").glob("*/diverged.txt")) == 2
+    assert study.main([*small, "--seeds", "0", "2"]) == 0
+    record = json.loads(Path("results/degradation/verdict.json").read_text())
+    assert record["config"]["left_out"] == {"cifar/plain-8": [1], "cifar/resnet-8": [1]}
+    said = "Left out are trainings that diverged (cifar/plain-8, seeds 1; cifar/resnet-8, seeds 1)"
+    assert said in Path("results/degradation/report.md").read_text()
+    assert (
+        study.main([*small, "--seeds", "0", "2", "--recipe", "momentum=0"]) == 0
+    )  # of another recipe nothing diverged
+    assert json.loads(Path("results/degradation/verdict.json").read_text())["config"]["left_out"] == {}
+    assert study.main([*small, "--seeds", "0", "1"]) == 0  # and now it comes through
+    assert json.loads(Path("results/degradation/verdict.json").read_text())["config"]["left_out"] == {}
+    assert not list(Path("runs").glob("*/diverged.txt"))
+
+
+def test_networks_that_learn_nothing_refute_nothing():
+    guessing = {(kind, depth): [89.9, 90.0, 90.1] for kind in ("plain", "residual") for depth in (20, 56)}
+    assert {verdict.verdict for verdict in judge(results(guessing))} == {"inconclusive"}
 
 
 def test_the_setting_is_the_presets_only_if_what_is_measured_is():

@@ -551,3 +551,14 @@ def test_what_is_handed_over_is_evaluated_as_it_was_trained(tmp_path):
     mine.normalization = nn.Identity()  # a part of the network that is called so
     rp.train(mine, "digits", recipe, device="cpu", progress=False)
     assert isinstance(mine.normalization, nn.Identity)
+
+
+def test_line_ends_are_no_part_of_a_source(tmp_path):
+    from resprobe.digests import files_digest
+
+    for folder, ends in ("here", b"\n"), ("there", b"\r\n"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_bytes(ends.join([b"import helper", b"x = 1", b""]))
+        (tmp_path / folder / "helper.py").write_bytes(ends.join([b"y = 2", b""]))
+    one, other = (files_digest("mine", tmp_path / folder / "mine.py") for folder in ("here", "there"))
+    assert one == other

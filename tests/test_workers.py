@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -125,3 +126,54 @@ def test_who_asked_may_leave(tmp_path, otherwise):
     assert not never.exists(), "what waits for its turn is not begun"
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_the_words_for_a_killed_process_need_no_name_of_the_signal(monkeypatch):
+    from resprobe.workers import _in_words
+
+    assert _in_words(-9) == "was killed (out of memory, perhaps)"
+    monkeypatch.delattr(signal, "SIGKILL")  # as on Windows
+    assert _in_words(-9) == "was killed (out of memory, perhaps)"
+    assert _in_words(1) == "ended with code 1"
+
+
+HALF_OPEN = """
+import multiprocessing, os
+from multiprocessing import connection, context
+
+kept = []
+
+
+def pipe(self, duplex=True):
+    ours, theirs = connection.Pipe(duplex)
+    kept.append(os.dup(theirs.fileno()))
+    return ours, theirs
+
+
+context.SpawnContext.Pipe = pipe
+if multiprocessing.current_process().name == "resprobe-worker":
+    os._exit({code})
+if __name__ == "__main__":
+    from resprobe.errors import UsageError
+    from resprobe.workers import side_by_side
+
+    try:
+        print(list(side_by_side(["task"], 1, print)))
+    except UsageError as error:
+        print("refused:", error)
+"""
+"""Keeps the other end of each connection, as Windows does until a new process takes it."""
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (76, "refused: the script trains wherever it is imported"),
+        (1, "[(0, 'again', 'its process ended with code 1'), (0, 'lost', 'its process ended with code 1')]"),
+    ],
+)
+def test_a_process_that_ends_before_it_has_its_connection_is_heard_of(code, said, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(HALF_OPEN.format(code=code))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith(said), done.stderr

@@ -153,7 +153,7 @@ def _flat(entries: Sequence[Mapping[str, Tensor]], what: str, needed: tuple[str,
         for name in ("boxes", "labels", *needed):
             if name not in entry:
                 raise rp.UsageError(f"{where} has no {name!r}; needed: {', '.join(('boxes', 'labels', *needed))}")
-        boxes = torch.as_tensor(entry["boxes"]).detach().double()
+        boxes = torch.as_tensor(entry["boxes"]).detach().cpu().double()  # Apple's GPUs have no float64
         boxes = boxes.reshape(0, 4) if boxes.numel() == 0 else boxes
         if boxes.ndim != 2 or boxes.shape[1] != 4:
             raise rp.UsageError(f"{where}['boxes'] must have shape [N, 4], not {list(boxes.shape)}")
@@ -163,7 +163,7 @@ def _flat(entries: Sequence[Mapping[str, Tensor]], what: str, needed: tuple[str,
         absent = {"scores": boxes.new_ones(len(boxes)), "area": (boxes[:, 2:] - boxes[:, :2]).prod(1)}
         for name in columns.keys() - {"boxes"}:
             value = entry[name] if name in entry else absent.get(name, boxes.new_zeros(len(boxes)))
-            value = torch.as_tensor(value).detach()
+            value = torch.as_tensor(value).detach().cpu()
             if value.shape != (len(boxes),):
                 raise rp.UsageError(
                     f"{where}[{name!r}] must have shape [{len(boxes)}], one for each box, not {list(value.shape)}"
@@ -172,7 +172,7 @@ def _flat(entries: Sequence[Mapping[str, Tensor]], what: str, needed: tuple[str,
                 raise rp.UsageError(f"{where}['labels'] must be whole numbers, not {value.dtype}")
             columns[name].append(value.long() if name == "labels" else value.double())
     flat = {
-        name: torch.cat(parts).cpu().numpy() if parts else np.empty((0, 4) if name == "boxes" else 0)
+        name: torch.cat(parts).numpy() if parts else np.empty((0, 4) if name == "boxes" else 0)
         for name, parts in columns.items()
     }
     image = np.repeat(np.arange(len(counts)), counts)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from resprobe.data.folder import FolderSet
 from resprobe.data.images import ImageSet, Normalization, generator
+from resprobe.devices import memory_format
 from resprobe.errors import UsageError
 from resprobe.recipes import Recipe
 
@@ -44,6 +45,7 @@ class TensorBatches:
         self.height, self.width = images.images.shape[-2:]
         self.labels = images.labels
         device = images.images.device
+        self.layout = memory_format(device)
         around = (self.pad,) * 4
         # [N, H + 2p, W + 2p, C]: with the channels last, gathering a crop reads whole pixels.
         self.padded = F.pad(images.images, around).permute(0, 2, 3, 1).contiguous()
@@ -72,7 +74,7 @@ class TensorBatches:
         rows, columns = rows[:, :, None], columns[:, None, :]
         pixels = self.padded[index[:, None, None], rows, columns].float()
         pixels = (pixels - self.mean[rows, columns]) * self.scale
-        return pixels.permute(0, 3, 1, 2), self.labels[index]
+        return pixels.permute(0, 3, 1, 2).contiguous(memory_format=self.layout), self.labels[index]
 
     def choices(self, iteration: int) -> Tensor:
         """What was drawn for the batch: int64 [batch_size, 4] of image, top, left, flipped."""

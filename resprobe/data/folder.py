@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resprobe.data.images import Data, ImageSet, Normalization, generator
-from resprobe.devices import cores
+from resprobe.devices import cores, memory_format
 from resprobe.errors import DamagedFile, UsageError, last_words
 from resprobe.recipes import Recipe
 
@@ -98,18 +98,21 @@ class FolderSet:
                 "augmentation (='pad-crop') needs images of one size in memory; these files are too large or differ in "
                 "size; accepted: scale-crop, none"
             )
+        pinned = device.type == "cuda"
         loader = DataLoader(
             _Crops(self, recipe),
             batch_sampler=_Positions(len(self), recipe, seed, start, part),
             num_workers=loader_processes(len(self)),
-            pin_memory=device.type == "cuda",
+            pin_memory=pinned,
             generator=torch.Generator(),  # else a resumed run's network would draw other random numbers
         )
         for crops, labels, light in _read_by(loader):
-            images = normalization(crops.to(device, non_blocking=True))
+            # From pinned memory alone: else Apple's GPUs may read what is not there any more (pytorch#189690).
+            crops, labels, light = (part.to(device, non_blocking=pinned) for part in (crops, labels, light))
+            images = normalization(crops)
             if recipe.colour == "pca":
-                images = images + light.to(device, non_blocking=True)[:, :, None, None] / normalization.std
-            yield images.contiguous(memory_format=torch.channels_last), labels.to(device, non_blocking=True)
+                images = images + light[:, :, None, None] / normalization.std
+            yield images.contiguous(memory_format=memory_format(device)), labels
 
     def in_memory(self) -> ImageSet:
         """All images as one tensor, for small images of one size. Raises `UsageError` if they are not."""
@@ -136,10 +139,10 @@ def open_folder(path: str | None) -> Data:
     for part in (train, test):
         if not part.is_dir():
             raise UsageError(f"data folder (={str(root)!r}) has no {part.name}/; expected train/ and val/ (or test/)")
-    classes = tuple(sorted(entry.name for entry in train.iterdir() if entry.is_dir()))
+    classes = tuple(sorted(entry.name for entry in _class_folders(train)))
     if not classes:
         raise UsageError(f"data folder (={str(train)!r}) has no class folders")
-    unknown = sorted({entry.name for entry in test.iterdir() if entry.is_dir()} - set(classes))
+    unknown = sorted({entry.name for entry in _class_folders(test)} - set(classes))
     if unknown:
         raise UsageError(f"{test} has classes that {train} has not: {', '.join(unknown[:5])}")
     parts = [_list_files(part, classes) for part in (train, test)]
@@ -158,9 +161,10 @@ def folder_identity(path: str | None) -> str:
     """A folder is what its files are: a digest of their relative paths and sizes. Where it stands does not matter."""
     root = _given(path)
     digest = hashlib.sha256()
-    classes = [entry for part in _parts(root) if part.is_dir() for entry in part.iterdir() if entry.is_dir()]
-    for file in sorted(file for each in classes for file in _images_in(each)):
-        digest.update(f"{file.relative_to(root)}\0{file.stat().st_size}\n".encode())
+    classes = [entry for part in _parts(root) if part.is_dir() for entry in _class_folders(part)]
+    files = {file.relative_to(root): file for each in classes for file in _images_in(each)}
+    for name in sorted(files, key=_in_order):
+        digest.update(f"{name.as_posix()}\0{files[name].stat().st_size}\n".encode())
     return f"folder:{digest.hexdigest()[:16]}"
 
 
@@ -175,8 +179,20 @@ def _parts(root: Path) -> tuple[Path, Path]:
     return root / "train", next((root / part for part in ("val", "test") if (root / part).is_dir()), root / "val")
 
 
+def _class_folders(part: Path) -> list[Path]:
+    """Without hidden ones, of notebooks say, which are none of the user's classes."""
+    return [entry for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+
+
 def _images_in(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS)
+    """Without hidden files, which macOS puts beside others on foreign disks."""
+    files = [path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
+    return sorted(files, key=_in_order)
+
+
+def _in_order(path: PurePath) -> tuple[str, ...]:
+    """The same on all systems: Windows' own order of paths knows no capitals."""
+    return path.parts
 
 
 def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:
