@@ -192,12 +192,15 @@ class Attribution(rp.Probe):
         self._network = network
         yield _Release(self)  # there is nothing to hook, but to be attached twice is refused all the same
 
+    def lacks(self) -> str:
+        if self.images is not None:
+            return ""
+        return (
+            "images to explain: in Python probes=[plugins.attribution.Attribution(images, targets)]; "
+            "studies.branch_contribution explains trained networks"
+        )
+
     def after_backward(self, network: nn.Module, iteration: int) -> None:
-        if self.images is None:
-            raise rp.UsageError(
-                "attribution in a training needs images to explain: "
-                "probes=[plugins.attribution.Attribution(images, targets)]"
-            )
         self._explain(self.images, self.targets, iteration)
 
     def explain(self, images: Tensor, targets: Tensor | int | None = None) -> pandas.DataFrame:

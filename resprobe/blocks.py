@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from resprobe.errors import UsageError, check_whole, one_line
+from resprobe.errors import UsageError, check_whole, one_line, short
 from resprobe.layers import Layers
 from resprobe.modes import evaluation_mode
 from resprobe.randomness import keeping_random_state
@@ -53,7 +53,10 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.out_channels, self.stride = in_channels, width * self.expansion, stride
-        self.branch = self.make_branch(in_channels, width, stride, layers)
+        branch = self.make_branch(in_channels, width, stride, layers)
+        if not isinstance(branch, nn.Module):
+            raise UsageError(f"{type(self).__name__}: make_branch must return a torch.nn.Module, not {short(branch)}")
+        self.branch = branch
         self.shortcut = SHORTCUTS[shortcut](in_channels, self.out_channels, stride, layers)
         # A gated shortcut scales the branch too; it says so here, and the sum below stays the sum.
         gate_branch = getattr(self.shortcut, "gate_branch", None)

@@ -61,6 +61,10 @@ def load_plugin(where: str) -> ModuleType:
         return module
     except UsageError:
         raise
+    except SystemExit as error:
+        raise UsageError(
+            f"plugin (={where!r}) does not import: it ends the program (sys.exit({error.code!r}))"
+        ) from error
     except Exception as error:
         raise UsageError(f"plugin (={where!r}) does not import: {one_line(error, named=True)}") from error
 

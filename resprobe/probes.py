@@ -185,6 +185,10 @@ class Probe:
         told = (as_text(type(self)), self._made_with, as_text(self.schedule))
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
+    def lacks(self) -> str:
+        """What this probe would need to watch a training, and has not; nothing if it can. Asked before a training begins."""
+        return ""
+
     def hook(self, network: nn.Module) -> Iterable[RemovableHandle]:
         """Registers hooks on `network` and returns their handles; raises `UsageError` for what it cannot measure."""
         return ()
@@ -233,6 +237,13 @@ class Probe:
         """Removes every hook. What was measured stays."""
         while self._handles:
             self._handles.pop().remove()
+
+
+def check_watches(probe: Probe) -> Probe:
+    """The probe; raises `UsageError` for one that cannot watch a training."""
+    if lacking := probe.lacks():
+        raise UsageError(f"probe (={probe.name!r}) cannot watch a training without {lacking}")
+    return probe
 
 
 PROBES: Registry[Callable[[], Probe]] = Registry("probe")

@@ -230,6 +230,8 @@ def cifar_paper(iterations: int = 64_000, *, depth: int | None = None) -> Recipe
 
     `depth` ≥ 110 adds the warm-up that the paper needed there: 0.01 until the training error is below 80 %.
     """
+    if depth is not None:
+        check_whole("depth", plain(depth), 1)
     deep = depth is not None and depth >= WARM_UP_FROM
     return Recipe("cifar-paper", warm_up_rate=0.01 if deep else None).with_iterations(iterations)
 
@@ -317,5 +319,14 @@ def departures(recipe: Recipe, paper: Recipe | None = None) -> list[str]:
     ignored = {"name", "iterations", "window", "evaluations"}
     for name, value in ours.items():
         if name not in ignored and value != followed[name]:
-            found.append(f"{name.replace('_', ' ')}: {value} instead of {followed[name]}")
+            found.append(f"{name.replace('_', ' ')}: {_in_words(value)} instead of {_in_words(followed[name])}")
     return found
+
+
+def _in_words(value: object) -> str:
+    """A field's value as a reader knows it."""
+    if isinstance(value, tuple):
+        return ", ".join(map(_in_words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value:,}" if isinstance(value, int) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ _NAME = re.compile(r"[^\W_][\w./+-]*")
 """What stands as it is on a command line, in a name of a file, in a table of Markdown and in a figure's text."""
 
 
+OF_YOURS = "one of yours comes with --plugin FILE, or rp.load_plugin(FILE)"
+_registries: list[Registry[Any]] = []
+
+
 class Registry(Generic[T]):
     """Names for things of one kind.
 
@@ -35,10 +40,15 @@ class Registry(Generic[T]):
     def __init__(self, kind: str):
         self.kind = kind
         self._things: dict[str, _Entry[T]] = {}
+        _registries.append(self)
 
     def register(self, name: str, about: Any = None) -> Callable[[T], T]:
         """Decorator that files a class or function under `name`, with what else belongs to that name. Raises `UsageError` if the
         name is taken."""
+        if isinstance(name, type) or inspect.isfunction(name):  # the decorator's own parentheses are forgotten
+            raise UsageError(
+                f'{self.kind} {name.__name__} needs a name: register it by a decorator with one, ("name") behind it'
+            )
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UsageError(
                 f"{self.kind} name (={name!r}) must begin with a letter or digit, and be of letters, digits and _ . / + -"
@@ -66,8 +76,7 @@ class Registry(Generic[T]):
         if name not in self._things:
             _load_installed_plugins()
         if name not in self._things:
-            yours = "one of yours comes with --plugin FILE, or rp.load_plugin(FILE)"
-            raise not_accepted(self.kind, name, self.names(), otherwise=yours)
+            raise not_accepted(self.kind, name, self.names(), otherwise=OF_YOURS)
         return self._things[name].thing
 
     def __contains__(self, name: object) -> bool:
@@ -118,6 +127,12 @@ class Registry(Generic[T]):
         """
         thing = self[name]  # looked for in plugins, or refused
         return source_digest(thing) if typed_in(thing) else self._things[name].source
+
+
+def registered(module: str | None = None) -> set[tuple[str, str]]:
+    """Kind and name of all that is registered so far, or of what a module or package registers."""
+    names = ((each, each._things if module is None else each.names_of(module)) for each in _registries)
+    return {(registry.kind, name) for registry, there in names for name in there}
 
 
 def _same_definition(one: object, other: object) -> bool:

@@ -37,7 +37,7 @@ from resprobe.environment import environment
 from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, nearest, plain, short
 from resprobe.keeping import DIVERGED, UNFINISHED, Keeper, Kept, failures_kept, read_table, write_table
 from resprobe.networks import NetworkSpec, Option, build, check_fit, made_of, resolve
-from resprobe.probes import PROBES, Probe, make_probe
+from resprobe.probes import PROBES, Probe, check_watches, make_probe
 from resprobe.randomness import seeded
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.registry import Registry
@@ -160,9 +160,13 @@ class RunStore:
     """A folder of runs. `writes`: whether any are to be kept there, or those that are there looked for alone."""
 
     def __init__(self, root: str | Path, *, writes: bool = True):
-        self.root = Path(root).expanduser()
+        if not str(root):
+            raise UsageError("runs (='') must name a folder")
+        self.root, self._told = Path(root).expanduser(), set[Path]()
         if writes:
             check_writable(self.root, "runs")
+        elif not next(there for there in (self.root, *self.root.absolute().parents) if there.exists()).is_dir():
+            raise UsageError(f"runs (={str(root)!r}) cannot be a folder: it is, or would be in, a file")
 
     def folder(self, config: Kept) -> Path:
         """Where a run is, or would be."""
@@ -196,7 +200,9 @@ class RunStore:
         except OSError as error:  # of a disk that is away for a moment: no reason to train a finished run again
             raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"the result in {path} is damaged ({error}); the run is made again")
+            if path not in self._told:  # each time that a command asks for it
+                self._told.add(path)
+                warnings.warn(f"the result in {path} is damaged ({error}); the run is made again")
             return None
         return Run(config, metrics, history, tables, path)
 
@@ -398,7 +404,7 @@ def train_as(
 
 def _made(probes: Sequence[str | Probe]) -> list[Probe]:
     """The probes, made where they are given by name. Raises `UsageError` unless each has a name of its own."""
-    made = [make_probe(probe) for probe in probes]
+    made = [check_watches(make_probe(probe)) for probe in probes]
     names = [probe.name for probe in made]
     if len(set(names)) < len(names) or "" in names:
         raise UsageError(f"probes ({', '.join(map(repr, names))}) must have a name each, and each its own")

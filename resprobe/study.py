@@ -295,12 +295,20 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, t
     from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
     from resprobe.distributed import join, team
     from resprobe.extensions import load_plugin
+    from resprobe.registry import registered
     from resprobe.runs import RunStore
     from resprobe.steps import resolve_step
     from resprobe.sweep import parse_concurrency
 
     prepare_cpu()
-    plugins = {plugin: load_plugin(plugin).__name__ for plugin in options.plugin}
+    plugins = {}
+    for plugin in options.plugin:
+        before = registered()
+        plugins[plugin] = load_plugin(plugin).__name__
+        if registered() == before and not registered(plugins[plugin]) and team().first:
+            # At once, since what it lacks may be what is asked for.
+            text = f'{plugin} registers nothing; a block is registered by @rp.register_block("name") above its class'
+            print(f"note: {text}", file=sys.stderr, flush=True)
     concurrency = parse_concurrency(options.concurrency)
     device = join(resolve_device(options.device)) if cluster is None else cluster.device
     precision = resolve_precision(options.precision, device)
@@ -427,9 +435,11 @@ def _planned(study: Study, options: Options) -> tuple[Sequence[Planned], dict[st
     """The networks that a study asks for, and what is changed of their recipes. What can be wrong with the options is said here,
     before data are looked for."""
     from resprobe.networks import check_family, resolve
-    from resprobe.probes import make_probe
+    from resprobe.probes import check_watches, make_probe
     from resprobe.recipes import parse_changes
+    from resprobe.registry import OF_YOURS
     from resprobe.runs import check_seed
+    from resprobe.shortcuts import SHORTCUTS
 
     for name in ("depths", "seeds"):
         values = getattr(options, name)
@@ -438,7 +448,11 @@ def _planned(study: Study, options: Options) -> tuple[Sequence[Planned], dict[st
     for seed in options.seeds:
         check_seed(seed)
     for name in options.probe:
-        make_probe(name)
+        check_watches(make_probe(name))
+    for shortcut in (options.shortcut, *getattr(options, "shortcuts", ())):
+        if shortcut not in SHORTCUTS:
+            residual = [name for name in SHORTCUTS.names() if name != "none"]
+            raise not_accepted("shortcut", shortcut, residual, OF_YOURS)
     changes = parse_changes(options.recipe)
     planned = study.plan(options)
     if options.probe and not planned:
@@ -540,7 +554,7 @@ def _replaced(study: Study, options: Options) -> Iterator[str]:
             **{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         )
         if record["study"] != study.name or theirs.measured() != options.measured():
-            yield f"{options.out} holds the report of `{made['command']}`, which this one replaces; --out keeps both"
+            yield f"{options.out} holds the report of `{made['command']}`, which this one is going to replace; --out keeps both"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it cannot be read
         return
 

@@ -464,15 +464,21 @@ def _start(
 
 
 def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """What runs' networks are called, by the runs' keys: their names, and options in which networks of one name differ."""
-    options: dict[str, list[dict[str, Any]]] = {}
+    """What runs' networks are called, by the runs' keys: their names, and in what networks of one name differ: options, the
+    recipe, and whether they were trained before."""
+    alike: dict[str, list[RunConfig]] = {}
     for config in configs:
-        options.setdefault(config.network.name, []).append(dict(config.network.options))
+        alike.setdefault(config.network.name, []).append(config)
     names = {}
     for config in configs:
-        others = options[config.network.name]
-        differ = [name for name, value in config.network.options if any(other.get(name) != value for other in others)]
+        others = alike[config.network.name]
+        options = [dict(other.network.options) for other in others]
+        differ = [name for name, value in config.network.options if any(other.get(name) != value for other in options)]
         said = "".join(f", {name} {config.network.get(name)}" for name in differ)
+        if len({other.recipe.name for other in others}) > 1:
+            said += f", {config.recipe.name}"
+        if config.start is not None and any(other.start is None for other in others):
+            said += ", trained on"
         names[config.key] = f"{config.network.name}{said}"
     return names
 

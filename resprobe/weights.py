@@ -165,9 +165,8 @@ def _kind_by_name(path: Path) -> str:
 def check_weights_there(path: Path, there: bool) -> None:
     """Raises `UsageError` for a file of weights that is not there."""
     if not there:
-        raise UsageError(
-            f"weights (={str(path)!r}) are not there; accepted: .pth, .th, .pt, .safetensors, a run's folder"
-        )
+        what = "are not in that folder" if path.is_dir() else "are not there"
+        raise UsageError(f"weights (={str(path)!r}) {what}; accepted: .pth, .th, .pt, .safetensors, a run's folder")
 
 
 def _run_spec(path: Path) -> NetworkSpec | None:
@@ -215,10 +214,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"weights (={str(path)!r}) cannot be read without running code: they hold more than tensors (a whole module, say), "
             "or are damaged; a file of network.state_dict() is read"
         ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UsageError(
-            f"weights (={str(path)!r}) cannot be read without running code: {one_line(error)[:200]}"
-        ) from error
+    except OSError as error:
+        raise UsageError(f"weights (={str(path)!r}) cannot be read: {error.strerror or error}") from error
     except Exception as error:  # safetensors has an exception of its own; of what is no file of weights, torch has any
         raise UsageError(
             f"weights (={str(path)!r}) are damaged, or no file of weights: {one_line(error, named=True)[:200]}"

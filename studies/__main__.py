@@ -53,7 +53,7 @@ def _list(arguments: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=Path("results"), help="where reports are (default: results)")
     parser.add_argument("--version", action="version", version=f"resprobe {resprobe.__version__}")
     results = parser.parse(arguments).results
-    if results.exists() and not results.is_dir():
+    if not results.is_dir() and (results.exists() or results != Path("results")):
         raise UsageError(f"--results (={str(results)!r}) is not a folder")
     found, broken = find_studies()
     rows = gather(found, results)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -170,8 +171,10 @@ def _check(options: Options) -> None:
         raise rp.UsageError(f"weights (={' '.join(options.weights)}) must be two files, one for each of backbones")
     for name, least in (("width", 1), ("side", 1), ("detection_iterations", 0)):
         rp.check_whole(name, getattr(options, name), least)
-    if options.scales and min(options.scales) < 1:
-        raise rp.UsageError(f"scales (={' '.join(map(str, options.scales))}) must be shorter sides ≥ 1")
+    if options.scales and (min(options.scales) < 1 or len(set(options.scales)) < len(options.scales)):
+        raise rp.UsageError(f"scales (={' '.join(map(str, options.scales))}) must be shorter sides ≥ 1, each once")
+    if not 0 <= options.detection_rate < math.inf:
+        raise rp.UsageError(f"detection_rate (={options.detection_rate}) must be above 0, or 0 for the schedule's own")
     _read.cache_clear()  # files may have changed since another study of this process
     # What is wrong with the detectors is said before their backbones are trained.
     data, _ = _read(options.detection), recipe_of(options)
@@ -441,7 +444,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 
 def _untested(claim: rp.Claim, needs: str) -> rp.Verdict:
-    return rp.Verdict(claim, "not tested", "nothing", f"needs {needs}")
+    return rp.Verdict(claim, "not tested", f"nothing: it needs {needs}", f"needs {needs}")
 
 
 def _gain(results: rp.Results, claim: rp.Claim, column: str) -> rp.Verdict:

@@ -439,6 +439,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(options: argparse.Namespace) -> int:
     known, failed = find_studies()
+    if not options.dry_run:
+        from resprobe.checkpoints import check_writable
+
+        check_writable(options.out, "out")
     if commands := _commands(options, known, failed):
         failed |= run_studies(commands, dry_run=options.dry_run)
     if not options.dry_run:
@@ -508,6 +512,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError("--data is for --run paper; the quick presets run on embedded data")
     if options.run is None and options.results != Path("results") and not options.results.is_dir():
         raise UsageError(f"--results (={str(options.results)!r}) is not a folder")
+    if options.run is None and options.runs != Path("runs"):
+        raise UsageError("--runs says where runs are kept; it needs --run quick or --run paper")
     options.out = options.out or options.results / "scorecard"
     return options
 

@@ -112,6 +112,8 @@ def _network(options: Options, data: rp.Data) -> tuple[str, dict]:
     else:
         usual = "imagenet/resnet-18" if data.test.images.shape[-1] > 32 else "cifar/resnet-20"
     chosen = {"width": options.width} if options.width else {}
+    if options.network and options.width == study.presets["quick"].width:  # which a stranger's need not have
+        chosen = {} if "width" not in dict(rp.networks.resolve(options.network).options) else chosen
     return options.network or usual, chosen | ({"stride_in": options.stride_in} if options.stride_in != "1x1" else {})
 
 

@@ -116,7 +116,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def _starts_late(results: rp.Results) -> rp.Verdict:
     warm, cold = (_seeds(results, start, "for_good_epochs") for start in (WARM, COLD))
-    measured = f"iterations until below {STARTED:g} % for good: " + ", ".join(
+    measured = f"ResNet-{results.options.depth}, iterations until below {STARTED:g} % for good: " + ", ".join(
         f"{_in_words(_seeds(results, start, 'for_good'))} {start}" for start in (COLD, WARM)
     )
     if _never(cold) or _never(warm):
@@ -134,7 +134,7 @@ def _starts_late(results: rp.Results) -> rp.Verdict:
 
 def _is_short(results: rp.Results) -> rp.Verdict:
     lasted = _seeds(results, WARM, "below_80")
-    measured = f"iterations until below 80 %: {_in_words(lasted)}"
+    measured = f"ResNet-{results.options.depth}, iterations until below 80 %: {_in_words(lasted)}"
     if results.options.data_name != "cifar10":
         reason = "the paper's number is of CIFAR-10 and says nothing of other data"
         return rp.Verdict(WARM_UP_IS_SHORT, "not tested", measured, reason)
@@ -158,7 +158,7 @@ def _ends_similar(results: rp.Results) -> rp.Verdict:
     verdict = rp.Verdict(
         ENDS_SIMILAR,
         apart.similar,
-        f"test error {rp.mean_std(cold)} % {COLD}, {rp.mean_std(warm)} % {WARM}",
+        f"test error of ResNet-{results.options.depth} {rp.mean_std(cold)} % {COLD}, {rp.mean_std(warm)} % {WARM}",
         f"without against with the warm-up: {apart.said(p=False)}; similar would be both limits within ±{SIMILAR} points. "
         f"Training error: {training}",
     )

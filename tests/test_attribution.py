@@ -614,12 +614,14 @@ def test_the_table_is_saved_with_the_run(tmp_path):
     pandas.testing.assert_frame_equal(found, table, check_exact=True)
 
 
-def test_a_training_needs_images():
+def test_a_training_needs_images(tmp_path):
     with pytest.raises(rp.UsageError) as caught:
-        training(probes=[Attribution()]).run()
+        rp.train("cifar/resnet-8", "digits", probes=["attribution"], runs=tmp_path / "runs")
     assert str(caught.value) == (
-        "attribution in a training needs images to explain: probes=[plugins.attribution.Attribution(images, targets)]"
+        "probe (='attribution') cannot watch a training without images to explain: in Python "
+        "probes=[plugins.attribution.Attribution(images, targets)]; studies.branch_contribution explains trained networks"
     )
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- compiled and distributed ------------------------------------------------------------------------------------

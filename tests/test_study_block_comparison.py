@@ -75,6 +75,15 @@ def test_an_advantage_too_small_to_count_is_excluded_or_left_open():
     assert verdict({key: errors[:1] for key, errors in BETTER.items()}).verdict == "inconclusive"
 
 
+def test_where_the_other_hardly_errs_there_is_nothing_to_gain():
+    hardly = {key: [error / 100 for error in seeds] for key, seeds in BETTER.items()} | {
+        ("basic", 56): [0.06, 0.07, 0.05]
+    }
+    found = verdict(hardly | {("mine", 20): [1.1, 1.2, 1.3], ("basic", 20): [1.1, 1.2, 1.3]})
+    assert found.verdict == "not tested" and found.evidence.startswith("test error, basic less mine")
+    assert found.evidence.split("; ")[1] == "0.06 points of error leave no gain of 0.5 points to be refuted"
+
+
 def test_beside_several_blocks_it_must_err_less_than_each():
     found = verdict(BETTER | THIRD)
     assert (

@@ -54,6 +54,14 @@ def test_a_plain_network_that_is_no_later_refutes_it():
     assert verdict({"plain": [SLOW] * 3, "residual": [soon_slow] * 3}).verdict == "fails"
 
 
+def test_how_late_a_residual_network_is_that_never_arrives_is_not_known():
+    """It counts as a window after the end, which is the least that it can be."""
+    found = verdict({"plain": [NEVER] * 5, "residual": [FAST] * 4 + [NEVER]}, errors=(50, 20))
+    assert found.verdict == "inconclusive"
+    assert "residual networks that do not reach 20 %: 1" in found.evidence
+    assert verdict({"plain": [FAST] * 3, "residual": [NEVER] * 3}).verdict == "fails"
+
+
 def test_noise_and_one_seed_are_inconclusive():
     assert verdict({"plain": [SLOW, FAST, SLOW], "residual": [FAST, SLOW, FAST]}).verdict == "inconclusive"
     assert verdict({kind: seeds[:1] for kind, seeds in PAPER_LIKE.items()}).verdict == "inconclusive"

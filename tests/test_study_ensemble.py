@@ -37,7 +37,10 @@ def results(ensembles: list[float], singles=(8.75, 7.51, 6.97), depths=(20, 32, 
         if len(depths) > 1:
             row("all", depths, seeds, min(ensembles) - 0.2, [sum(singles) / len(singles)] * len(seeds) * len(depths))
     options = rp.Options(depths=depths, seeds=tuple(seeds))
-    return rp.Results(options, pandas.DataFrame(), pandas.DataFrame(), [], measurements=pandas.DataFrame(rows))
+    trained = pandas.DataFrame(
+        [{"depth": depth, "seed": seed, "train_error": 1.0} for depth in depths for seed in seeds]
+    )
+    return rp.Results(options, trained, pandas.DataFrame(), [], measurements=pandas.DataFrame(rows))
 
 
 def verdict(*arguments, **changes) -> rp.Verdict:
@@ -58,6 +61,12 @@ def test_ensembles_better_than_their_members_confirm_the_claim():
 
 def test_ensembles_no_better_than_their_members_refute_it():
     assert verdict([7.8, 7.7, 7.9]).verdict == "fails"
+
+
+def test_where_members_hardly_err_no_gain_is_no_refutation():
+    found = verdict([0.28, 0.28, 0.27], singles=(0.3, 0.28, 0.26), noise=0.01)
+    assert found.verdict == "not tested"
+    assert found.evidence.startswith("0.28 points of error leave no gain of 0.5 points to be refuted")
 
 
 def test_a_gain_below_half_a_point_is_not_denied_for_want_of_size():

@@ -63,6 +63,22 @@ def test_options_that_differ_as_much_as_they_gain_refute_it():
     assert found.verdict == "fails"
 
 
+def test_alike_options_and_a_small_gap_are_left_open():
+    """Half the gap, 0.25 points, is not larger than the spread by half a point, nor is it smaller."""
+    alike = {("A", 56): [25.1, 25.0, 24.9], ("B", 56): [25.0, 25.1, 24.9], ("C", 56): [24.9, 25.0, 25.1]}
+    found = verdict(TABLE_3 | alike | {("plain", 56): [25.5, 25.6, 25.4]})
+    assert found.verdict == "inconclusive"
+    assert "paired t test" in found.evidence and "n = 3 pairs" in found.evidence
+
+
+def test_where_plain_networks_hardly_err_there_is_nothing_to_gain():
+    found = verdict(
+        {key: [error / 100 for error in seeds] for key, seeds in TABLE_3.items()} | {("plain", 56): [0.3, 0.2, 0.3]}
+    )
+    assert found.verdict == "inconclusive"
+    assert found.evidence.startswith("0.27 points of error leave no gain of 0.5 points to be refuted")
+
+
 def test_a_worse_projection_counts_as_a_spread_too():
     assert verdict(TABLE_3 | {("C", 56): [28.0, 28.1, 27.9]}).verdict == "fails"
 

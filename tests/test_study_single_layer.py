@@ -46,6 +46,17 @@ def test_an_advantage_that_is_excluded_confirms_the_claim():
     )
 
 
+@pytest.mark.parametrize("control", [[9.0, 9.1, 8.9], [5.0, 9.5, 8.0], None], ids=["none", "uncertain", "not there"])
+def test_without_an_advantage_of_two_layers_that_of_one_says_nothing(control):
+    errors = NO_ADVANTAGE | {("basic", "residual", 20): control}
+    if control is None:
+        errors = {key: seeds for key, seeds in NO_ADVANTAGE.items() if key[0] != "basic"}
+    found = verdict(errors)
+    assert found.verdict == "inconclusive"
+    assert found.evidence.startswith("without a certain advantage of two-layer blocks")
+    assert verdict(errors | {("single", "residual", 20): [8.0, 8.1, 7.9]}).verdict == "fails"
+
+
 def test_an_advantage_refutes_it():
     assert verdict(NO_ADVANTAGE | {("single", "residual", 20): [8.0, 8.1, 7.9]}).verdict == "fails"
 

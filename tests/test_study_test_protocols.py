@@ -43,12 +43,21 @@ def test_the_papers_order_confirms_the_claim():
     assert found.measured.startswith("test error: single-view 24.")
     assert "single-view above ten-crop: +1.8" in found.evidence
     assert "ten-crop above multi-scale: +2.1" in found.evidence
-    assert "paired t-test" in found.evidence and "over 20 parts of the test images" in found.evidence
+    assert "paired t test" in found.evidence and "over 20 parts of the test images" in found.evidence
 
 
 @pytest.mark.parametrize("change", [{"ten-crop": 24.9}, {"multi-scale": 22.9}])
 def test_a_broken_order_refutes_it(change):
     assert verdict(LIKE_THE_PAPER | change).verdict == "fails"
+
+
+def test_few_images_exclude_no_gain():
+    alike = LIKE_THE_PAPER | {"ten-crop": 24.7}
+    assert verdict(alike, noise=0.0).verdict == "fails"
+    found = verdict(alike, noise=0.0, parts=4)
+    assert found.verdict == "inconclusive"
+    assert found.evidence.startswith("400 test images are too few to exclude a gain of 0.5 points")
+    assert verdict(LIKE_THE_PAPER | {"ten-crop": 34.7}, parts=4).verdict == "fails"
 
 
 def test_noise_and_single_parts_are_inconclusive():
