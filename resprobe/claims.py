@@ -228,9 +228,7 @@ def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fai
     best = min(map(_mean, training))
     if verdict.verdict != absent or best <= LEARNED:
         return verdict
-    why = (
-        f"none of these networks has learned (training error {best:.1f} % at best), so that no difference says nothing"
-    )
+    why = f"none of these networks has learned (training error {best:.1f} % at best): that they do not differ says nothing"
     return replace(verdict, verdict="inconclusive", evidence=f"{why}. {verdict.evidence}")
 
 

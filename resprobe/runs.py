@@ -200,7 +200,7 @@ class RunStore:
         except OSError as error:  # of a disk that is away for a moment: no reason to train a finished run again
             raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:
-            if path not in self._told:  # each time that a command asks for it
+            if path not in self._told:  # a command asks for it more than once
                 self._told.add(path)
                 warnings.warn(f"the result in {path} is damaged ({error}); the run is made again")
             return None

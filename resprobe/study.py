@@ -509,7 +509,7 @@ def _without(failed: frozenset[str], options: Options, labelled: Labelled) -> st
         values = getattr(options, name)
         left = [str(value) for value in values if value not in ended]
         if 0 < len(left) < len(values) and name in offered(type(options)):
-            return f", or reports without the failed ones, and says so, with --{name} {' '.join(left)}"
+            return f", or reports without the failed ones with --{name} {' '.join(left)}"
     return ""
 
 

@@ -260,7 +260,7 @@ def test_networks_that_have_not_learned_do_not_differ_in_anything():
     found = rp.if_learned(alike, guessing, guessing)
     assert (found.verdict, found.measured) == ("inconclusive", "measured")
     assert found.evidence == (
-        "none of these networks has learned (training error 90.0 % at best), so that no difference says nothing. evidence"
+        "none of these networks has learned (training error 90.0 % at best): that they do not differ says nothing. evidence"
     )
     assert rp.if_learned(alike, guessing, learned) is alike
     apart = rp.Verdict(CLAIM, "holds", "measured", "evidence")
