@@ -224,11 +224,14 @@ def test_one_depth_or_one_seed_is_said_before_the_training(tmp_path):
 
 def test_a_plugin_of_which_nothing_is_asked_for_is_said_before_the_training(tmp_path):
     (tmp_path / "mine.py").write_text(STRANGER)
-    (tmp_path / "data.py").write_text("import resprobe\n")  # registers nothing, and there is nothing to say
-    given = ("--plugin", "mine.py", "--plugin", "data.py", "--dry-run")
+    (tmp_path / "forgotten.py").write_text(STRANGER.replace("@rp.register_block", "# @rp.register_block"))
+    given = ("--plugin", "mine.py", "--plugin", "forgotten.py", "--dry-run")
     unused = run(*SMALL, *given, cwd=tmp_path)
     assert unused.returncode == 0
-    assert unused.stderr == "note: nothing is asked for of what mine.py registers (--block wide-middle)\n"
+    assert unused.stderr == (
+        'note: forgotten.py registers nothing; a block is registered by @rp.register_block("name") above its class\n'
+        "note: nothing is asked for of what mine.py registers (--block wide-middle)\n"
+    )
     assert run(*SMALL, *given, "--block", "wide-middle", cwd=tmp_path).stderr == ""
 
 
@@ -305,7 +308,10 @@ def test_a_wider_study_trains_what_is_missing_alone(done):
     wider = run("--depths", "8", "14", "--seeds", "0", "1", "2", "--iterations", "20", cwd=folder)
     assert "12 runs: 8 finished already, 4 to train" in wider.stdout
     command = f"python -m studies.degradation {' '.join(SMALL)}"
-    assert f"note: results/degradation holds the report of `{command}`, which this one replaces;" in wider.stderr
+    assert (
+        f"note: results/degradation holds the report of `{command}`, which this one is going to replace;"
+        in wider.stderr
+    )
     (folder / "results/degradation/measurements.csv").write_text("of another study")
     run("--depths", "8", "14", "--seeds", "0", "1", "2", "--iterations", "20", cwd=folder)
     assert not (folder / "results/degradation/measurements.csv").exists(), "it has none"
@@ -355,7 +361,7 @@ def test_what_the_paper_leaves_open_can_be_changed(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "results/degradation/verdict.json").read_text())
     (recipe,) = record["config"]["recipes"]
     assert (recipe["bn_batch"], recipe["weight_decay_on"], recipe["iterations"]) == (32, "weights", 4)
-    assert {"bn batch: 32 instead of None", "weight decay on: weights instead of all"} <= set(
+    assert {"bn batch: 32 instead of none", "weight decay on: weights instead of all"} <= set(
         record["config"]["departures"]
     )
     assert record["setting"] == "custom"
@@ -430,7 +436,7 @@ def test_a_strangers_block_gets_the_same_study(tmp_path):
     process = run(*arguments, cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "[2/2]" in process.stdout
-    assert "which this one replaces" not in process.stderr
+    assert "holds the report of" not in process.stderr
     report = (tmp_path / "results/degradation/report.md").read_text()
     assert "| residual-8 |" in report
     assert "- block: wide-middle instead of basic" in report and "; data: digits; block: wide-middle. After" in report
@@ -454,7 +460,7 @@ MISTAKES = [
         ("--block", "basci"),
         "block (='basci') is unknown; accepted: basic, bottleneck, single, single-linear; nearest: basic",
     ),
-    (("--shortcut", "D"), "shortcut (='D') is unknown; accepted: A, A-centred, B, C, highway, none"),
+    (("--shortcut", "D"), "shortcut (='D') is unknown; accepted: A, A-centred, B, C, highway; one of yours"),
     (("--plugin", "absent.py"), "plugin (='absent.py') is not there: no file"),
     (("--plugin", "broken.py"), "plugin (='broken.py') does not import: ZeroDivisionError: division by zero"),
     (("--plugin", "no.such.module"), "plugin (='no.such.module') does not import: ModuleNotFoundError"),

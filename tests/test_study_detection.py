@@ -122,10 +122,10 @@ def test_gains_of_the_same_detectors_are_paired_and_those_of_new_ones_are_not():
 
     found = words(table_9([53.70, 56.98, 55.53], [59.18, 62.72, 61.86]))["C20"]
     refined, context, scaled = found.evidence.split("; ")
-    assert refined.startswith("box refinement, paired by seed: difference +2.03 points, 95 % limits +0.4")
+    assert refined.startswith("box refinement: difference +2.03 points, one-sided 95 % limits +0.4")
     assert "p = 0.033" in refined and refined.endswith("n = 3 and a constant seeds")
-    assert context.startswith("context: difference -7.30 points, 95 % limits -11.41 and -3.19, one-sided Welch test")
-    assert scaled.startswith("multi-scale testing, paired by seed: difference +5.85")
+    assert context.startswith("context: difference -7.30 points, one-sided 95 % limits -11.41 and -3.19, Welch test")
+    assert scaled.startswith("multi-scale testing: difference +5.85")
     assert found.verdict == "fails"
     gains = table_9([74.0, 75.0, 74.5], [75.0, 76.1, 75.4])
     assert words(gains)["C20"].verdict == "holds"
@@ -215,7 +215,8 @@ def test_departures_are_those_of_the_detectors_too():
         ({"detection": "cifar10"}, r"detection data \(='cifar10'\) is unknown; accepted: shapes, voc:PATH, coco:PATH"),
         ({"scales": (0, 600)}, r"scales \(=0 600\) must be shorter sides ≥ 1"),
         ({"width": 0}, r"width \(=0\) must be a whole number ≥ 1"),
-        ({"detection_rate": -1.0}, r"learning_rate \(=-1.0\) must be"),
+        ({"detection_rate": -1.0}, r"detection_rate \(=-1.0\) must be above 0"),
+        ({"scales": (48, 48)}, r"scales \(=48 48\) must be shorter sides ≥ 1, each once"),
         (
             {"data": "digits"},
             r"data \(='digits'\) must have images of 3 channels, as those to detect in have, not of 1",

@@ -74,10 +74,10 @@ def test_that_some_seeds_diverged_leaves_it_open_whether_it_trains():
     survivors = dataclasses.replace(results(PAPER_LIKE), left_out={"cifar/resnet-1202": [3, 4]})
     first, _ = judge(survivors)
     assert first.verdict == "inconclusive" and "It diverged from 2 further seeds" in first.evidence
-    # Also with seeds that differ so widely that the test over seeds alone could not tell.
-    wide = [(0.04, 2.0), (0.05, 8.0), (0.03, 8.4)]
-    assert rp.compare([2.0, 8.0, 8.4], [6.6, 6.4, 6.8]).verdict == "inconclusive"
-    assert words(PAPER_LIKE | {1202: wide})["C4b"] == "fails"
+
+
+def test_a_lower_mean_of_seeds_that_differ_widely_refutes_nothing():
+    assert words(PAPER_LIKE | {1202: [(0.04, 2.0), (0.05, 8.0), (0.03, 8.4)]})["C4b"] == "inconclusive"
 
 
 def test_an_equal_test_error_refutes_the_second_part():

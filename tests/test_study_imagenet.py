@@ -417,7 +417,7 @@ def test_weights_of_no_use_are_refused(generated, tmp_path, monkeypatch, capsys)
     (tmp_path / "resnet50.pth").write_bytes(b"")
     torch.save(rp.build("cifar/resnet-8", shortcut="B", width=4).state_dict(), tmp_path / "resnet34-0123abcd.pth")
     for file, said in (
-        ("resnet50.pth", "cannot be read without running code"),
+        ("resnet50.pth", "are damaged, or no file of weights"),
         ("resnet50-absent.pth", "are not there"),
         ("resnet34-0123abcd.pth", "are those of cifar/resnet-8, which is none of ImageNet's networks"),
     ):

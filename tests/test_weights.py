@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import pickle
-import re
 import shutil
 from pathlib import Path
 
@@ -337,25 +336,27 @@ class TestUnreadable:
         )
 
     def test_folder_of_no_run(self, tmp_path):
-        assert refusal(rp.build("cifar/resnet-8"), tmp_path).startswith(f"weights (={str(tmp_path)!r}) are not there; ")
+        assert refusal(rp.build("cifar/resnet-8"), tmp_path).startswith(
+            f"weights (={str(tmp_path)!r}) are not in that folder; "
+        )
 
     @pytest.mark.parametrize("content", [b"", b"not weights at all", b"PK\x03\x04 half an archive"])
     @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
     def test_damaged_file(self, tmp_path, content, suffix):
         file = tmp_path / f"damaged{suffix}"
         file.write_bytes(content)
-        said = r"(are damaged, or no file of weights|cannot be read without running code): \S"
-        assert re.match(
-            rf"weights \(='{re.escape(str(file))}'\) {said}",
-            refusal(rp.build("cifar/resnet-8"), file),
-        )
+        said = refusal(rp.build("cifar/resnet-8"), file)
+        if content.startswith(b"not") and suffix == ".pth":  # which pickle takes for something that it must not read
+            assert said.startswith(f"weights (={str(file)!r}) cannot be read without running code: ")
+        else:
+            assert said.startswith(f"weights (={str(file)!r}) are damaged, or no file of weights: ")
 
     def test_truncated_file(self, tmp_path):
         network = rp.build("cifar/resnet-8")
         file = tmp_path / "truncated.pth"
         torch.save(network.state_dict(), file)
         file.write_bytes(file.read_bytes()[:-2000])
-        assert refusal(network, file).startswith(f"weights (={str(file)!r}) cannot be read without running code: ")
+        assert refusal(network, file).startswith(f"weights (={str(file)!r}) are damaged, or no file of weights: ")
 
     @pytest.mark.parametrize("thing", [torch.zeros(3), [torch.zeros(3)]])
     def test_file_of_something_else(self, tmp_path, thing):
