@@ -16,8 +16,8 @@ Measured (2026-11-21 and -22, two cores of an AMD EPYC, torch 2.15.0, bf16; reco
   tested, digits leaving nothing to gain;
 - CIFAR-10, schedule scaled to 2,000 iterations, n = 3: training error of plain-20/56 27.55 ± 1.67, 71.46 ± 3.18 %, of
   ResNet-20/56 25.45 ± 2.52, 43.61 ± 1.27 %. C1 holds; C2 fails, after a thirty-second part of the training;
-- the same with 8,000 iterations, n = 2 (2026-11-28, torch 2.14.1): 12.52 ± 0.21, 55.34 ± 0.09 %, and 10.21 ± 0.29,
-  14.83 ± 2.35 %; test error of ResNet-20/56 12.49 ± 0.17, 17.39 ± 2.06 %. C1 holds; C2 is inconclusive;
+- the same with 8,000 iterations, n = 3 (2026-11-28, torch 2.14.1): 12.17 ± 0.62, 53.87 ± 2.54 %, and 10.29 ± 0.25,
+  14.78 ± 1.66 %; test error of ResNet-20/56 12.66 ± 0.32, 17.31 ± 1.47 %. C1 holds; C2 fails, after an eighth of it;
 - CIFAR-10, the paper's 64,000 iterations, n = 1 (2026-11-27, torch 2.14.1): test error of ResNet-20 8.61 %, the paper 8.75 %; of
   plain-20 9.08 %. Half the schedule, n = 1: 9.14 % (2026-11-25) and 10.44 % (2026-11-27);
 - the rest of the paper preset: not tested.
