@@ -315,7 +315,7 @@ class LayerResponses(rp.Probe):
         counts = tuple(self._seen[use][0] if use in self._seen else 0 for use in self._layers)
         if self._counts_of_pass is None or self._counts_of_pass[0] != (counts, sizes, device):
             of_channels = torch.tensor(counts, dtype=kind).repeat_interleave(torch.tensor(sizes))
-            self._counts_of_pass = (counts, sizes, device), of_channels.to(device)
+            self._counts_of_pass = (counts, sizes, device), of_channels.to(device, non_blocking=device.type == "cuda")
         added = self._counts_of_pass[1]
         blank = example.new_zeros(max(sizes))
         parts = [

@@ -47,7 +47,7 @@ class Registry(Generic[T]):
         name is taken."""
         if isinstance(name, type) or inspect.isfunction(name):  # the decorator's own parentheses are forgotten
             raise UsageError(
-                f'{self.kind} {name.__name__} needs a name: register it by a decorator with one, ("name") behind it'
+                f'{self.kind} {name.__name__} needs a name: @rp.register_…("my-{self.kind}") in the line above it'
             )
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UsageError(

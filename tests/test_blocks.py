@@ -267,7 +267,7 @@ def test_weighted_layers_must_be_a_count(count):
 
 def test_a_decorator_without_a_name_is_refused():
     """Else the class would silently be something else, and no block be registered."""
-    with pytest.raises(rp.UsageError, match=r"^block name \(=<class .*Nameless'>\) must begin with a letter or digit"):
+    with pytest.raises(rp.UsageError, match=r'^block Nameless needs a name: @rp.register_…\("my-block"\) in'):
 
         @rp.register_block
         class Nameless(rp.Block):

@@ -188,17 +188,17 @@ def test_every_departure_is_named():
     recipe = dataclasses.replace(cifar_paper(iterations=8_000), nesterov=True, weight_decay=5e-4, bn_batch=64, window=7)
     assert departures(recipe) == [
         "iterations: 8,000 instead of 64,000 (the whole schedule scaled)",
-        "nesterov: True instead of False",
+        "nesterov: yes instead of no",
         "weight decay: 0.0005 instead of 0.0001",
-        "bn batch: 64 instead of None",
+        "bn batch: 64 instead of none",
     ]
 
 
 def test_another_warm_up_than_the_papers_is_a_departure():
-    assert departures(dataclasses.replace(cifar_paper(), warm_up_rate=0.001)) == ["warm up rate: 0.001 instead of None"]
+    assert departures(dataclasses.replace(cifar_paper(), warm_up_rate=0.001)) == ["warm up rate: 0.001 instead of none"]
     warming, deep = dataclasses.replace(cifar_paper(), warm_up_rate=0.01), cifar_paper(depth=110)
-    assert departures(warming, cifar_paper(depth=20)) == ["warm up rate: 0.01 instead of None"]
-    assert departures(without_warm_up(deep), deep) == ["warm up rate: None instead of 0.01"]
+    assert departures(warming, cifar_paper(depth=20)) == ["warm up rate: 0.01 instead of none"]
+    assert departures(without_warm_up(deep), deep) == ["warm up rate: none instead of 0.01"]
     assert departures(deep, deep) == []
     assert departures(dataclasses.replace(imagenet_paper(), warm_up_rate=0.01), imagenet_paper()) != []
 

@@ -280,7 +280,7 @@ class OneByOne(rp.Block):
 """
 
 
-def test_a_strangers_block_beside_the_papers(tmp_path, monkeypatch):
+def test_a_strangers_block_beside_the_papers(tmp_path, monkeypatch, clean_registries):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(MINE)
     small = ["--depths", "8", "14", "--seeds", "0", "1", "--iterations", "4", "--concurrency", "1", "--device", "cpu"]

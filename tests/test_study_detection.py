@@ -123,7 +123,7 @@ def test_gains_of_the_same_detectors_are_paired_and_those_of_new_ones_are_not():
     found = words(table_9([53.70, 56.98, 55.53], [59.18, 62.72, 61.86]))["C20"]
     refined, context, scaled = found.evidence.split("; ")
     assert refined.startswith("box refinement: difference +2.03 points, one-sided 95 % limits +0.4")
-    assert "p = 0.033" in refined and refined.endswith("n = 3 and a constant seeds")
+    assert "p = 0.033" in refined and refined.endswith("n = 3 pairs")
     assert context.startswith("context: difference -7.30 points, one-sided 95 % limits -11.41 and -3.19, Welch test")
     assert scaled.startswith("multi-scale testing: difference +5.85")
     assert found.verdict == "fails"

@@ -479,8 +479,8 @@ def test_a_script_that_processes_would_run_again_is_told_so_in_a_line(tmp_path, 
     done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) < 50
     assert done.stderr.splitlines()[-1] == (
-        "resprobe.errors.UsageError: the script trains wherever it is imported, as by processes that are to train side by side; "
-        "put what trains under if __name__ == '__main__':, or ask for concurrency '1'"
+        "resprobe.errors.UsageError: the script trains wherever it is imported, as by processes that are to train side by side "
+        "or to read images; put what trains under if __name__ == '__main__':, or ask for concurrency '1'"
     )
     assert not list(tmp_path.rglob("result.json"))
 
@@ -543,11 +543,19 @@ def test_runs_are_told_apart_by_what_they_differ_in():
     recipe = rp.default_recipe(rp.load_data("digits"), 8)
     configs = [configure("cifar/resnet-8", "digits", recipe, shortcut=shortcut) for shortcut in "AB"]
     configs += [configure("cifar/plain-8", "digits", recipe, seed=seed) for seed in (0, 1)]
-    assert list(sweep._names(configs).values()) == [
-        "cifar/resnet-8, shortcut A, seed 0",
-        "cifar/resnet-8, shortcut B, seed 0",
-        "cifar/plain-8, seed 0",
-        "cifar/plain-8, seed 1",
+    for name, rate in ("slow", 0.01), ("fast", 0.2):
+        configs.append(configure("cifar/plain-14", "digits", replace(recipe, name=name, learning_rate=rate)))
+    built = rp.build("cifar/plain-20", in_channels=1)
+    configs += [configure(network, "digits", recipe) for network in ("cifar/plain-20", built)]
+    assert [sweep.names_of(configs)[config.key] for config in configs] == [
+        "cifar/resnet-8, shortcut A",
+        "cifar/resnet-8, shortcut B",
+        "cifar/plain-8",
+        "cifar/plain-8",
+        "cifar/plain-14, slow",
+        "cifar/plain-14, fast",
+        "cifar/plain-20",
+        "cifar/plain-20, trained on",
     ]
 
 
