@@ -25,6 +25,8 @@ Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in do
 - quick, digits, bottleneck against basic, n = 3: test error at 56 layers 4.72 ± 1.21 against 2.22 ± 0.28 %, for 0.63 of the
   multiply-adds. R3 fails;
 - the same for as many multiply-adds (2026-11-28), bottlenecks of 20 filters: 6.02 ± 1.85 against 2.22 ± 0.28 %. R3 fails;
+- an ablation (2026-11-28): basic blocks without the ReLU after the addition 2.04 ± 0.42 %, beside basic ones, 2.22 ± 0.28 %, and
+  such with their second normalization after the addition, 14.26 ± 8.81 %. R3 is inconclusive;
 - the paper preset: not tested.
 """
 
