@@ -123,7 +123,7 @@ class Comparison:
                 "the shallower network fits every training image, and the deeper nearly all, so that a gain cannot be refuted "
                 f"here{worse}"
             )
-        if self.seeds > 1 and self.higher < self.margin:
+        if self.seeds > 1 and self.higher < self.margin and self.upper >= 0:
             return f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
         return ""
 
@@ -222,11 +222,15 @@ def all_of(words: Iterable[Word]) -> Word:
     return "holds" if parts == {"holds"} else "inconclusive" if parts - {"not tested"} else "not tested"
 
 
-def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fails") -> Verdict:
+def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fails", opposite: bool = False) -> Verdict:
     """The verdict, but "inconclusive" where it is `absent`, the word that says that there is no difference, and none of the
-    networks has learned: such networks do not differ in anything. `training`: the training errors of each, one a seed."""
+    networks has learned: such networks do not differ in anything.
+
+    `training`: the training errors of each, one a seed. `opposite`: whether the word says that they certainly do differ, the
+    other way round, which it then goes on saying.
+    """
     best = min(map(_mean, training))
-    if verdict.verdict != absent or best <= LEARNED:
+    if verdict.verdict != absent or opposite or best <= LEARNED:
         return verdict
     why = f"none of these networks has learned (training error {best:.1f} % at best): that they do not differ says nothing"
     return replace(verdict, verdict="inconclusive", evidence=f"{why}. {verdict.evidence}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -165,7 +166,7 @@ class RunStore:
         self.root, self._told = Path(root).expanduser(), set[Path]()
         if writes:
             check_writable(self.root, "runs")
-        elif not next(there for there in (self.root, *self.root.absolute().parents) if there.exists()).is_dir():
+        elif any(os.path.isfile(part) for part in (self.root, *self.root.absolute().parents)):
             raise UsageError(f"runs (={str(root)!r}) cannot be a folder: it is, or would be in, a file")
 
     def folder(self, config: Kept) -> Path:

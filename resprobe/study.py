@@ -294,7 +294,7 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, t
     from resprobe.data import load_data
     from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
     from resprobe.distributed import join, team
-    from resprobe.extensions import load_plugin
+    from resprobe.extensions import is_loaded, load_plugin
     from resprobe.registry import registered
     from resprobe.runs import RunStore
     from resprobe.steps import resolve_step
@@ -303,9 +303,9 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, t
     prepare_cpu()
     plugins = {}
     for plugin in options.plugin:
-        before = registered()
+        before, again = registered(), plugin in sys.modules or is_loaded(Path(plugin).expanduser().resolve())
         plugins[plugin] = load_plugin(plugin).__name__
-        if registered() == before and not registered(plugins[plugin]) and team().first:
+        if not again and registered() == before and not registered(plugins[plugin]) and team().first:
             # At once, since what it lacks may be what is asked for.
             text = f'{plugin} registers nothing; a block is registered by @rp.register_block("name") above its class'
             print(f"note: {text}", file=sys.stderr, flush=True)

@@ -465,7 +465,7 @@ def _start(
 
 def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
     """What runs' networks are called, by the runs' keys: their names, and in what networks of one name differ: options, the
-    recipe, and whether they were trained before."""
+    recipe's name, and whether they were trained before."""
     alike: dict[str, list[RunConfig]] = {}
     for config in configs:
         alike.setdefault(config.network.name, []).append(config)

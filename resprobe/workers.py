@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ def side_by_side(tasks: Sequence[Any], count: int, start: Callable[[], Perform])
     alone, when the others are done: they may have taken what it needed. Closing the iterator, or an error where it waits,
     interrupts what is under way, and waits until that has ended.
     """
+    if sys.platform == "win32":
+        count = min(count, 31)  # it waits for 63 things at most, and each process has two
     waiting, again = deque(range(len(tasks))), deque[int]()
     idle: list[_Worker] = []
     running: dict[Connection, tuple[_Worker, int]] = {}

@@ -250,7 +250,7 @@ study = rp.Study(
         "Figures are mean ± standard deviation over seeds. At a level the claim holds if a one-sided Welch test over "
         "seeds has p < 0.05; it fails if the same test at the same level excludes a delay of one window (the distance "
         "of log points) or more; else it is inconclusive, as it is with one seed. It must hold at every level that is "
-        "reached, and fails if it fails at one. All this was fixed beforehand."
+        "reached, also by every residual network, and fails if it fails at one. All this was fixed beforehand."
     ),
 )
 

@@ -139,7 +139,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         f"{reason}members' mean above the ensemble's error: {gain}. The member best on the test set: "
         f"{best.difference:+.2f} points above the ensemble. Other ensembles: {'; '.join(others) or 'none'}",
     )
-    return [rp.if_learned(verdict, *trained)]
+    return [rp.if_learned(verdict, *trained, opposite=gain.upper < 0)]
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
@@ -230,7 +230,8 @@ study = rp.Study(
     how_sure=(
         "One ensemble for each seed, of one network of every depth, against the mean error of its own members: a one-sided "
         "Welch test over seeds at the level 0.05, which holds for a gain above zero, fails if a gain of 0.5 points or more "
-        "is excluded, and else is inconclusive. It takes the two sides for independent, though they share their networks: "
+        "is excluded, and else is inconclusive; where members err on less than 0.5 percent, a gain that is not shown is not "
+        "tested. It takes the two sides for independent, though they share their networks: "
         "it errs on the side of “inconclusive”. Every network is that of the last iteration; no member is chosen by its "
         "test error. With one seed no verdict beyond “inconclusive” is possible."
     ),

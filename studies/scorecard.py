@@ -372,7 +372,7 @@ def _in_a_process(function: Callable, *arguments: Any) -> Any:
         if not receiver.poll():
             raise EOFError
         result, error = receiver.recv()
-    except EOFError:
+    except (EOFError, OSError):
         process.join()
         raise StudyFailed(f"its process was ended from outside (code {process.exitcode}); out of memory?") from None
     except KeyboardInterrupt:

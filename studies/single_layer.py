@@ -83,7 +83,9 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         control = "basic" in _blocks(results, claimed) and _advantage(results, "basic", claimed).verdict == "holds"
         if not control:
             word = "inconclusive"
-            evidence.append("without a certain advantage of two-layer blocks, that of single layers says nothing")
+            evidence.append(
+                "where two-layer blocks have no certain advantage, that single layers have none says nothing"
+            )
     evidence += [
         f"test error, plain less residual: {advantage}",
         f"training error: {_advantage(results, 'single', claimed, 'train_error').difference:+.2f} points",

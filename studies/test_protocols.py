@@ -112,7 +112,7 @@ def _network(options: Options, data: rp.Data) -> tuple[str, dict]:
     else:
         usual = "imagenet/resnet-18" if data.test.images.shape[-1] > 32 else "cifar/resnet-20"
     chosen = {"width": options.width} if options.width else {}
-    if options.network and options.width == study.presets["quick"].width:  # which a stranger's need not have
+    if options.network and options.width == study.presets[options.preset].width:  # which a stranger's need not have
         chosen = {} if "width" not in dict(rp.networks.resolve(options.network).options) else chosen
     return options.network or usual, chosen | ({"stride_in": options.stride_in} if options.stride_in != "1x1" else {})
 
@@ -177,12 +177,11 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     images = int(measured[measured["protocol"] == tested[0]].groupby("network")["images"].sum().min())
     # Where none of n images is another's error, a share of 3 in n is left open, at the level 0.05.
     few = 300 / images > MARGIN
-    words = [
-        "inconclusive" if few and gap.verdict == "fails" and gap.upper >= 0 else gap.verdict for gap in gaps.values()
-    ]
+    left_open = [few and gap.verdict == "fails" and gap.upper >= 0 for gap in gaps.values()]
+    words = ["inconclusive" if left else gap.verdict for left, gap in zip(left_open, gaps.values(), strict=True)]
     if "multi-scale" not in tested:
         words.append("not tested")
-    evidence = [f"{images} test images are too few to exclude a gain of {MARGIN} points"] if few else []
+    evidence = [f"{images} test images are too few to exclude a gain of {MARGIN} points"] if any(left_open) else []
     evidence += [
         f"{higher} above {lower}: {gap.difference:+.2f} points, one-sided 95 % limits {gap.lower:+.2f} and {gap.upper:+.2f}, "
         f"paired t test p = {gap.p:.2g} over {gap.seeds} parts of the test images"
@@ -312,7 +311,8 @@ study = rp.Study(
         "The same weights see the same images under each protocol, so differences are paired: in each of "
         f"{PARTS} parts of the test images (every twentieth image), averaged over networks where there are several. Each of the "
         "two gaps holds if a one-sided paired t-test over parts has p < 0.05, fails if the same test excludes a gap of 0.5 "
-        "points or more, and else is inconclusive; the claim holds if both do. This says how sure the order is for these "
+        "points or more (over 600 images at least, or if more views certainly err more), and else is "
+        "inconclusive; the claim holds if both do. This says how sure the order is for these "
         "weights on other images; how much it differs from one training to another is the spread in the table, if there are "
         "several networks."
     ),

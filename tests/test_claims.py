@@ -241,6 +241,8 @@ def test_an_error_below_the_margin_leaves_nothing_to_gain():
     assert halved.nothing_to_gain() == "0.42 points of error leave no gain of 0.5 points to be refuted"
     shown = rp.compare([0.42, 0.41, 0.43], [0.1, 0.11, 0.09])
     assert (shown.gain(), shown.nothing_to_gain()) == ("holds", "")
+    worse = rp.compare([0.3, 0.31, 0.29], [42.0, 42.1, 41.9])
+    assert (worse.gain(), worse.nothing_to_gain()) == ("fails", "")
     more = rp.compare([5.0, 5.02, 4.98], [5.01, 4.99, 5.0])
     assert (more.gain(), more.nothing_to_gain()) == ("fails", "")
     assert rp.compare([0.42], [0.28]).gain() == "inconclusive"
@@ -266,3 +268,5 @@ def test_networks_that_have_not_learned_do_not_differ_in_anything():
     apart = rp.Verdict(CLAIM, "holds", "measured", "evidence")
     assert rp.if_learned(apart, guessing, guessing) is apart
     assert rp.if_learned(apart, guessing, guessing, absent="holds").verdict == "inconclusive"
+    # "Fails" may also say that they differ the other way round.
+    assert rp.if_learned(alike, guessing, [50.0, 50.1, 49.9], opposite=True) is alike

@@ -84,6 +84,14 @@ def test_where_the_other_hardly_errs_there_is_nothing_to_gain():
     assert found.evidence.split("; ")[1] == "0.06 points of error leave no gain of 0.5 points to be refuted"
 
 
+def test_networks_that_have_not_learned_refute_nothing_unless_one_is_certainly_worse():
+    guessing = {key: [90.0, 90.1, 89.9] for key in BETTER}
+    found = verdict(guessing)
+    assert found.verdict == "inconclusive" and found.evidence.startswith("none of these networks has learned")
+    worse = verdict(guessing | {("basic", 56): [50.0, 50.1, 49.9]})
+    assert worse.verdict == "fails" and "mine certainly errs more than basic" in worse.evidence
+
+
 def test_beside_several_blocks_it_must_err_less_than_each():
     found = verdict(BETTER | THIRD)
     assert (

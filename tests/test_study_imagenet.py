@@ -54,6 +54,15 @@ def verdicts(errors, **options) -> dict[str, str]:
     return {verdict.claim.id: verdict.verdict for verdict in judge(results(errors, **options))}
 
 
+def test_plain_networks_that_have_not_learned_do_not_deny_degradation():
+    """Each kind by itself: that residual ones have learned says nothing of these."""
+    guessing = {("plain", "none", depth): [78.0, 78.1, 77.9] for depth in (18, 34)}
+    first, _ = judge(results(TABLES_2_AND_3 | guessing))
+    assert first.verdict == "inconclusive" and "none of these networks has learned" in first.evidence
+    better = {("plain", "none", 34): [70.0, 70.1, 69.9]}
+    assert verdicts(TABLES_2_AND_3 | guessing | better)["C14"] == "fails"
+
+
 def test_errors_as_in_the_paper_confirm_both_claims():
     assert verdicts(TABLES_2_AND_3) == {"C14": "holds", "C15": "holds"}
     first, second = judge(results(TABLES_2_AND_3))

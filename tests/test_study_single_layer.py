@@ -53,7 +53,7 @@ def test_without_an_advantage_of_two_layers_that_of_one_says_nothing(control):
         errors = {key: seeds for key, seeds in NO_ADVANTAGE.items() if key[0] != "basic"}
     found = verdict(errors)
     assert found.verdict == "inconclusive"
-    assert found.evidence.startswith("without a certain advantage of two-layer blocks")
+    assert found.evidence.startswith("where two-layer blocks have no certain advantage")
     assert verdict(errors | {("single", "residual", 20): [8.0, 8.1, 7.9]}).verdict == "fails"
 
 
