@@ -155,14 +155,20 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     write_atomically(path, save(alone))
 
 
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What a file in safetensors' format holds. Copies: what is mapped from the file keeps Windows from deleting it, or writing
+    it anew."""
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """What `write_tensors` wrote into a run's folder, on the CPU. Raises `UsageError` if it is missing or damaged."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        # Copies: what is mapped from the file keeps Windows from deleting it, or writing it anew.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        return load_tensors(path)
     except (SafetensorError, OSError) as error:
         raise UsageError(
             f"the weights in {path.parent} are missing or damaged ({error}); delete that folder and the run is made again"

@@ -129,10 +129,9 @@ class Registry(Generic[T]):
         return source_digest(thing) if typed_in(thing) else self._things[name].source
 
 
-def registered(module: str | None = None) -> set[tuple[str, str]]:
-    """Kind and name of all that is registered so far, or of what a module or package registers."""
-    names = ((each, each._things if module is None else each.names_of(module)) for each in _registries)
-    return {(registry.kind, name) for registry, there in names for name in there}
+def registered() -> set[tuple[str, str]]:
+    """Kind and name of all that is registered so far."""
+    return {(registry.kind, name) for registry in _registries for name in registry._things}
 
 
 def _same_definition(one: object, other: object) -> bool:

@@ -217,14 +217,15 @@ class RunStore:
         except (OSError, ValueError, KeyError):
             return 0
 
-    def diverged(self, config: RunConfig) -> set[int]:
-        """The seeds of which such a run, the same but for its seed, has diverged."""
-        wanted = json.loads(json.dumps(config.identity()))
-        found = set()
-        for file in self.root.glob(f"*/{DIVERGED}"):
-            theirs = read_json(file.with_name("config.json"))
-            if all(theirs.get(name) == value for name, value in wanted.items() if name != "seed"):
-                found.add(theirs["seed"])
+    def diverged(self, configs: Sequence[RunConfig]) -> dict[str, list[int]]:
+        """For each of these runs, by its key, the seeds of which such a run, the same but for its seed, has diverged."""
+        there = [read_json(file.with_name("config.json")) for file in self.root.glob(f"*/{DIVERGED}")]
+        found = {}
+        for config in configs if there else ():
+            wanted = json.loads(json.dumps(config.identity()))
+            del wanted["seed"]
+            alike = [each for each in there if all(each.get(name) == value for name, value in wanted.items())]
+            found[config.key] = sorted(each["seed"] for each in alike)
         return found
 
     @contextlib.contextmanager

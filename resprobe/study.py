@@ -305,7 +305,7 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, t
     for plugin in options.plugin:
         before, again = registered(), plugin in sys.modules or is_loaded(Path(plugin).expanduser().resolve())
         plugins[plugin] = load_plugin(plugin).__name__
-        if not again and registered() == before and not registered(plugins[plugin]) and team().first:
+        if not again and registered() == before and team().first:
             # At once, since what it lacks may be what is asked for.
             text = f'{plugin} registers nothing; a block is registered by @rp.register_block("name") above its class'
             print(f"note: {text}", file=sys.stderr, flush=True)
@@ -392,10 +392,11 @@ class _Ready:
 
         configs = [job.config for _, job in labelled]
         names, asked, found = names_of(configs), {config.key for config in configs}, {}
-        for config in {names[config.key]: config for config in configs}.values() if self.store else ():
-            seeds = self.store.diverged(config)
-            left = [seed for seed in sorted(seeds) if dataclasses.replace(config, seed=seed).key not in asked]
-            found |= {names[config.key]: left} if left else {}
+        diverged = self.store.diverged(configs) if self.store else {}
+        for config in configs:
+            seeds = diverged.get(config.key, ())
+            if left := [seed for seed in seeds if dataclasses.replace(config, seed=seed).key not in asked]:
+                found[names[config.key]] = left
         return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resprobe.checkpoints import read_json
+from resprobe.checkpoints import load_tensors, read_json
 from resprobe.data import Normalization
 from resprobe.errors import UsageError, one_line, short
 from resprobe.networks import Network, NetworkSpec, Option, build, made_of, resolve
@@ -205,9 +205,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
     check_weights_there(path, path.is_file())
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {name: tensor.clone() for name, tensor in load_file(path).items()}  # see `checkpoints.read_tensors`
+            return load_tensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(

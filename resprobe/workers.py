@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 from resprobe.commands import notes_on_one_line
@@ -95,16 +96,13 @@ class _Worker:
 
     @property
     def ends(self) -> tuple[Connection, int]:
-        """What to wait for: that it says something, and that it has ended. On Windows this process holds the other end of a
-        connection too, until a new process takes it, so that of one that ends before that nothing is ever heard."""
+        """What to wait for, as `hear_from` does: that it says something, and that it has ended."""
         return self.connection, self._process.sentinel
 
     def hear(self) -> tuple[Word, Any]:
         """What the process says next of its task, or what has become of it."""
         try:
-            if not self.connection.poll():
-                raise EOFError
-            return self.connection.recv()
+            return hear_from(self._process, self.connection)
         except (EOFError, OSError):
             self._process.join()
             if self._process.exitcode == _IMPORTED:
@@ -122,6 +120,18 @@ class _Worker:
             self.connection.close()
         self._process.join()
         self.connection.close()
+
+
+def hear_from(process: BaseProcess, connection: Connection) -> Any:
+    """What a process says next. Raises `EOFError`, or an `OSError`, if it has ended without a word.
+
+    On Windows the process that started it holds the other end of the connection too, until it is taken: of one that ends before
+    that nothing is ever heard, and a word alone must not be waited for.
+    """
+    wait([connection, process.sentinel])
+    if not connection.poll():
+        raise EOFError
+    return connection.recv()
 
 
 def _in_words(code: int | None) -> str:

@@ -48,7 +48,6 @@ OTHERS = {
 """Parameters and test errors of other methods' networks on CIFAR-10, as Table 6 quotes them. Of Highway-19 the mean of
 several runs; the best of them is 7.54."""
 
-KINDS = ("plain", "residual")
 DRAWN = 56
 """Layers of the deepest plain network in Fig. 6, of which C1 speaks; the 110-layer one's error is told beside it."""
 
@@ -99,6 +98,9 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
             results.values(column, kind=kind, depth=higher), results.values(column, kind=kind, depth=lower)
         )
 
+    def trained(kind: str) -> list[list[float]]:
+        return [results.values("train_error", kind=kind, depth=depth) for depth in every]
+
     def unfitted(depth: int) -> list[float]:
         return results.values("train_error_single_view", kind="residual", depth=depth)
 
@@ -121,26 +123,22 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         errors = {depth: results.values("test_error", kind="residual", depth=depth) for depth in printed}
         near = sum(abs(fmean(each) - PAPER_TEST_ERROR[depth]) <= rp.band(each) for depth, each in errors.items())
         evidence.append(f"{near} of {len(errors)} test errors are within max(0.5 points, 2 std) of Table 6's")
-    verdicts = [
-        rp.Verdict(
-            DEEPER_PLAIN_IS_WORSE,
-            rise.verdict,
-            f"training error of plain networks {path('plain', 'train_error')} at {depths} layers",
-            f"training error, plain-{deep_plain} against plain-{shallow}: {rise}. Test error: {test_rise}. "
-            f"The residual twins' training error: {path('residual', 'train_error')} ({residual_rise})",
-        ),
-        rp.Verdict(
-            RESIDUAL_GAINS,
-            rp.all_of(gains),
-            f"test error of residual networks {path('residual', 'test_error')} at {depths} layers",
-            ". ".join(evidence),
-        ),
-    ]
-    trained = {kind: [results.values("train_error", kind=kind, depth=depth) for depth in every] for kind in KINDS}
-    opposite = {"plain": rise.upper < 0, "residual": any(fall.upper < 0 for fall in falls.values())}
+    plain = rp.Verdict(
+        DEEPER_PLAIN_IS_WORSE,
+        rise.verdict,
+        f"training error of plain networks {path('plain', 'train_error')} at {depths} layers",
+        f"training error, plain-{deep_plain} against plain-{shallow}: {rise}. Test error: {test_rise}. "
+        f"The residual twins' training error: {path('residual', 'train_error')} ({residual_rise})",
+    )
+    residual = rp.Verdict(
+        RESIDUAL_GAINS,
+        rp.all_of(gains),
+        f"test error of residual networks {path('residual', 'test_error')} at {depths} layers",
+        ". ".join(evidence),
+    )
     return [
-        rp.if_learned(verdict, *trained[kind], opposite=opposite[kind])
-        for verdict, kind in zip(verdicts, KINDS, strict=True)
+        rp.if_learned(plain, *trained("plain"), opposite=rise.upper < 0),
+        rp.if_learned(residual, *trained("residual"), opposite=any(fall.upper < 0 for fall in falls.values())),
     ]
 
 
@@ -163,7 +161,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     at_the_edge = "; what ends beyond the axis, as Fig. 6's plain-110, is named at its edge" if beyond else ""
 
     figure, panels = rp.figures.new_figure(2)
-    for axis, kind in zip(panels, KINDS, strict=True):
+    for axis, kind in zip(panels, ("plain", "residual"), strict=True):
         rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
         axis.set_title(f"{kind} networks")
     panels[0].set_ylabel("error (%)")

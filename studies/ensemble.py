@@ -129,14 +129,14 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         if len(rows := _whole(results, over))
     ]
     trained = [errors.tolist() for _, errors in results.table.groupby("depth")["train_error"]]
-    reason = f"{gain.nothing_to_gain()}. " if gain.nothing_to_gain() else ""
+    reason = gain.nothing_to_gain()
     verdict = rp.Verdict(
         ENSEMBLE_GAINS,
         gain.gain(),
         f"test error of ensembles of {over_depths['members'].iloc[0]} depths "
         f"{rp.mean_std(over_depths['test_error'].tolist())} %, of their members on average "
         f"{rp.mean_std(over_depths['mean_of_members'].tolist())} %",
-        f"{reason}members' mean above the ensemble's error: {gain}. The member best on the test set: "
+        f"{reason and f'{reason}. '}members' mean above the ensemble's error: {gain}. The member best on the test set: "
         f"{best.difference:+.2f} points above the ensemble. Other ensembles: {'; '.join(others) or 'none'}",
     )
     return [rp.if_learned(verdict, *trained, opposite=gain.upper < 0)]

@@ -30,7 +30,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -362,16 +362,15 @@ def _in_a_process(function: Callable, *arguments: Any) -> Any:
 
     Raises `StudyFailed`, also where the process is killed.
     """
+    from resprobe.workers import hear_from
+
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     process.start()
     sender.close()
     try:
-        wait([receiver, process.sentinel])  # on Windows nothing may ever be heard of a process that has ended
-        if not receiver.poll():
-            raise EOFError
-        result, error = receiver.recv()
+        result, error = hear_from(process, receiver)
     except (EOFError, OSError):
         process.join()
         raise StudyFailed(f"its process was ended from outside (code {process.exitcode}); out of memory?") from None

@@ -108,11 +108,10 @@ class FolderSet:
         )
         for crops, labels, light in _read_by(loader):
             # From pinned memory alone: else Apple's GPUs may read what is not there any more (pytorch#189690).
-            crops, labels, light = (part.to(device, non_blocking=pinned) for part in (crops, labels, light))
-            images = normalization(crops)
+            images = normalization(crops.to(device, non_blocking=pinned))
             if recipe.colour == "pca":
-                images = images + light[:, :, None, None] / normalization.std
-            yield images.contiguous(memory_format=memory_format(device)), labels
+                images = images + light.to(device, non_blocking=pinned)[:, :, None, None] / normalization.std
+            yield images.contiguous(memory_format=memory_format(device)), labels.to(device, non_blocking=pinned)
 
     def in_memory(self) -> ImageSet:
         """All images as one tensor, for small images of one size. Raises `UsageError` if they are not."""
