@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,7 +106,6 @@ def test_figures_have_the_digits_that_their_size_asks_for(scale, unit, said):
 
 
 def test_values_come_in_any_order_of_things():
-    import numpy
     import pandas
 
     expected = rp.compare([3.0, 4.0, 5.0], [1.0, 2.0, 2.5])
@@ -270,3 +270,37 @@ def test_networks_that_have_not_learned_do_not_differ_in_anything():
     assert rp.if_learned(apart, guessing, guessing, absent="holds").verdict == "inconclusive"
     # "Fails" may also say that they differ the other way round.
     assert rp.if_learned(alike, guessing, [50.0, 50.1, 49.9], opposite=True) is alike
+
+
+# -- how often a rule errs: the figures of docs/verdicts.md ---------------------------------------------------------
+
+
+def rates(draw, studies: int = 1500) -> dict[str, float]:
+    """How often each word is said, in percent of so many studies; `draw` gives the two sides of one."""
+    words = [rp.compare(*draw()).verdict for _ in range(studies)]
+    return {word: 100 * words.count(word) / studies for word in ("holds", "fails")}
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spreads", [(0.3, 0.3), (0.15, 0.6)])
+def test_either_word_is_wrong_in_two_to_five_of_a_hundred_studies(seeds, spreads):
+    random = numpy.random.default_rng(0)
+
+    def draw(difference: float) -> list[list[float]]:
+        means = 5 + difference, 5
+        return [random.normal(mean, spread, seeds).tolist() for mean, spread in zip(means, spreads, strict=True)]
+
+    assert 1.5 < rates(lambda: draw(0.0))["holds"] < 6.5
+    assert 1.5 < rates(lambda: draw(MARGIN))["fails"] < 6.5
+
+
+@pytest.mark.parametrize(("seeds", "share"), [(3, 50), (5, 33)])
+def test_trainings_that_get_stuck_now_and_then_are_missed(seeds, share):
+    """One in five ends 30 points higher: half of all studies of three seeds say that there is no difference."""
+    random = numpy.random.default_rng(0)
+
+    def draw() -> list[list[float]]:
+        stuck = 30 * (random.random(seeds) < 0.2)
+        return [abs(random.normal(0.05, 0.03, seeds) + more).tolist() for more in (stuck, 0)]
+
+    assert rates(draw)["fails"] == pytest.approx(share, abs=5)
