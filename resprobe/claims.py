@@ -84,6 +84,11 @@ class Comparison:
         return "fails" if self.upper < self.margin else "inconclusive"
 
     @property
+    def reversed(self) -> bool:
+        """Whether the difference is certainly the other way round: that of `lower` is the higher."""
+        return self.upper < 0
+
+    @property
     def exceeds(self) -> Word:
         """Whether `higher` is above by more than `margin`, where less would not be what the claim speaks of."""
         if self.seeds < 2:
@@ -117,13 +122,13 @@ class Comparison:
         """
         if self.verdict == "holds":
             return ""
-        worse = ", though the deeper certainly errs more" if self.upper < 0 else ""
+        worse = ", though the deeper certainly errs more" if self.reversed else ""
         if len(before) > 0 and not any(before) and len(after) > 0 and _mean(after) < MARGIN:
             return (
                 "the shallower network fits every training image, and the deeper nearly all, so that a gain cannot be refuted "
                 f"here{worse}"
             )
-        if self.seeds > 1 and self.higher < self.margin and self.upper >= 0:
+        if self.seeds > 1 and self.higher < self.margin and not self.reversed:
             return f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
         return ""
 

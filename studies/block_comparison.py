@@ -159,7 +159,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     word = rp.all_of(found.gain() for found in lower.values())
     verdict = rp.Verdict(claim, word, f"test error at {deep} layers: {errors}", "; ".join(evidence))
     trained = [results.values("train_error", block=block, depth=deep) for block in _blocks(options)]
-    return [rp.if_learned(verdict, *trained, opposite=any(found.upper < 0 for found in lower.values()))]
+    return [rp.if_learned(verdict, *trained, opposite=any(found.reversed for found in lower.values()))]
 
 
 def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator[str]:
@@ -170,7 +170,7 @@ def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator
         yield reason
     elif lower.verdict == "fails":  # p is that of an advantage, and says neither
         excluded = f"that {ours} errs by 0.5 points less than {other} is excluded"
-        yield f"{ours} certainly errs more than {other}" if lower.upper < 0 else excluded
+        yield f"{ours} certainly errs more than {other}" if lower.reversed else excluded
     yield f"training error, {other} less {ours}: {_compare(results, 'train_error', other, deep)}"
     costs = ", ".join(
         f"{name} × {_cost(results, column, ours, deep) / _cost(results, column, other, deep):.2f}"

@@ -327,7 +327,7 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
         f"training error, plain-{deep} against plain-{shallow}: {rise('plain', 'train_error')}. "
         f"Test error: {rise('plain', 'test_error')}. Training error of the residual ones: {rise('residual', 'train_error')}",
     )
-    return rp.if_learned(verdict, *trained, opposite=rise("plain", "train_error").upper < 0)
+    return rp.if_learned(verdict, *trained, opposite=rise("plain", "train_error").reversed)
 
 
 # -- figures and table -----------------------------------------------------------------------------------------------

@@ -264,7 +264,7 @@ def _judge_training(results: rp.Results, shallow: int, deep: int) -> rp.Verdict:
         "recipe "
         f"(means over seeds): {ways}",
     )
-    return rp.if_learned(verdict, *trained, absent="holds", opposite=rise.upper < 0)
+    return rp.if_learned(verdict, *trained, absent="holds", opposite=rise.reversed)
 
 
 def _way(results: rp.Results, kind: str, depth: int, start: str) -> str:

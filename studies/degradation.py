@@ -137,8 +137,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         ". ".join(evidence),
     )
     return [
-        rp.if_learned(plain, *trained("plain"), opposite=rise.upper < 0),
-        rp.if_learned(residual, *trained("residual"), opposite=any(fall.upper < 0 for fall in falls.values())),
+        rp.if_learned(plain, *trained("plain"), opposite=rise.reversed),
+        rp.if_learned(residual, *trained("residual"), opposite=any(fall.reversed for fall in falls.values())),
     ]
 
 

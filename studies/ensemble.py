@@ -139,7 +139,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         f"{reason and f'{reason}. '}members' mean above the ensemble's error: {gain}. The member best on the test set: "
         f"{best.difference:+.2f} points above the ensemble. Other ensembles: {'; '.join(others) or 'none'}",
     )
-    return [rp.if_learned(verdict, *trained, opposite=gain.upper < 0)]
+    return [rp.if_learned(verdict, *trained, opposite=gain.reversed)]
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:

@@ -239,7 +239,7 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
             name = "plain" if kind == "plain" else "ResNet"
             said = f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}"
             # Of plain networks alone, or residual ones alone: the one kind may have learned, and the other not.
-            found = rp.if_learned(rp.Verdict(PLAIN_DEGRADE, word, "", said), *trained, opposite=comparison.upper < 0)
+            found = rp.if_learned(rp.Verdict(PLAIN_DEGRADE, word, "", said), *trained, opposite=comparison.reversed)
             parts.append(found.verdict)
             evidence.append(found.evidence)
             if kind == "residual" and (reason := comparison.nothing_to_gain(*unfitted)):

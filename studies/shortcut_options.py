@@ -115,7 +115,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     for one, other in itertools.pairwise(compared):  # "B is slightly better than A", "C is marginally better than B"
         evidence.append(f"{one} less {other} at {deep} layers: {rp.compare(errors[one], errors[other])}")
     verdict = rp.Verdict(OPTIONS_HARDLY_DIFFER, word, measured, "; ".join(evidence))
-    opposite = better.upper < 0 or small.verdict == "fails"
+    opposite = better.reversed or small.verdict == "fails"
     return [rp.if_learned(verdict, *_errors(results, "train_error", deep).values(), opposite=opposite)]
 
 

@@ -177,7 +177,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     images = int(measured[measured["protocol"] == tested[0]].groupby("network")["images"].sum().min())
     # Where none of n images is another's error, a share of 3 in n is left open, at the level 0.05.
     few = 300 / images > MARGIN
-    left_open = [few and gap.verdict == "fails" and gap.upper >= 0 for gap in gaps.values()]
+    left_open = [few and gap.verdict == "fails" and not gap.reversed for gap in gaps.values()]
     words = ["inconclusive" if left else gap.verdict for left, gap in zip(left_open, gaps.values(), strict=True)]
     if "multi-scale" not in tested:
         words.append("not tested")
