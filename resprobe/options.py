@@ -187,6 +187,11 @@ def preset_in(arguments: Sequence[str]) -> str:
     return preset
 
 
+def as_argument(value: object) -> str:
+    """The value of an option as it is given on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def arguments_of(options: Options, usual: Options) -> list[str]:
     """The command line that asks for `options`, as given in Python. `usual`: those of their preset."""
     asked = ["--preset", options.preset] if options.preset != "quick" else []

@@ -16,7 +16,7 @@ import torch
 
 import resprobe as rp
 from resprobe.errors import StorageError, TrainingDiverged
-from resprobe.study import _replaced
+from resprobe.planning import replaced_report
 from studies import convergence, ensemble
 from studies.degradation import judge, plan, study
 
@@ -321,7 +321,7 @@ def test_a_wider_study_trains_what_is_missing_alone(done):
 
 def test_only_a_report_of_something_else_is_said_to_be_replaced(tmp_path):
     def said(of, **options) -> list[str]:
-        return list(_replaced(of, rp.Options(out=str(tmp_path), **options)))
+        return list(replaced_report(of, rp.Options(out=str(tmp_path), **options)))
 
     record = {
         "study": "degradation",

@@ -110,12 +110,12 @@ def test_from_110_layers_on_networks_are_warmed_up(depth, rate):
 
 
 def test_the_paper_preset_warms_up_its_deepest_networks(monkeypatch):
-    from resprobe import study
+    from resprobe.planning import jobs_of
 
     images = rp.load_data("digits").train.select([0, 1])
     data = rp.Data("cifar10", "two images", images, images, tuple("0123456789"))
     options = degradation.study.presets["paper"]
-    jobs = study._jobs(degradation.plan(options), options, data, "fp32", {})
+    jobs = jobs_of(degradation.plan(options), options, data, "fp32", {})
     rates = {job.config.network.depth: job.config.recipe.warm_up_rate for _, job in jobs}
     assert rates == {20: None, 32: None, 44: None, 56: None, 110: 0.01}
 
