@@ -41,7 +41,7 @@ class Options:
     iterations: int = 64_000
     """training iterations (mini-batches); the whole schedule is scaled, and printed as a departure"""
     recipe: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """fields of the recipe to be trained by instead, as bn_batch=64 learning_rate=0.05; printed as departures"""
+    """change fields of the training recipe, such as bn_batch=64 learning_rate=0.05; printed as departures"""
     device: str = "auto"
     """auto, cpu, cuda or mps"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -49,21 +49,23 @@ class Options:
     recompute: bool = False
     """compute activations again in the backward pass instead of keeping them: same numbers, less memory, more time"""
     step: Literal["auto", "eager", "graph", "compile", "compile-blocks"] = "auto"
-    """training steps operation by operation, as one captured CUDA graph (auto on CUDA), or compiled, whole or by blocks"""
+    """how a training step runs. eager: operation by operation; graph: as one captured CUDA graph; compile, compile-blocks: by
+    torch.compile, the whole network or block by block. auto: graph on CUDA, else eager"""
     deterministic: bool = False
-    """compute the same last digits each time on the same machine, also on a GPU, where it takes more time"""
+    """the same last digits each time on the same machine, also on a GPU"""
     concurrency: str = "auto"
-    """runs at a time; auto: one a core on a CPU (one in all if they are short), one on a GPU"""
+    """how many runs train at the same time. auto: one per core on a CPU (one in all if they are short), one on a GPU"""
     executor: Literal["local", "ray"] = "local"
     """where runs are trained: on this machine, or on the nodes of a Ray cluster, which share the folder of runs"""
     address: str = ""
-    """Ray cluster, HOST:PORT; by default RAY_ADDRESS, the cluster that runs on this machine, or a new one of it alone"""
+    """address of the Ray cluster, HOST:PORT; by default RAY_ADDRESS, else the cluster on this machine, else a new one of it"""
     plugin: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FILE|MODULE")] = ()
     """plugin to load first: a file (my_block.py) or a module (package.module)"""
     probe: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME")] = ()
-    """probe to watch every training with: gradient-norms, or one that a plugin registers; its table is put beside the report"""
+    """watch every training with this probe: gradient-norms, layer-responses, flops, or one of a plugin; its table is written
+    beside the report"""
     dry_run: bool = False
-    """say what would be trained, how much of it is there, and how long the rest will take; then stop"""
+    """only say what would be trained, how much of it is there, and how long the rest would take"""
     out: str = ""
     """folder for the report, figures and tables; by default results/STUDY"""
     runs: str = "runs"
