@@ -341,7 +341,7 @@ def _until_first_iteration(where: Where) -> float:
         command += ["--out", str(Path(folder, "out")), "--concurrency", "1"]
         started = time.time()
         _wall(command)
-        return min(path.stat().st_mtime for path in Path(folder).glob("*/environment.json")) - started
+        return min(path.stat().st_mtime for path in Path(folder).glob("*/config.json")) - started
 
 
 def say_start(found: dict[str, Any]) -> str:

@@ -1,6 +1,13 @@
 """What all tests share: the real data where it is there, devices, and how much hypothesis tries."""
 
 import os
+
+# NVIDIA's libraries read these when they are loaded or first used, so they are set before torch is there. Convolutions alone
+# use TF32 unless asked otherwise, and would not be those of the CPU; up to torch 2.9 deterministic products need the second
+# from the start.
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import re
 import signal
 import subprocess
@@ -43,8 +50,6 @@ def pytest_configure(config: pytest.Config) -> None:
     and in those that they start."""
     if not re.match(r"gpu\b", config.getoption("markexpr")):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Convolutions alone use TF32 unless asked otherwise, and would not be those of the CPU.
-    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 
 def pytest_report_header() -> str:
