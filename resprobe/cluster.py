@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from resprobe.checkpoints import write_atomically
 from resprobe.devices import deterministic, prepare_cpu
 from resprobe.errors import StorageError, UsageError, not_accepted, one_line
 from resprobe.extensions import load_plugin
+from resprobe.files import write_atomically
 from resprobe.runs import RunStore, configure
 from resprobe.sweep import Board, Job, train_job
 

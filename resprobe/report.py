@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resprobe.checkpoints import write_atomically
 from resprobe.claims import LEVEL, MARGIN, Verdict
 from resprobe.errors import UsageError
 from resprobe.figures import render, render_for_page
+from resprobe.files import write_atomically
 from resprobe.networks import NetworkSpec, resolve
 from resprobe.recipes import Recipe, cifar_paper, departures, imagenet_paper
 from resprobe.sweep import in_words

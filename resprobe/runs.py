@@ -21,28 +21,44 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from resprobe.checkpoints import (
-    check_writable,
-    not_kept,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from resprobe.checkpoints import not_kept
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, load_data
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.digests import network_digest, sources_of
 from resprobe.distributed import team
 from resprobe.environment import environment
 from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, nearest, plain, short
-from resprobe.keeping import DIVERGED, UNFINISHED, Keeper, Kept, failures_kept, read_table, write_table
+from resprobe.files import (
+    check_writable,
+    parse_json,
+    read_json,
+    read_table,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_table,
+    write_tensors,
+)
+from resprobe.keeping import (
+    CHECKPOINT,
+    CONFIG,
+    DIVERGED,
+    ENVIRONMENT,
+    HISTORY,
+    NETWORK,
+    RESULT,
+    UNFINISHED,
+    Keeper,
+    Kept,
+    failures_kept,
+)
 from resprobe.networks import NetworkSpec, Option, build, check_fit, made_of, resolve
 from resprobe.probes import PROBES, Probe, check_watches, make_probe
 from resprobe.randomness import seeded
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.registry import Registry
 from resprobe.training import Progress, Training
+from resprobe.weights import pack_run, unpack_run
 from resprobe.workers import end_if_imported
 
 if TYPE_CHECKING:
@@ -134,7 +150,7 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """What it was trained with: device, threads, versions. Empty for a run that is not kept."""
-        return read_json(self.path / "environment.json") if self.path else {}
+        return read_json(self.path / ENVIRONMENT) if self.path else {}
 
     @property
     def network(self) -> nn.Module:
@@ -184,8 +200,8 @@ class RunStore:
             made = None if isinstance(probe, str) and probe not in PROBES else make_probe(probe)
             asked |= {made.name: made.identity()} if made else {probe: None}
         try:
-            metrics = json.loads((path / "result.json").read_text())["metrics"]
-            history = read_table(path / "history.csv")
+            metrics = json.loads((path / RESULT).read_text())["metrics"]
+            history = read_table(path / HISTORY)
             tables = {}
             for name, identity in asked.items():
                 about = _about_table(path, name)
@@ -210,7 +226,7 @@ class RunStore:
     def iterations_done(self, config: Kept) -> int:
         """How far an unfinished run has come: iterations at its last checkpoint."""
         path = self.folder(config)
-        if not (path / "checkpoint.pt").is_file():
+        if not (path / CHECKPOINT).is_file():
             return 0
         try:
             return int(read_table(path / UNFINISHED)["iteration"].max())
@@ -219,7 +235,7 @@ class RunStore:
 
     def diverged(self, configs: Sequence[RunConfig]) -> dict[str, list[int]]:
         """For each of these runs, by its key, the seeds of which such a run, the same but for its seed, has diverged."""
-        there = [read_json(file.with_name("config.json")) for file in self.root.glob(f"*/{DIVERGED}")]
+        there = [read_json(file.with_name(CONFIG)) for file in self.root.glob(f"*/{DIVERGED}")]
         found = {}
         for config in configs if there else ():
             wanted = json.loads(json.dumps(config.identity()))
@@ -435,8 +451,8 @@ def _meant(network: object, options: Mapping[str, Option]) -> UsageError | None:
 
 def _check_same_data(path: Path, config: RunConfig, data: Data, digest: str | None) -> None:
     """Raises `UsageError` if the run in this folder is, or was begun, on other data that go by the same identity."""
-    known = read_json(path / "config.json").get("data_digest")
-    here, metrics = len(data.train), read_json(path / "result.json").get("metrics")
+    known = read_json(path / CONFIG).get("data_digest")
+    here, metrics = len(data.train), read_json(path / RESULT).get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
     there = metrics.get("train_images", here)
     if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
@@ -485,7 +501,7 @@ def _train_in_store(
     finished = together.told(lambda: store.find(config))
     about = environment(device)
     if together.first and finished is None:
-        known = read_json(path / "config.json").get("data_digest")  # of a begin with the data handed over
+        known = read_json(path / CONFIG).get("data_digest")  # of a begin with the data handed over
         told = {"data_given": config.data, "data_digest": data_digest or known, "recipe_name": config.recipe.name}
         keeper.begin(config.identity() | told, about | {"step": training.how})
         for digest in config._sources.values():  # a stranger's file may be edited, or lost, tomorrow
@@ -536,9 +552,9 @@ def _train_in_store(
 
     def keep() -> None:
         if finished is None:
-            _write_network(training, running, path)
+            write_tensors(path / NETWORK, pack_run(training.network, training.normalization, running))
             # Again: a step that could not be captured ran in another way than it was to.
-            write_json(path / "environment.json", about | {"step": training.how})
+            write_json(path / ENVIRONMENT, about | {"step": training.how})
         for name, table in run.tables.items():
             file = path / "probes" / f"{name}.csv"
             file.unlink(missing_ok=True)  # never under what is said of another one
@@ -607,12 +623,10 @@ def _about_table(path: Path, name: str) -> dict[str, Any]:
     """The identity of the probe that a table is from, and the kinds of its columns; nothing where that was not written
     down, and no identity where it is damaged."""
     try:
-        found = json.loads((path / "probes" / f"{name}.json").read_text())
+        about = parse_json((path / "probes" / f"{name}.json").read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"identity": None}
+    return {"identity": None} if about is None else about
 
 
 def _kinds(table: pandas.DataFrame) -> dict[str, str]:
@@ -623,24 +637,15 @@ def _kinds(table: pandas.DataFrame) -> dict[str, str]:
     return {name: kind for name, kind in found.items() if kind in ("string", "boolean")}
 
 
-def _write_network(training: Training, running: Mapping[str, torch.Tensor], path: Path) -> None:
-    tensors = {f"network.{name}": tensor for name, tensor in training.network.state_dict().items()}
-    # Precise statistics are the reported ones and part of the network; the running ones stay beside them.
-    tensors |= {f"running.{name}": tensor for name, tensor in running.items()}
-    tensors |= {"normalization.mean": training.normalization.mean, "normalization.std": training.normalization.std}
-    write_tensors(path / "network.safetensors", tensors)
-
-
 def _load_network(config: RunConfig, path: Path) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         return _read_weights(build(config.network), path)
 
 
 def _read_weights(network: nn.Module, path: Path) -> nn.Module:
-    tensors = read_tensors(path / "network.safetensors")
-    prefix = "network."
-    network.load_state_dict({name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)})
-    _normalized_by(network, Normalization(tensors["normalization.mean"], tensors["normalization.std"]))
+    state, normalization = unpack_run(read_tensors(path / NETWORK))
+    network.load_state_dict(state)
+    _normalized_by(network, normalization)
     return network.eval()
 
 

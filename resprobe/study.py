@@ -290,11 +290,11 @@ def _ready(study: Study, options: Options, *, trains: bool = False, reports: boo
 
 
 def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, trains: bool, reports: bool) -> _Ready:
-    from resprobe.checkpoints import check_writable
     from resprobe.data import load_data
     from resprobe.devices import prepare_cpu, resolve_device, resolve_precision
     from resprobe.distributed import join, team
     from resprobe.extensions import is_loaded, load_plugin
+    from resprobe.files import check_writable
     from resprobe.registry import registered
     from resprobe.runs import RunStore
     from resprobe.steps import resolve_step

@@ -182,7 +182,7 @@ def _read(file: Path) -> list[Row]:
 
 def write(rows: Sequence[Row], out: Path) -> None:
     """Writes report.html (one self-contained file), report.md and scorecard.json into `out`."""
-    from resprobe.checkpoints import write_atomically
+    from resprobe.files import write_atomically
     from resprobe.report import SETTINGS, SYMBOLS, render_template
 
     folders = {row.folder for row in rows if row.folder is not None}
@@ -439,7 +439,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     known, failed = find_studies()
     if not options.dry_run:
-        from resprobe.checkpoints import check_writable
+        from resprobe.files import check_writable
 
         check_writable(options.out, "out")
     if commands := _commands(options, known, failed):
@@ -469,8 +469,8 @@ def _commands(options: argparse.Namespace, known: Sequence[Study], broken: Mappi
             raise not_accepted("data", copy, sorted(used))
         if not Path(copy.partition(":")[2] or ".").expanduser().exists():
             raise UsageError(f"data (={copy!r}): there is no {copy.partition(':')[2]}")
-    from resprobe.checkpoints import check_writable
     from resprobe.devices import resolve_device
+    from resprobe.files import check_writable
 
     resolve_device(options.device)
     if not options.dry_run:  # which writes nothing
