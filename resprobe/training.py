@@ -9,16 +9,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,7 +30,13 @@ from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import subsampling
 from resprobe.networks import check_logits
 from resprobe.probes import Probe, attach
-from resprobe.randomness import device_random_state, host_random_state, keeping_random_state, set_device_random_state
+from resprobe.randomness import (
+    drawing_from,
+    keeping_random_state,
+    random_state,
+    seeded_random_state,
+    set_random_state,
+)
 from resprobe.recipes import Recipe, learning_rate, plateaus
 from resprobe.recompute import calling, recomputing
 from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
@@ -180,7 +184,7 @@ class Training:
         # A part alone that is in evaluation mode, as frozen batch normalization is, stays there.
         if not self.network.training:
             self.network.train()
-        with _random_numbers(self):
+        with drawing_from(self.random, self.device):
             for drawn in self.batches.drawn(self.iteration):
                 loss, wrong = self.step(*drawn)
                 loss_sum += loss
@@ -214,7 +218,7 @@ class Training:
                         row["validation_error"] = self.test_now(self.validation).error
                 self.seconds = before + time.perf_counter() - started
                 self.rows.append(row | {"seconds": self.seconds})
-                self.random = _random_state(self.device)
+                self.random = random_state(self.device)
                 self.last_good = self._remember()
                 if watch is not None:
                     watch(self, self._progress(row, window))
@@ -331,7 +335,7 @@ class Training:
         seed = self.seed
         if not self.team.first:
             seed = generator("process", self.seed, self.team.rank, self.iteration).initial_seed()
-        return _seeded_random_state(seed, self.device)
+        return seeded_random_state(seed, self.device)
 
     def _plateaus(self) -> int:
         if self.recipe.plateau is None:
@@ -386,7 +390,7 @@ class Training:
         self.capturing = False
         if self.team.size > 1:  # repeated step by step, the processes would not stop at the same one
             raise TrainingDiverged(f"the {what} not finite; the weights of iteration {self.iteration} are kept")
-        _set_random_state(self.random, self.device)
+        set_random_state(self.random, self.device)
         for drawn in self.batches.drawn(self.iteration):
             rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
             before = _copy(self.network.state_dict())
@@ -538,48 +542,3 @@ def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, p
         for handle in handles:
             handle.remove()
     return found[0] if found else "the loss"
-
-
-# -- random numbers: those a network itself draws (dropout, a stranger's block); batches draw their own ------------
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    of_torch, of_python, of_numpy = host_random_state()
-    states = {"cpu": of_torch, "python": of_python, "numpy": _plain(of_numpy)}
-    if (on_device := device_random_state(device)) is not None:
-        states[device.type] = on_device
-    return states
-
-
-def _set_random_state(states: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    if device.type in states and device.type != "cpu":
-        set_device_random_state(states[device.type], device)
-
-
-def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Any]:
-    # What `torch.manual_seed` and its like would leave behind, without touching the caller's generators on any device.
-    states = {"cpu": torch.Generator().manual_seed(seed).get_state(), "python": random.Random(seed).getstate()}
-    states["numpy"] = _plain(numpy.random.RandomState(numpy.random.MT19937(seed)).get_state())
-    if device.type != "cpu":
-        states[device.type] = torch.Generator(device).manual_seed(seed).get_state()
-    return states
-
-
-def _plain(of_numpy: tuple) -> tuple:
-    """numpy's state as plain data, which a checkpoint may hold."""
-    kind, keys, *rest = of_numpy
-    return kind, keys.tolist(), *rest
-
-
-@contextmanager
-def _random_numbers(training: Training) -> Iterator[None]:
-    """The training's own random numbers inside a block; the caller's again after it."""
-    outer = _random_state(training.device)
-    _set_random_state(training.random, training.device)
-    try:
-        yield
-    finally:
-        _set_random_state(outer, training.device)
