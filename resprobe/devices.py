@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from resprobe.errors import UsageError, not_accepted
 
@@ -112,6 +113,14 @@ def memory_format(device: torch.device) -> torch.memory_format:
     """The layout of images in memory in which convolutions are fastest: channels last on a CPU and on CUDA. Not on Apple's
     GPUs, where gradients of batch normalization and of pools are wrong with it (pytorch#175189, #175190)."""
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
+def place(network: nn.Module, device: torch.device) -> None:
+    """Moves a network to `device`, in place, with its convolutions' weights in the layout of `memory_format`."""
+    network.to(device)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format(device))
 
 
 def synchronize(device: torch.device) -> None:

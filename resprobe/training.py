@@ -23,11 +23,11 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderBatches, Normalization, TensorBatches, batches_of
 from resprobe.data.images import generator
-from resprobe.devices import autocast, memory_format, prepare_cpu
+from resprobe.devices import autocast, place, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged, UsageError, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
-from resprobe.layers import subsampling
+from resprobe.layers import safe_subsampling
 from resprobe.networks import check_logits
 from resprobe.probes import Probe, attach
 from resprobe.randomness import (
@@ -38,7 +38,7 @@ from resprobe.randomness import (
     set_random_state,
 )
 from resprobe.recipes import Recipe, learning_rate, plateaus
-from resprobe.recompute import calling, recomputing
+from resprobe.recompute import recomputing
 from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
 from resprobe.watching import Outcome
 
@@ -92,11 +92,9 @@ class Training:
         self.data = data.hold_out(recipe.validation_fraction).cropped(recipe.crop)
         sample = self.data.train.sample(_FIT_IMAGES)
         self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
-        self.network = network.to(device)
-        for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.ndim == 4:
-                tensor.data = tensor.data.contiguous(memory_format=memory_format(device))
-        self.instead = list(subsampling(network)) if device.type == "cpu" else []
+        self.network = network
+        place(network, device)
+        self.subsampling = safe_subsampling(network, device)
         self.test = self.data.test.to(device)
         self.validation = None if self.data.validation is None else self.data.validation.to(device)
         self.team = team()
@@ -235,7 +233,8 @@ class Training:
             with attach(self.network, *measuring):
                 # Hooks are called by neither a graph nor a compiled network, and twice where activations are recomputed:
                 # the few iterations that are measured run as they are written.
-                loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel, self.instead)
+                with self.subsampling:
+                    loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel)
                 for probe in measuring:
                     probe.after_backward(self.network, self.iteration)
             if unwatched is not None:
@@ -256,11 +255,11 @@ class Training:
             alone = copy.deepcopy(self.network)  # so that nothing of it has happened afterwards
         except Exception:  # of a stranger's modules
             return None
-        instead = list(subsampling(alone)) if self.device.type == "cpu" else []
+        subsampling = safe_subsampling(alone, self.device)
         try:
             # A probe of nothing, since under any what is compiled runs as it is written.
-            with keeping_random_state(self.network), attach(alone, Probe()):
-                loss, _ = self._gradients(*self.batches.make(*drawn), alone, instead)
+            with keeping_random_state(self.network), attach(alone, Probe()), subsampling:
+                loss, _ = self._gradients(*self.batches.make(*drawn), alone)
                 return Outcome.of(loss, alone)
         except torch.OutOfMemoryError:  # for a second network there is no room
             return None
@@ -280,22 +279,21 @@ class Training:
     def _update(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.batches.make(*drawn)
         recomputed = recomputing(self.network) if self.recompute else nullcontext()
-        with recomputed, self.blocks.in_use() if self.blocks else nullcontext():
-            given = self._gradients(images, labels, self.forward, self.instead)
+        compiled = self.blocks.in_use() if self.blocks else nullcontext()
+        with recomputed, compiled, self.subsampling:
+            figures = self._gradients(images, labels, self.forward)
         self._descend()
-        return given
+        return figures
 
-    def _gradients(
-        self, images: Tensor, labels: Tensor, forward: nn.Module, instead: Sequence[tuple[nn.Module, Callable]]
-    ) -> tuple[Tensor, Tensor]:
-        """Forward and backward, in parts where batch normalization is over parts. `instead`: what is called in the place of
-        modules' own `forward`."""
+    def _gradients(self, images: Tensor, labels: Tensor, forward: nn.Module) -> tuple[Tensor, Tensor]:
+        """Forward and backward, in parts where batch normalization is over parts. Gives the mean loss and the count of wrong
+        images, on the device."""
         loss, wrong = self._zeros(), self._zeros()
         part_size = self.recipe.bn_batch or len(labels)
         left = len(labels)
         for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
             left -= len(part)
-            with gathering(self.parallel, last=left == 0), calling(instead):
+            with gathering(self.parallel, last=left == 0):
                 with autocast(self.device, self.precision):
                     logits = forward(part)
                 check_logits(self.network, logits, len(part), self.data.num_classes)
