@@ -417,7 +417,8 @@ def train_as(
         if found is not None:
             return found
         with failures_kept(store.folder(config)):
-            return _train_in_store(store, config, network, data, device, made, recompute, step, progress, data_digest)
+            training = _prepare(config, network, data, device, made, recompute, step)
+            return _KeptTraining(store, config, training, data_digest).run(progress)
 
 
 def _made(probes: Sequence[str | Probe]) -> list[Probe]:
@@ -466,117 +467,138 @@ def _check_same_data(path: Path, config: RunConfig, data: Data, digest: str | No
     )
 
 
-def _train_in_store(
-    store: RunStore,
-    config: RunConfig,
-    network: Any,
-    data: Data,
-    device: torch.device,
-    probes: list[Probe],
-    recompute: bool,
-    step: str,
-    progress: bool | Callable[[Progress], None],
-    data_digest: str | None,
-) -> Run:
-    together = team()
-    path = store.folder(config)
-    keeper = Keeper(path)
-    training = _prepare(config, network, data, device, probes, recompute, step)
-    kept = together.told(keeper.load)
-    if kept is not None:
+class _KeptTraining:
+    """A training whose run is kept in a store: from where an earlier process has left it, to the finished run. Whoever makes it
+    holds the run's lock."""
+
+    def __init__(self, store: RunStore, config: RunConfig, training: Training, data_digest: str | None):
+        self.store, self.config, self.training, self.data_digest = store, config, training, data_digest
+        self.team, self.path = team(), store.folder(config)
+        self.keeper = Keeper(self.path)
+        self.odd: set[str] = set()
+        """Names of the probes of whose state it was said that no checkpoint keeps it."""
+
+    def run(self, progress: bool | Callable[[Progress], None]) -> Run:
+        """Trains to the end, and keeps what came of it. Whatever breaks the training off, a checkpoint is left."""
+        self._resume()
+        self.began = self.training.iteration
+        # A finished run is trained anew for a probe's table alone, and keeps its figures.
+        self.finished: Run | None = self.team.told(lambda: self.store.find(self.config))
+        if self.team.first and self.finished is None:
+            self._begin()
+        with _watching(progress if self.team.first else False, self.config) as watch:
+
+            def at_log_point(training: Training, news: Progress) -> None:
+                if self.team.first and self.keeper.due:
+                    self._save(training.state())
+                watch(news)
+
+            try:
+                self.training.run(at_log_point)
+            except StorageError:
+                raise
+            except BaseException as error:  # an interrupt above all: what is done must not be lost
+                self._rescue()
+                if isinstance(error, TrainingDiverged):
+                    name = f"{self.config.network.name}, seed {self.config.seed}"
+                    raise TrainingDiverged(f"{name}: {error} in {self.path}") from error
+                raise
+        run, running = _finish(self.training, self.config, self.path)
+        broken: Exception | None = None
+        for probe in self.training.probes:
+            try:
+                run.tables[probe.name] = _table_of(probe)
+            except Exception as error:  # of a stranger's probe; what it watched must not be lost with it
+                broken = error
+        self.team.told(lambda: self._keep(run, running))
+        if broken is not None:
+            raise broken
+        return run if self.finished is None else self._with_tables(self.finished, run)
+
+    def _resume(self) -> None:
+        """Goes on from the last checkpoint, if there is one of a training with these probes."""
+        training = self.training
+        kept = self.team.told(self.keeper.load)
+        if kept is None:
+            return
         known = kept.get("identities", {name: training.identities.get(name) for name in kept["probes"]})
-        if training.identities.items() <= known.items():
-            training.load_state(kept)
-            for probe in probes:
-                seen = any(map(probe.schedule, range(training.iteration)))
-                if together.first and seen and type(probe).state is Probe.state:
-                    warnings.warn(
-                        f"{path.name} goes on from iteration {training.iteration:,}, and probe {probe.name} has no state(): its "
-                        "table lacks what was seen before, unless it keeps nothing"
-                    )
-        else:
-            warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
-    began = training.iteration
-    # A finished run is trained anew for a probe's table alone, and keeps its figures.
-    finished = together.told(lambda: store.find(config))
-    about = environment(device)
-    if together.first and finished is None:
-        known = read_json(path / CONFIG).get("data_digest")  # of a begin with the data handed over
-        told = {"data_given": config.data, "data_digest": data_digest or known, "recipe_name": config.recipe.name}
-        keeper.begin(config.identity() | told, about | {"step": training.how})
+        if not training.identities.items() <= known.items():
+            warnings.warn(f"{self.path.name} was begun without the probes asked for now; it begins again")
+            return
+        training.load_state(kept)
+        for probe in training.probes:
+            seen = any(map(probe.schedule, range(training.iteration)))
+            if self.team.first and seen and type(probe).state is Probe.state:
+                warnings.warn(
+                    f"{self.path.name} goes on from iteration {training.iteration:,}, and probe {probe.name} has no state(): its "
+                    "table lacks what was seen before, unless it keeps nothing"
+                )
+
+    def _begin(self) -> None:
+        """Writes down what the run is, and the sources of what is not resprobe's own."""
+        config = self.config
+        known = read_json(self.path / CONFIG).get("data_digest")  # of a begin with the data handed over
+        asked = {
+            "data_given": config.data,
+            "data_digest": self.data_digest or known,
+            "recipe_name": config.recipe.name,
+        }
+        self.environment = environment(self.training.device)
+        self.keeper.begin(config.identity() | asked, self.environment | {"step": self.training.how})
         for digest in config._sources.values():  # a stranger's file may be edited, or lost, tomorrow
             for name, text in sources_of(digest).items():
-                write_atomically(path / "sources" / digest[:8] / name, text)
+                write_atomically(self.path / "sources" / digest[:8] / name, text)
 
-    told_of: set[str] = set()
-
-    def save(state: dict[str, Any]) -> None:
+    def _save(self, state: dict[str, Any]) -> None:
+        """Writes a checkpoint, unless a probe's state holds what none keeps."""
         odd = {name: kind for name, kept in state["probes"].items() if (kind := not_kept(kept))}
-        for name in odd.keys() - told_of:
+        for name in odd.keys() - self.odd:
             warnings.warn(
-                f"{path.name}: state() of probe {name} holds a {odd[name]}, which no checkpoint keeps; accepted: tensors, "
+                f"{self.path.name}: state() of probe {name} holds a {odd[name]}, which no checkpoint keeps; accepted: tensors, "
                 "Python's numbers and texts, and lists, tuples and dicts of them; interrupted, the run would begin again"
             )
-        told_of.update(odd)
+        self.odd.update(odd)
         if not odd:
-            keeper.save(state, training.rows)
+            self.keeper.save(state, self.training.rows)
 
-    with _watching(progress if together.first else False, config) as watch:
+    def _rescue(self) -> None:
+        """Saves the last good state of a training that is broken off."""
+        # Of a begin with other probes that is broken off at once, an earlier checkpoint has more to keep.
+        got_on = self.training.last_good["iteration"] > self.began
+        if self.team.first and (got_on or not self.keeper.checkpoint.is_file()):
+            try:
+                self._save(self.training.last_good)
+            except StorageError as error:  # which must not take the place of what ends the training
+                warnings.warn(str(error))
 
-        def at_log_point(training: Training, news: Progress) -> None:
-            if together.first and keeper.due:
-                save(training.state())
-            watch(news)
-
-        try:
-            training.run(at_log_point)
-        except StorageError:
-            raise
-        except BaseException as error:  # an interrupt above all: what is done must not be lost
-            # Of a begin with other probes that is broken off at once, an earlier checkpoint has more to keep.
-            if together.first and (training.last_good["iteration"] > began or not keeper.checkpoint.is_file()):
-                try:
-                    save(training.last_good)
-                except StorageError as other:  # which must not take the place of what ends the training
-                    warnings.warn(str(other))
-            if isinstance(error, TrainingDiverged):
-                raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
-            raise
-    run, running = _finish(training, config, path)
-    broken: Exception | None = None
-    for probe in probes:
-        try:
-            run.tables[probe.name] = _table_of(probe)
-        except Exception as error:  # of a stranger's probe; what it watched must not be lost with it
-            broken = error
-
-    def keep() -> None:
-        if finished is None:
-            write_tensors(path / NETWORK, pack_run(training.network, training.normalization, running))
+    def _keep(self, run: Run, running: Mapping[str, torch.Tensor]) -> None:
+        """Writes the finished run; where there was one already, its new tables alone. `running` as for `pack_run`."""
+        training = self.training
+        if self.finished is None:
+            write_tensors(self.path / NETWORK, pack_run(training.network, training.normalization, running))
             # Again: a step that could not be captured ran in another way than it was to.
-            write_json(path / ENVIRONMENT, about | {"step": training.how})
+            write_json(self.path / ENVIRONMENT, self.environment | {"step": training.how})
         for name, table in run.tables.items():
-            file = path / "probes" / f"{name}.csv"
+            file = self.path / "probes" / f"{name}.csv"
             file.unlink(missing_ok=True)  # never under what is said of another one
-            about_table = {"identity": training.identities[name], "columns": _kinds(table)}
-            write_json(file.with_suffix(".json"), about_table)
+            write_json(
+                file.with_suffix(".json"), {"identity": training.identities[name], "columns": _column_kinds(table)}
+            )
             write_table(file, table)
-        if finished is None:
-            keeper.finish(run.metrics, training.rows)
+        if self.finished is None:
+            self.keeper.finish(run.metrics, training.rows)
         else:
-            keeper.clear()
+            self.keeper.clear()
 
-    together.told(keep)
-    if broken is not None:
-        raise broken
-    if finished is None:
-        return run
-    if finished.metrics["train_loss"] != run.metrics["train_loss"] and together.first:
-        warnings.warn(
-            f"{path.name} was trained anew for a probe's table and ended with {errors_in_words(run.metrics)}, not "
-            f"{errors_in_words(finished.metrics)}, as with other threads or on another machine; its figures stay the earlier ones"
-        )
-    return replace(finished, tables=run.tables)  # and with its weights, which are read when they are asked for
+    def _with_tables(self, finished: Run, anew: Run) -> Run:
+        """The finished run with the tables of one that was trained anew. Warns where that ended otherwise."""
+        if finished.metrics["train_loss"] != anew.metrics["train_loss"] and self.team.first:
+            warnings.warn(
+                f"{self.path.name} was trained anew for a probe's table and ended with {errors_in_words(anew.metrics)}, not "
+                f"{errors_in_words(finished.metrics)}, as with other threads or on another machine; its figures stay the "
+                "earlier ones"
+            )
+        return replace(finished, tables=anew.tables)  # and with its weights, which are read when they are asked for
 
 
 def _table_of(probe: Probe) -> pandas.DataFrame:
@@ -629,7 +651,7 @@ def _about_table(path: Path, name: str) -> dict[str, Any]:
     return {"identity": None} if about is None else about
 
 
-def _kinds(table: pandas.DataFrame) -> dict[str, str]:
+def _column_kinds(table: pandas.DataFrame) -> dict[str, str]:
     """What a file of text does not tell of its columns."""
     import pandas
 
