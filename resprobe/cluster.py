@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 
+from resprobe.board import Board
 from resprobe.devices import deterministic, prepare_cpu
 from resprobe.errors import StorageError, UsageError, not_accepted, one_line
 from resprobe.extensions import load_plugin
 from resprobe.files import write_atomically
 from resprobe.runs import RunStore, configure
-from resprobe.sweep import Board, Job, train_job
+from resprobe.sweep import Job, train_job
 
 _LOSSES = 3
 """A run that lost its process so many times without having got on in between is given up."""

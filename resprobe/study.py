@@ -388,7 +388,7 @@ class _Ready:
 
     def _left_out(self, labelled: Labelled) -> dict[str, list[int]]:
         """Seeds that are not asked for and of which a run diverged, by network: without them a study tells of survivors."""
-        from resprobe.sweep import names_of
+        from resprobe.board import names_of
 
         configs = [job.config for _, job in labelled]
         names, asked, found = names_of(configs), {config.key for config in configs}, {}

@@ -10,8 +10,6 @@ import copy
 import itertools
 import os
 import pickle
-import sys
-import threading
 import traceback
 import warnings
 from collections import Counter
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from resprobe.board import Board
 from resprobe.data import load_data
 from resprobe.devices import cores, cpu_threads, deterministic, prepare_cpu, usable
 from resprobe.digests import is_known, module_of, source_file, typed_in
@@ -43,9 +42,10 @@ from resprobe.estimates import costs
 from resprobe.extensions import is_loaded, load_plugin
 from resprobe.keeping import traceback_file
 from resprobe.probes import PROBES
-from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, train_as
+from resprobe.runs import Run, RunConfig, RunStore, train_as
 from resprobe.sharing import sharing
 from resprobe.training import Progress
+from resprobe.words import duration
 from resprobe.workers import Lost, Perform, side_by_side
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class Survey:
             listed = ", ".join(name if count == 1 else f"{name} ×{count}" for name, count in names.items())
             how = f"on {self.device}, {self.workers} at a time" if self.workers > 1 else f"on {self.device}"
             about = "at most about" if self.one_card and self.workers > 1 else "about"
-            length = f"not known: {self.reason}" if self.duration is None else f"{about} {in_words(self.duration)}"
+            length = f"not known: {self.reason}" if self.duration is None else f"{about} {duration(self.duration)}"
             lines += [f"to train: {listed}", f"time: {length} {how}"]
         return "\n".join(lines)
 
@@ -163,14 +163,7 @@ class Outlook:
         line = f"{self.total} {self.what}: {self.found} finished already, "
         if not left:
             return line + "nothing to train"
-        return line + f"{left} to train\ntime: about {in_words(self.seconds)} on {self.device}, one after the other"
-
-
-def in_words(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return line + f"{left} to train\ntime: about {duration(self.seconds)} on {self.device}, one after the other"
 
 
 def survey(
@@ -458,105 +451,3 @@ def _start(
                     torch.cuda.empty_cache()  # which the other processes may need
 
     return perform
-
-
-# -- what the user sees --------------------------------------------------------------------------------------------
-
-
-def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """What runs' networks are called, by the runs' keys: their names, and in what networks of one name differ: options, the
-    recipe's name, and whether they were trained before."""
-    alike: dict[str, list[RunConfig]] = {}
-    for config in configs:
-        alike.setdefault(config.network.name, []).append(config)
-    names = {}
-    for config in configs:
-        others = alike[config.network.name]
-        options = [dict(other.network.options) for other in others]
-        differ = [name for name, value in config.network.options if any(other.get(name) != value for other in options)]
-        said = "".join(f", {name} {config.network.get(name)}" for name in differ)
-        if len({other.recipe.name for other in others}) > 1:
-            said += f", {config.recipe.name}"
-        if config.start is not None and any(other.start is None for other in others):
-            said += ", trained on"
-        names[config.key] = f"{config.network.name}{said}"
-    return names
-
-
-class Board:
-    """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone.
-
-    `names`: what the runs are called, by their keys. `failures`: why those failed that did. Texts: an error itself would keep
-    its run in memory, and on a GPU that of all others.
-    """
-
-    def __init__(self, ahead: Survey, store: RunStore, jobs: Sequence[Job]):
-        self.store, self.total, self.found = store, ahead.total, ahead.found
-        self.work = {job.config.key: job.work for job in ahead.missing}
-        self.share = dict.fromkeys(self.work, 0.0)
-        configs = [job.config for job in jobs]  # those that are there already too: which block was it?
-        networks = names_of(configs)
-        self.names = {config.key: f"{networks[config.key]}, seed {config.seed}" for config in configs}
-        self.latest: dict[str, Progress] = {}
-        self.failures: dict[str, str] = {}
-        self.done, self.lock = 0, threading.Lock()
-        self.bar: Any = None
-
-    def __enter__(self) -> Board:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=1.0,
-            disable=not self.work or not sys.stderr.isatty() or not team().first,
-            bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}, {remaining} left{postfix}",
-            leave=False,
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def tell(self, key: str, news: Progress) -> None:
-        """Takes a run's latest figures."""
-        with self.lock:
-            if self.share.get(key, 1.0) == 1.0:  # late news of a finished run
-                return
-            self.latest[key] = news
-            self._set_share(key, news.iteration / news.iterations)
-            speed = sum(each.images_per_second for each in self.latest.values())
-            rate = sum(each.iteration / each.seconds for each in self.latest.values() if each.seconds)
-            self.bar.set_postfix_str(
-                f"{len(self.latest)} running, {rate:,.1f} it/s, {speed:,.0f} images/s, loss {news.loss:.3f}, "
-                f"training error {news.train_error:.1f} %"
-            )
-
-    def finished(self, job: Job, metrics: dict[str, float]) -> None:
-        """Says that a run is finished and with what."""
-        self._end(
-            job,
-            f"{errors_in_words(metrics)}, {metrics['seconds']:,.0f} s",
-        )
-
-    def failed(self, job: Job, why: str) -> None:
-        """Says that a run failed, and where to look; the others go on."""
-        why = why.removeprefix(
-            f"{job.config.network.name}, seed {job.config.seed}: "
-        )  # a training's own error begins so
-        self.failures[job.config.key] = why
-        file = traceback_file(self.store.folder(job.config))
-        self._end(job, f"failed: {why}" + (f"; {file}" if file.is_file() else ""))
-
-    def _end(self, job: Job, outcome: str) -> None:
-        with self.lock:
-            self.done += 1
-            self._set_share(job.config.key, 1.0)
-            self.latest.pop(job.config.key, None)
-            if not team().first:
-                return
-            name = self.names[job.config.key]
-            self.bar.write(f"[{self.found + self.done}/{self.total}] {name}: {outcome}", file=sys.stdout)
-            sys.stdout.flush()
-
-    def _set_share(self, key: str, share: float) -> None:
-        self.bar.update((share - self.share[key]) * self.work[key] / sum(self.work.values()))
-        self.share[key] = share

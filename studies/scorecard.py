@@ -48,6 +48,7 @@ from resprobe.commands import (
 from resprobe.errors import UsageError, not_accepted, one_line
 from resprobe.options import offered
 from resprobe.study import Study
+from resprobe.words import duration
 
 UNTESTED = {
     Claim(
@@ -292,7 +293,7 @@ def run_studies(commands: Mapping[str, Sequence[str]], *, dry_run: bool = False)
         return {}
     for done, (name, arguments) in enumerate(commands.items()):
         left = _left(forecast for each, forecast in ahead.items() if each in list(commands)[done:])
-        so_far = _duration(time.perf_counter() - started)
+        so_far = duration(time.perf_counter() - started)
         print(f"\n[{done + 1}/{len(commands)}] {name}: {so_far} so far, {left}", flush=True)
         try:
             _in_a_process(_run, name, arguments)
@@ -300,7 +301,7 @@ def run_studies(commands: Mapping[str, Sequence[str]], *, dry_run: bool = False)
             failed[name] = f"failed: {error}"
             print(f"error: {error}", file=sys.stderr, flush=True)
     print(
-        f"\n{len(commands) - len(failed)} of {len(commands)} studies done in {_duration(time.perf_counter() - started)}"
+        f"\n{len(commands) - len(failed)} of {len(commands)} studies done in {duration(time.perf_counter() - started)}"
     )
     return failed
 
@@ -407,13 +408,7 @@ def _left(ahead: Iterable[Forecast]) -> str:
     seconds, whole = sum(forecast.seconds for forecast in ahead), all(forecast.whole for forecast in ahead)
     if not seconds:
         return "nothing left to train" if whole else "training of unknown length left"
-    return f"{'about' if whole else 'at least'} {_duration(seconds)} of training left"
-
-
-def _duration(seconds: float) -> str:
-    from resprobe.sweep import in_words
-
-    return in_words(seconds)
+    return f"{'about' if whole else 'at least'} {duration(seconds)} of training left"
 
 
 def _what_it_says(error: BaseException) -> str:
