@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """What runs' networks are called, by the runs' keys: their names, and in what networks of one name differ: options, the
-    recipe's name, and whether they were trained before."""
-    alike: dict[str, list[RunConfig]] = {}
+    """A run's key → what its network is called: its name, and where networks of one name differ, how: options, the recipe's
+    name, and whether they were trained before."""
+    of_one_name: dict[str, list[RunConfig]] = {}
     for config in configs:
-        alike.setdefault(config.network.name, []).append(config)
+        of_one_name.setdefault(config.network.name, []).append(config)
     names = {}
     for config in configs:
-        others = alike[config.network.name]
+        others = of_one_name[config.network.name]
         options = [dict(other.network.options) for other in others]
         differ = [name for name, value in config.network.options if any(other.get(name) != value for other in options)]
-        said = "".join(f", {name} {config.network.get(name)}" for name in differ)
+        marks = "".join(f", {name} {config.network.get(name)}" for name in differ)
         if len({other.recipe.name for other in others}) > 1:
-            said += f", {config.recipe.name}"
+            marks += f", {config.recipe.name}"
         if config.start is not None and any(other.start is None for other in others):
-            said += ", trained on"
-        names[config.key] = f"{config.network.name}{said}"
+            marks += ", trained on"
+        names[config.key] = f"{config.network.name}{marks}"
     return names
 
 

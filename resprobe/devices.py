@@ -132,7 +132,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def fastest(work: Callable[[], object], device: torch.device, passes: int = 3) -> float:
-    """Seconds of the soonest of some passes of `work`: what else a machine does can only slow one."""
+    """Seconds of the fastest of some passes of `work`: what else a machine does can only slow one."""
 
     def once() -> float:
         synchronize(device)
@@ -156,7 +156,7 @@ def usable(device: torch.device) -> bool:
 
 
 def cores() -> int:
-    """Of the processor, those that this process may use."""
+    """How many of the processor's cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

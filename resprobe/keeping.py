@@ -32,9 +32,9 @@ RESULT = "result.json"
 UNFINISHED = "history.unfinished.csv"
 """The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
 TRACEBACK = "traceback.txt"
-"""Where in the code a run failed, in its folder until it is begun again: what is said of it is one line."""
+"""Where in the code a run failed, since the user sees one line alone. Kept until the run is begun again."""
 DIVERGED = "diverged.txt"
-"""How a run diverged, in its folder until it is begun again: by it a report of other seeds knows what it leaves out."""
+"""How a run diverged: so a report of other seeds knows what it leaves out. Kept until the run is begun again."""
 CHECKPOINT_SECONDS = 30.0
 """At least so much time passes between two checkpoints, and at most so much is lost."""
 
@@ -61,7 +61,7 @@ class Kept:
 
     @property
     def folder_name(self) -> str:
-        """For reading, with the key at its end."""
+        """The name of the run's folder: for reading, with the key at its end."""
         parts = [*self.called(), self.key]
         return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts)
 
@@ -73,9 +73,9 @@ class Keeper:
         self.path, self.checkpoint = path, path / CHECKPOINT
         self._saved_at = time.monotonic()
 
-    def begin(self, told: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def begin(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Writes down what the run is, and with what it is made."""
-        write_json(self.path / CONFIG, told)
+        write_json(self.path / CONFIG, config)
         write_json(self.path / ENVIRONMENT, environment)
         # The commit in a run's record is its code only with what was changed since.
         patch, file = local_changes(), self.path / "local_changes.patch"
@@ -119,16 +119,16 @@ class Keeper:
 
 
 def traceback_file(path: Path) -> Path:
-    """Where it is written down in a run's folder how this process failed. What ends one of several that train together ends the
-    others in its wake, each with another error."""
+    """The file in a run's folder that says where this process failed. Processes that train together have one each: what ends
+    one of them ends the others in its wake, each with another error."""
     together = team()
     return path / (TRACEBACK if together.size == 1 else f"traceback-{together.rank}.txt")
 
 
 @contextlib.contextmanager
 def failures_kept(path: Path) -> Iterator[None]:
-    """Writes down where in the code what fails inside has failed, unless its text says all that there is to say; and that a
-    training has diverged."""
+    """Writes down what fails within a `with` block: where in the code, unless the error's text says all, and how a training
+    diverged."""
     file, diverged = traceback_file(path), path / DIVERGED
     for old in [diverged, *(path.glob("traceback*.txt") if team().size == 1 else [file])]:
         old.unlink(missing_ok=True)

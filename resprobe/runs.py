@@ -234,15 +234,15 @@ class RunStore:
             return 0
 
     def diverged(self, configs: Sequence[RunConfig]) -> dict[str, list[int]]:
-        """For each of these runs, by its key, the seeds of which such a run, the same but for its seed, has diverged."""
-        there = [read_json(file.with_name(CONFIG)) for file in self.root.glob(f"*/{DIVERGED}")]
-        found = {}
-        for config in configs if there else ():
+        """A run's key → the seeds with which the same run has diverged, for each of `configs`."""
+        diverged = [read_json(file.with_name(CONFIG)) for file in self.root.glob(f"*/{DIVERGED}")]
+        seeds = {}
+        for config in configs if diverged else ():
             wanted = json.loads(json.dumps(config.identity()))
             del wanted["seed"]
-            alike = [each for each in there if all(each.get(name) == value for name, value in wanted.items())]
-            found[config.key] = sorted(each["seed"] for each in alike)
-        return found
+            same = [each for each in diverged if all(each.get(name) == value for name, value in wanted.items())]
+            seeds[config.key] = sorted(each["seed"] for each in same)
+        return seeds
 
     @contextlib.contextmanager
     def lock(self, config: Kept, tell: Callable[[str], None]) -> Iterator[None]:
@@ -369,9 +369,9 @@ def train(
     if not isinstance(runs, str | Path | RunStore):
         raise UsageError(f"runs (={short(runs)}) must be a folder, or None to keep nothing")
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
-    # Of a registered set its own function says what it is, and its source counts; data handed over may be anything.
+    # A registered set's own function says what it is, and its source counts; data handed over may be anything.
     digest = loaded.digest() if isinstance(data, Data) else None
-    found = train_as(
+    run = train_as(
         config,
         network,
         store,
@@ -384,10 +384,10 @@ def train(
         progress=progress,
     )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
-        if found._network is None:
-            assert found.path is not None
-            found._network = _read_weights(network, found.path)
-    return found
+        if run._network is None:
+            assert run.path is not None
+            run._network = _read_weights(network, run.path)
+    return run
 
 
 def train_as(
@@ -407,15 +407,15 @@ def train_as(
     something else by now. `network`: one that was handed over built is trained in place; else `config` says how it is built.
     `data`: by default those that `config` names; `data_digest`: of data that were handed over."""
     data, made, together = data or load_data(config.data), _made(probes), team()
-    together.told(lambda: _check_same_data(store.folder(config), config, data, data_digest))
-    found = together.told(lambda: store.find(config, made))
-    if found is not None:
-        return found
+    together.broadcast(lambda: _check_same_data(store.folder(config), config, data, data_digest))
+    run = together.broadcast(lambda: store.find(config, made))
+    if run is not None:
+        return run
     with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
         # It may have been finished while another command held the lock.
-        found = together.told(lambda: store.find(config, made))
-        if found is not None:
-            return found
+        run = together.broadcast(lambda: store.find(config, made))
+        if run is not None:
+            return run
         with failures_kept(store.folder(config)):
             training = _prepare(config, network, data, device, made, recompute, step)
             return _KeptTraining(store, config, training, data_digest).run(progress)
@@ -453,14 +453,14 @@ def _meant(network: object, options: Mapping[str, Option]) -> UsageError | None:
 def _check_same_data(path: Path, config: RunConfig, data: Data, digest: str | None) -> None:
     """Raises `UsageError` if the run in this folder is, or was begun, on other data that go by the same identity."""
     known = read_json(path / CONFIG).get("data_digest")
-    here, metrics = len(data.train), read_json(path / RESULT).get("metrics")
+    images, metrics = len(data.train), read_json(path / RESULT).get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
-    there = metrics.get("train_images", here)
+    before = metrics.get("train_images", images)
     if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
-        there += metrics.get("validation_images", 0)
-    if known == digest is not None or (there == here and None in (known, digest)):
+        before += metrics.get("validation_images", 0)
+    if known == digest is not None or (before == images and None in (known, digest)):
         return
-    what = f"{there} training images, not {here}" if there != here else "other images or labels"
+    what = f"{before} training images, not {images}" if before != images else "other images or labels"
     raise UsageError(
         f"data of identity {data.identity!r} with {what}, are those of {path}; give yours an identity of its own: "
         "dataclasses.replace(data, identity=…)"
@@ -483,7 +483,7 @@ class _KeptTraining:
         self._resume()
         self.began = self.training.iteration
         # A finished run is trained anew for a probe's table alone, and keeps its figures.
-        self.finished: Run | None = self.team.told(lambda: self.store.find(self.config))
+        self.finished: Run | None = self.team.broadcast(lambda: self.store.find(self.config))
         if self.team.first and self.finished is None:
             self._begin()
         with _watching(progress if self.team.first else False, self.config) as watch:
@@ -510,7 +510,7 @@ class _KeptTraining:
                 run.tables[probe.name] = _table_of(probe)
             except Exception as error:  # of a stranger's probe; what it watched must not be lost with it
                 broken = error
-        self.team.told(lambda: self._keep(run, running))
+        self.team.broadcast(lambda: self._keep(run, running))
         if broken is not None:
             raise broken
         return run if self.finished is None else self._with_tables(self.finished, run)
@@ -518,7 +518,7 @@ class _KeptTraining:
     def _resume(self) -> None:
         """Goes on from the last checkpoint, if there is one of a training with these probes."""
         training = self.training
-        kept = self.team.told(self.keeper.load)
+        kept = self.team.broadcast(self.keeper.load)
         if kept is None:
             return
         known = kept.get("identities", {name: training.identities.get(name) for name in kept["probes"]})
@@ -537,7 +537,7 @@ class _KeptTraining:
     def _begin(self) -> None:
         """Writes down what the run is, and the sources of what is not resprobe's own."""
         config = self.config
-        known = read_json(self.path / CONFIG).get("data_digest")  # of a begin with the data handed over
+        known = read_json(self.path / CONFIG).get("data_digest")  # of an earlier begin, with the data handed over
         asked = {
             "data_given": config.data,
             "data_digest": self.data_digest or known,
@@ -563,7 +563,7 @@ class _KeptTraining:
 
     def _rescue(self) -> None:
         """Saves the last good state of a training that is broken off."""
-        # Of a begin with other probes that is broken off at once, an earlier checkpoint has more to keep.
+        # A begin with other probes may be broken off at once: then an earlier checkpoint has more to keep.
         got_on = self.training.last_good["iteration"] > self.began
         if self.team.first and (got_on or not self.keeper.checkpoint.is_file()):
             try:
@@ -652,11 +652,11 @@ def _about_table(path: Path, name: str) -> dict[str, Any]:
 
 
 def _column_kinds(table: pandas.DataFrame) -> dict[str, str]:
-    """What a file of text does not tell of its columns."""
+    """Column → "string" or "boolean", which a file of text does not tell."""
     import pandas
 
-    found = {str(name): pandas.api.types.infer_dtype(table[name], skipna=True) for name in table}
-    return {name: kind for name, kind in found.items() if kind in ("string", "boolean")}
+    kinds = {str(name): pandas.api.types.infer_dtype(table[name], skipna=True) for name in table}
+    return {name: kind for name, kind in kinds.items() if kind in ("string", "boolean")}
 
 
 def _load_network(config: RunConfig, path: Path) -> nn.Module:

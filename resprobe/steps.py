@@ -166,7 +166,7 @@ def _record(
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         try:
             with capture:
-                given = work()
+                figures = work()
         except Exception:
             # And the card's random numbers in the capture: no more are drawn until one succeeds. (Where the device broke it
             # off, torch takes itself to be amid a capture for good, and gives no cached memory back; training needs none.)
@@ -178,7 +178,7 @@ def _record(
         with torch.cuda.device(device):  # which need not be the process's first
             graph.replay()
 
-    return replay, given
+    return replay, figures
 
 
 @contextmanager

@@ -315,7 +315,7 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, t
     resolve_step(options.step, device, recompute=options.recompute)
     planned, changes = _planned(study, options)
     if planned and team().size > 1:
-        team().told(lambda: bool(load_data(options.data)))  # one of them downloads, or says why it cannot
+        team().broadcast(lambda: bool(load_data(options.data)))  # one of them downloads, or says why it cannot
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
     jobs = _jobs(planned, options, data, precision, changes) if data else []
     _check_networks({job.config.network for _, job in jobs})

@@ -78,9 +78,9 @@ class Job:
     def made_of(self) -> dict[str, object]:
         """What another process must have to train it, beside resprobe, and what that is called."""
         probes = [(PROBES, name) for name in self.probes if name in PROBES]
-        found = {f"{registry.kind} {name!r}": registry[name] for registry, name in (*self.config.used(), *probes)}
+        things = {f"{registry.kind} {name!r}": registry[name] for registry, name in (*self.config.used(), *probes)}
         modules = () if self.network is None else map(type, self.network.modules())
-        return found | {f"module {kind.__name__!r}": kind for kind in modules}
+        return things | {f"module {kind.__name__!r}": kind for kind in modules}
 
 
 def parse_concurrency(text: str) -> int | None:
@@ -194,8 +194,8 @@ def survey(
     if cluster is None:
         wanted = concurrency or (cores() if device.type == "cpu" else 1)
         workers = min(wanted, len(ordered))
-        # By all runs, not by those that are missing: the last digits of a run's figures depend on its threads, and must not
-        # on what was there before.
+        # Counted over all runs, not over the missing ones: the last digits of a run's figures depend on its threads, and must
+        # not depend on what was there before.
         threads = max(1, min(cores() // max(1, min(wanted, len(asked))), torch.get_num_threads()))
     else:
         workers, threads, _ = cluster.share(len(ordered), concurrency)
@@ -229,7 +229,7 @@ def _seconds(jobs: Sequence[Job], done: Sequence[int], device: torch.device, thr
     for where, one in itertools.groupby(zip(jobs, done, strict=True), key=lambda each: each[0].config.data):
         some = list(one)
         data, first = load_data(where), some[0][0]
-        found = costs(
+        timed = costs(
             [(job.config.network, job.config.recipe) for job, _ in some],
             data,
             device=device,
@@ -237,7 +237,7 @@ def _seconds(jobs: Sequence[Job], done: Sequence[int], device: torch.device, thr
             threads=threads,
             recompute=first.recompute,
         )
-        for (job, iterations), cost in zip(some, found, strict=True):
+        for (job, iterations), cost in zip(some, timed, strict=True):
             yield cost.of_training(data, job.config.recipe, iterations)
 
 
@@ -258,7 +258,7 @@ def run_all(
     together = team()
     if together.size > 1:  # they train one run together, one run after the other
         concurrency = 1
-    ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
+    ahead = together.broadcast(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
     with Board(ahead, store, jobs) as board:
@@ -266,34 +266,34 @@ def run_all(
         if ordered and cluster is not None:
             cluster.train(ordered, store, concurrency, _needed(ordered, plugins), board)
         elif ordered:
-            here = workers <= 1 and usable(device)  # the survey may have left it unable
-            left = _train_here(ordered, store, device, ahead.threads, board) if here else ordered
+            one_process = workers <= 1 and usable(device)  # the survey may have left it unable
+            left = _train_here(ordered, store, device, ahead.threads, board) if one_process else ordered
             if left and together.size > 1:
                 raise ProcessFailed(f"process {together.rank} cannot compute on {device} any more; begin again")
             if left:
                 _train_in_processes(left, store, device, workers, ahead.threads, _needed(left, plugins), board)
     if failures := board.failures:
-        together.told(lambda: None)  # the first has spoken; torchrun ends it when another one has ended
+        together.broadcast(lambda: None)  # the first has spoken; torchrun ends it when another one has ended
         kept = ahead.total - len(failures)
-        alike = Counter(failures.values())
-        said = dict.fromkeys(
-            f"{board.names[key]}: {why}" if alike[why] == 1 else f"{why} ({alike[why]} runs)"
+        counts = Counter(failures.values())
+        lines = dict.fromkeys(
+            f"{board.names[key]}: {why}" if counts[why] == 1 else f"{why} ({counts[why]} runs)"
             for key, why in failures.items()
         )
         raise SweepFailed(
             f"{len(failures)} of {ahead.total} runs failed: "
-            + "; ".join(said)
+            + "; ".join(lines)
             + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; {_what_next(failures)}",
             failures,
         )
-    found = []
+    runs = []
     for job in jobs:
         # Asked by the first: on another machine it need not be there.
-        run = together.told(lambda job=job: store.find(job.config, job.probes))
+        run = together.broadcast(lambda job=job: store.find(job.config, job.probes))
         if run is None:  # its probes are others in the processes that trained
             raise _edited(job)
-        found.append(run)
-    return found
+        runs.append(run)
+    return runs
 
 
 def _what_next(failures: Mapping[str, str]) -> str:
@@ -361,8 +361,8 @@ def _train_here(
 def _known_to_all(error: Exception) -> bool:
     """Whether all processes that train together have met this."""
     # A mistake of use all find, but for a file that one of them reads.
-    alike = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
-    if alike or hasattr(error, "known_to_all"):
+    everywhere = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
+    if everywhere or hasattr(error, "known_to_all"):
         return True
     last = traceback.extract_tb(error.__traceback__)[-1]
     return team().all_met(f"{one_line(error, named=True)} at {last.filename}:{last.lineno}")
@@ -381,8 +381,8 @@ def _train_in_processes(
     board: Board,
 ) -> None:
     with sharing(device) as variables:
-        alike = torch.get_deterministic_debug_mode()
-        start = partial(_start, variables, threads, plugins, store.root, device, alike)
+        determinism_mode = torch.get_deterministic_debug_mode()
+        start = partial(_start, variables, threads, plugins, store.root, device, determinism_mode)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
         packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
         with closing(side_by_side(packed, workers, start)) as heard:
@@ -419,10 +419,15 @@ def _where(thing: Any) -> str:
 
 
 def _start(
-    variables: Mapping[str, str], threads: int, plugins: Sequence[str], root: Path, device: torch.device, alike: int
+    variables: Mapping[str, str],
+    threads: int,
+    plugins: Sequence[str],
+    root: Path,
+    device: torch.device,
+    determinism_mode: int,
 ) -> Perform:
-    """Readies a process, and gives what trains a job there. `alike`: whether to the same last digits each time, in torch's
-    numbers: 0 no, 1 with warnings, 2 yes."""
+    """Readies a process, and gives what trains a job there. `determinism_mode`: whether runs come to the same last digits each
+    time, in torch's numbers: 0 no, 1 with warnings, 2 yes."""
     os.environ.update(variables)
     prepare_cpu()
     torch.set_num_threads(threads)
@@ -436,7 +441,7 @@ def _start(
         if job.config.key != key:
             raise _edited(job)
         try:
-            with deterministic(alike > 0, warn_only=alike == 1):
+            with deterministic(determinism_mode > 0, warn_only=determinism_mode == 1):
                 return train_job(job, store, device, tell)
         except UsageError:
             raise

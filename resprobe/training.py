@@ -156,7 +156,7 @@ class Training:
         self.last_good = self._remember()
 
     def _optimizer_state(self) -> dict[str, Any]:
-        """The same on every device: the rate as a number."""
+        """The optimizer's state, the same on every device: the rate as a number."""
         state = self.optimizer.state_dict()
         for group in state["param_groups"]:
             group["lr"] = self.rate
@@ -248,8 +248,8 @@ class Training:
     def _unwatched(self, probes: Sequence[Probe], drawn: tuple[Tensor, ...]) -> Outcome | None:
         """What the iteration would come to without these probes, when one of them measures for the first time. None where each
         has been looked at, and where that cannot be told."""
-        told = self.team.size == 1 and self.device.type in ("cpu", "cuda")
-        if not told or all(probe.name in self.harmless for probe in probes):
+        repeatable = self.team.size == 1 and self.device.type in ("cpu", "cuda")
+        if not repeatable or all(probe.name in self.harmless for probe in probes):
             return None
         try:
             alone = copy.deepcopy(self.network)  # so that nothing of it has happened afterwards
@@ -316,8 +316,8 @@ class Training:
             self.how = "eager" if self.how == "graph" else self.how  # what the run's record shall say
             self.optimizer.zero_grad(set_to_none=True)  # what the attempt left
             # What ended a capture says less than what happened in it.
-            said = one_line(error.__context__ or error)
-            warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {said}")
+            why = one_line(error.__context__ or error)
+            warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {why}")
             return None
 
     @cached_property
@@ -329,7 +329,8 @@ class Training:
         return batches_of(self.data.train, self.recipe, self.seed, self.normalization, self.device, part)
 
     def _first_random_state(self) -> dict[str, Any]:
-        """Of the first process that of the seed; of the others, which draw other numbers, one of each iteration begun at."""
+        """The first process's state is derived from the seed. The others draw other numbers: theirs are derived from the seed,
+        their rank and the iteration that they begin at."""
         seed = self.seed
         if not self.team.first:
             seed = generator("process", self.seed, self.team.rank, self.iteration).initial_seed()
@@ -338,7 +339,7 @@ class Training:
     def _plateaus(self) -> int:
         if self.recipe.plateau is None:
             return 0
-        # With a part held out (§4.2), what is tested on decides nothing.
+        # Where a part is held out (§4.2), the test images decide nothing.
         watched = "test_error" if self.validation is None else "validation_error"
         return plateaus(self.recipe, [row[watched] for row in self.rows if not math.isnan(row[watched])])
 
@@ -413,7 +414,7 @@ class Training:
 
     def test_now(self, part: Any = None) -> Evaluation:
         """Error on the test set (or `part`) with the network as it stands: the first process's, with its statistics."""
-        return self.team.told(
+        return self.team.broadcast(
             lambda: evaluate(
                 self.network,
                 self.test if part is None else part,
@@ -478,7 +479,7 @@ def _log_points(recipe: Recipe) -> set[int]:
 
 
 def _test_points(recipe: Recipe) -> set[int]:
-    """At ends of windows, so that none is shorter than the others but the last."""
+    """The iterations at which the network is tested: ends of windows, so that none but the last is shorter."""
     windows = recipe.iterations // recipe.window
     count = min(recipe.evaluations, max(1, windows))
     return {recipe.window * round(windows * point / count) for point in range(1, count)} | {recipe.iterations}
@@ -501,7 +502,7 @@ def _optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torc
         fused=device.type in ("cuda", "cpu"),  # one kernel instead of one a tensor; the networks have hundreds
     )
     if recipe.momentum:
-        # From zero as from none; but a fused step refuses those of which some have none, as where parts are skipped at random.
+        # Zeros are the same as none; but a fused step refuses it if some have none, as where parts are skipped at random.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -522,12 +523,12 @@ def _copy(value: Any) -> Any:
 
 def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, precision: str) -> str:
     """The first layer, in forward order, whose output is not finite; "the loss" if every output is."""
-    found: list[str] = []
+    names: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
-                found.append(name)
+            if isinstance(output, Tensor) and not names and not torch.isfinite(output).all():
+                names.append(name)
 
         return look
 
@@ -539,4 +540,4 @@ def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, p
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss"
+    return names[0] if names else "the loss"

@@ -19,9 +19,9 @@ from resprobe.keeping import CONFIG, NETWORK
 from resprobe.networks import Network, NetworkSpec, Option, build, made_of, resolve
 from resprobe.shortcuts import ZeroPadding
 
-# Mean and standard deviation by which inputs of torchvision's models, and of the CIFAR weights with `linear`, are normalized.
+# Mean and standard deviation that normalize inputs of torchvision's models, and of the CIFAR weights with `linear`.
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Those of chenyaofo/pytorch-cifar-models (2021; by the logs of their training), by the number of classes of CIFAR-10 and -100.
+# The same for chenyaofo/pytorch-cifar-models (2021; by the logs of their training): number of classes → statistics.
 _CIFAR_STATISTICS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
@@ -132,7 +132,7 @@ def load_network(weights: str | Path) -> Network:
 
 
 def _spec_of(given: Mapping[str, Tensor], path: Path) -> NetworkSpec:
-    """What network these weights are of."""
+    """The network that these weights fit, by their names and shapes."""
     named = {_resnet_name(name): value for name, value in given.items()}
     norm = "batch" if any(name.endswith("running_mean") for name in given) else "none"
     vgg = [name for name in given if re.fullmatch(r"features\.\d+\.weight|stage\d+\.conv\d+\.weight", name)]
@@ -185,7 +185,7 @@ def check_weights_there(path: Path, there: bool) -> None:
 
 
 def _run_spec(path: Path) -> NetworkSpec | None:
-    """What the network of a run is, by its folder or the weights in it; None for what is neither."""
+    """The network of a run, given its folder or the file of its weights; None for what is neither."""
     network = read_json(_config_of(path)).get("network")
     return NetworkSpec(**network) if isinstance(network, dict) else None  # a detector's has the name of its backbone
 
