@@ -76,18 +76,18 @@ def write_json(path: Path, content: object) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where the file is missing, unreadable or damaged."""
     try:
-        return parse_json(path.read_bytes()) or {}
+        return load_json(path) or {}
     except OSError:
         return {}
 
 
-def parse_json(content: bytes) -> dict[str, Any] | None:
-    """The object in the content of a JSON file; None where it is damaged."""
+def load_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where it is damaged. Raises `OSError` where it cannot be read."""
     try:
-        parsed = json.loads(content)
+        content = json.loads(path.read_text())
     except ValueError:
         return None
-    return parsed if isinstance(parsed, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -30,7 +30,7 @@ from resprobe.environment import environment
 from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, nearest, plain, short
 from resprobe.files import (
     check_writable,
-    parse_json,
+    load_json,
     read_json,
     read_table,
     read_tensors,
@@ -645,7 +645,7 @@ def _about_table(path: Path, name: str) -> dict[str, Any]:
     """The identity of the probe that a table is from, and the kinds of its columns; nothing where that was not written
     down, and no identity where it is damaged."""
     try:
-        about = parse_json((path / "probes" / f"{name}.json").read_bytes())
+        about = load_json(path / "probes" / f"{name}.json")
     except FileNotFoundError:
         return {}
     return {"identity": None} if about is None else about
