@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 
-from resprobe.checkpoints import write_atomically
+from resprobe.board import Board
 from resprobe.devices import deterministic, prepare_cpu
 from resprobe.errors import StorageError, UsageError, not_accepted, one_line
 from resprobe.extensions import load_plugin
+from resprobe.files import write_atomically
 from resprobe.runs import RunStore, configure
-from resprobe.sweep import Board, Job, train_job
+from resprobe.sweep import Job, train_job
 
 _LOSSES = 3
 """A run that lost its process so many times without having got on in between is given up."""
@@ -57,7 +58,7 @@ class RayCluster:
 
     @property
     def name(self) -> str:
-        """For the line that says where the runs are trained."""
+        """The cluster in words: where the runs are trained."""
         return f"a Ray cluster with {sum(self.sizes)} {self._resource}s on {len(self.sizes)} nodes"
 
     @property
@@ -105,14 +106,14 @@ class RayCluster:
         resources = {"num_cpus": amount} if self._resource == "CPU" else {"num_cpus": 0, "num_gpus": amount}
         task = ray.remote(max_retries=0, scheduling_strategy="SPREAD", **resources)(_train_on_node)
         # News are lost with the node that keeps them, so that is this one.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        news = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": this_node})
         listener = threading.Thread(target=_listen, args=(news, board), daemon=True)
         listener.start()
         losses = _Losses(store)
         with _marker(store) as marker:
-            alike = torch.get_deterministic_debug_mode()
-            place = _Place(os.getcwd(), marker, str(self.device), threads, tuple(plugins), alike)
+            determinism_mode = torch.get_deterministic_debug_mode()
+            place = _Place(os.getcwd(), marker, str(self.device), threads, tuple(plugins), determinism_mode)
 
             def begin(job: Job) -> Any:
                 # Pickled here, since what a plugin defines can be read only after the plugin is loaded.
@@ -180,29 +181,29 @@ def ray_cluster(address: str = "", device: str = "auto") -> Iterator[RayCluster]
 
 
 def _join(ray: ModuleType, address: str) -> None:
-    given = address or os.environ.get("RAY_ADDRESS", "")
+    asked = address or os.environ.get("RAY_ADDRESS", "")
     accepted = "accepted: HOST:PORT of a running cluster, auto, local"
     try:
-        if given not in ("", "auto", "local"):
+        if asked not in ("", "auto", "local"):
             # Ray itself takes half a minute and many lines to say that nobody is there.
-            host, _, port = given.rpartition(":")
+            host, _, port = asked.rpartition(":")
             socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # older Rays announce a change that is nothing to us
-            ray.init(given or None, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(asked or None, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError) as error:
         why = one_line(error.__cause__ or error)
-        raise UsageError(f"address (={given!r}) cannot be joined: {why}; {accepted}") from error
+        raise UsageError(f"address (={asked!r}) cannot be joined: {why}; {accepted}") from error
 
 
 def _look_at(nodes: Sequence[dict[str, Any]], device: str) -> RayCluster:
     resources = [node["Resources"] for node in nodes if node["Alive"]]
-    there = [kind for kind, what in _RESOURCES.items() if any(each.get(what, 0) >= 1 for each in resources)]
+    offered = [kind for kind, what in _RESOURCES.items() if any(each.get(what, 0) >= 1 for each in resources)]
     if device not in ("auto", *_RESOURCES):
         raise not_accepted("device", device, ("auto", *_RESOURCES))
-    if not there or device not in ("auto", *there):
+    if not offered or device not in ("auto", *offered):
         raise UsageError(f"device (={device!r}) is not available: no node of the Ray cluster offers it")
-    kind = there[0] if device == "auto" else device
+    kind = offered[0] if device == "auto" else device
     fit = [each for each in resources if each.get(_RESOURCES[kind], 0) >= 1]
     sizes = tuple(int(each[_RESOURCES[kind]]) for each in fit)
     threads = min(int(each.get("CPU", 1) / size) for each, size in zip(fit, sizes, strict=True))
@@ -277,15 +278,15 @@ def _listen(news: Any, board: Board) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """What a node needs to train as the machine that asks would. `folder`: where its relative paths begin. `alike`:
-    whether to the same last digits each time, as for a process of `sweep`."""
+    """What a node needs to train as the machine that asks would. `folder`: where its relative paths begin.
+    `determinism_mode`: as for a process of `sweep`."""
 
     folder: str
     marker: Path
     device: str
     threads: int
     plugins: tuple[str, ...]
-    alike: int
+    determinism_mode: int
 
     def receive(self, key: str, packed: bytes) -> tuple[Job, RunStore]:
         """The job, and the folder its run is kept in. Raises `UsageError` if this would not be the run of that key."""
@@ -321,7 +322,7 @@ def _train_on_node(place: _Place, key: str, packed: bytes, news: Any) -> dict[st
         warnings.showwarning = lambda message, *_, **__: tell(str(message))
         try:
             job, store = place.receive(key, packed)
-            with deterministic(place.alike > 0, warn_only=place.alike == 1):
+            with deterministic(place.determinism_mode > 0, warn_only=place.determinism_mode == 1):
                 return train_job(job, store, torch.device(place.device), tell)
         except UsageError as error:
             raise type(error)(f"{error} (on node {platform.node()})") from error

@@ -70,7 +70,7 @@ def ended_like_interrupted() -> Iterator[None]:
 
 
 def _say(text: str, code: int, alone: bool = False) -> int:
-    # Of torchrun's processes, which all find the same, one says so; each what it is alone with.
+    # What all of torchrun's processes meet, the first says; what one is alone with, that one.
     if alone or os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(BrokenPipeError):  # of a reader of both streams who has left
             print(f"error: {text}", file=sys.stderr)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
+from torch import nn
 
 from resprobe.errors import UsageError, not_accepted
 
@@ -114,6 +115,14 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
+def place(network: nn.Module, device: torch.device) -> None:
+    """Moves a network to `device`, in place, with its convolutions' weights in the layout of `memory_format`."""
+    network.to(device)
+    for tensor in (*network.parameters(), *network.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format(device))
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the device has done what it was given."""
     if device.type == "cuda":
@@ -123,7 +132,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def fastest(work: Callable[[], object], device: torch.device, passes: int = 3) -> float:
-    """Seconds of the soonest of some passes of `work`: what else a machine does can only slow one."""
+    """Seconds of the fastest of some passes of `work`: what else a machine does can only slow one."""
 
     def once() -> float:
         synchronize(device)
@@ -147,7 +156,7 @@ def usable(device: torch.device) -> bool:
 
 
 def cores() -> int:
-    """Of the processor, those that this process may use."""
+    """How many of the processor's cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

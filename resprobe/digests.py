@@ -22,7 +22,7 @@ _seen_sources: dict[tuple[str, str], tuple[Any, str]] = {}
 """Module and file → how the module was loaded, and its digest: the file may be edited later, and the process not know."""
 
 _texts: dict[str, dict[str, bytes]] = {}
-"""Digest → the files that it is of, by their names from the first one's folder."""
+"""Digest → the files that went into it, by their names from the first one's folder."""
 
 
 def sources_of(digest: str) -> dict[str, bytes]:
@@ -32,22 +32,24 @@ def sources_of(digest: str) -> dict[str, bytes]:
 
 def source_digest(thing: Any) -> str | None:
     """SHA-256 of the source file that a class or function comes from, and of those beside it that it imports, as they were
-    when this was first asked of what was loaded; None for resprobe's own. Of what decorators made it from as well. Of what was
-    typed in: of what it does, and all that it names does, now."""
+    when this was first asked of what was loaded; None for resprobe's own. What decorators made it from counts as well. What was
+    typed in has the digest of what it does, and all that it names does, now."""
     if isinstance(thing, partial) or not (inspect.isroutine(thing) or inspect.isclass(thing)):  # made of something
         return _told_digest(thing)
     *decorators, last = _unwrapped(thing)
     parts = [_digest_of_one(each) for each in (*(each for each in decorators if not is_known(each)), last)]
-    found = list(dict.fromkeys(filter(None, parts)))
-    return hashlib.sha256("".join(found).encode()).hexdigest() if len(found) > 1 else found[0] if found else None
+    digests = list(dict.fromkeys(filter(None, parts)))
+    if len(digests) <= 1:
+        return digests[0] if digests else None
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _unwrapped(thing: Any) -> list[Any]:
     """A function, what it wraps, what that wraps, and so on."""
-    found = [thing]
-    while (inner := getattr(found[-1], "__wrapped__", None)) is not None and len(found) < 100:
-        found.append(inner)
-    return found
+    chain = [thing]
+    while (inner := getattr(chain[-1], "__wrapped__", None)) is not None and len(chain) < 100:
+        chain.append(inner)
+    return chain
 
 
 def _digest_of_one(thing: Any) -> str | None:
@@ -208,8 +210,8 @@ def network_digest(network: nn.Module, *about: str) -> str:
 
 def settings(thing: object) -> dict[str, str]:
     """The attributes of an object that can be told in words, as text; private ones, and a module's mode, are left out."""
-    found = {name: as_text(value) for name, value in sorted(vars(thing).items()) if not name.startswith("_")}
-    return {name: text for name, text in found.items() if text is not None and name != "training"}
+    texts = {name: as_text(value) for name, value in sorted(vars(thing).items()) if not name.startswith("_")}
+    return {name: text for name, text in texts.items() if text is not None and name != "training"}
 
 
 def as_text(value: Any, within: tuple[int, ...] = ()) -> str | None:

@@ -59,8 +59,8 @@ class Team:
             dist.all_reduce(figures)
         return figures
 
-    def told(self, say: Callable[[], Any]) -> Any:
-        """What the first process's `say` gives, in every process; the others wait and do not call theirs."""
+    def broadcast(self, say: Callable[[], Any]) -> Any:
+        """What the first process's `say` gives, in every process; the others wait and do not call theirs. Errors are its own."""
         if self.size == 1:
             return say()
         # An exception of the first must not leave the others waiting for ever.
@@ -78,14 +78,14 @@ class Team:
 
     def all_met(self, what: str) -> bool:
         """Whether every process has met `what` and says so now. One that does not may be waiting for this one amid a step."""
-        told: list[Any] = [None] * self.size
+        heard: list[Any] = [None] * self.size
         if "group" not in _ASIDE:  # others have made the processes join, and may be amid a step in their only group
             return False
         try:
-            dist.all_gather_object(told, what, group=_ASIDE["group"])
+            dist.all_gather_object(heard, what, group=_ASIDE["group"])
         except RuntimeError:  # somebody says nothing
             return False
-        return all(each == what for each in told)
+        return all(each == what for each in heard)
 
     def parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
         """The network as all processes train it: gradients averaged, buffers each process's own."""
@@ -135,7 +135,7 @@ def leave() -> None:
 
 
 def gathering(network: nn.Module, last: bool) -> AbstractContextManager:
-    """Around one of several backward passes of a step: gradients are exchanged at the last."""
+    """A context for one of several backward passes of a step: gradients are exchanged at the last."""
     if last or not isinstance(network, nn.parallel.DistributedDataParallel):
         return nullcontext()
     return network.no_sync()

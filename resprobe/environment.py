@@ -38,17 +38,17 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def pooled(environments: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What several runs were made with: each entry's value, or where they differ a list of all, in order. Of processes the
-    most, local changes where any had them, and deterministic where all were."""
-    found: dict[str, Any] = {}
+    """What several runs were made with: each entry's value, or where they differ a list of all, in order. Three are
+    reduced: the most processes, local changes if any had them, deterministic if all were."""
+    entries: dict[str, Any] = {}
     for name in dict.fromkeys(name for each in environments for name in each):
         values = list(dict.fromkeys(each[name] for each in environments if each.get(name) is not None))
         if values and name in ("processes", "local_changes"):
             values = [max(values)]
         if name == "deterministic":
             values = [all(each.get(name) for each in environments)]
-        found[name] = values[0] if len(values) == 1 else values or None
-    return found
+        entries[name] = values[0] if len(values) == 1 else values or None
+    return entries
 
 
 def device_name(device: torch.device) -> str:
@@ -71,7 +71,7 @@ def git_commit() -> dict[str, object]:
 
 @functools.cache
 def local_changes() -> bytes:
-    """What of the code was changed since its commit, as a patch of that; empty if nothing was, or there is no checkout."""
+    """A patch of what was changed in the code since its commit; empty if nothing was, or there is no checkout."""
     changed = git_commit().get("local_changes")
     return _git("diff", "--binary", "--no-ext-diff", "--no-color", "HEAD", "--", *_CODE) if changed else b""
 

@@ -16,7 +16,7 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 _ALSO = {"gpu": "cuda", "lr": "learning_rate", "wd": "weight_decay", "epochs": "iterations", "--epochs": "--iterations"}
-"""What others call it, where no likeness of letters tells."""
+"""What else things are called, where no likeness of letters tells."""
 
 
 class _Said:
@@ -70,7 +70,7 @@ def one_line(error: BaseException, named: bool = False) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """In the words that Python has for mistakes of syntax, which name the place themselves."""
+    """A mistake of syntax in Python's own words, which name the place themselves."""
     if isinstance(error, UsageError | SyntaxError):
         return ""
     frames = reversed(traceback.extract_tb(error.__traceback__))
@@ -106,10 +106,10 @@ def last_words(stderr: str) -> str:
 def nearest(value: object, accepted: Iterable[object]) -> str | None:
     """The accepted name that `value` most likely meant, or None where nothing comes close."""
     names = {str(name).lower(): str(name) for name in accepted}
-    given = str(value).lower()
-    if _ALSO.get(given) in names:
-        return names[_ALSO[given]]
-    close = difflib.get_close_matches(given, names, n=1)
+    wanted = str(value).lower()
+    if _ALSO.get(wanted) in names:
+        return names[_ALSO[wanted]]
+    close = difflib.get_close_matches(wanted, names, n=1)
     return names[close[0]] if close else None
 
 

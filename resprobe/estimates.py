@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from resprobe.data import Data, FolderSet, Normalization, batches_of
 from resprobe.data.folder import loader_processes
-from resprobe.devices import autocast, cpu_threads, fastest, memory_format
-from resprobe.layers import subsampling
+from resprobe.devices import autocast, cpu_threads, fastest, memory_format, place
+from resprobe.layers import safe_subsampling
 from resprobe.networks import NetworkSpec, build
 from resprobe.randomness import keeping_random_state
 from resprobe.recipes import Recipe
-from resprobe.recompute import calling, recomputing
+from resprobe.recompute import recomputing
 
 _SMALL_BATCH = 8
 _LONG_STEP = 0.5
@@ -81,16 +81,17 @@ def _timed(
     spec: NetworkSpec, recipe: Recipe, data: Data, device: torch.device, precision: str, recompute: bool
 ) -> Cost:
     with torch.random.fork_rng(devices=[]):
-        network = build(spec).to(device, memory_format=memory_format(device))
+        network = build(spec)
+    place(network, device)
     images = torch.zeros(recipe.batch_size, *_shape(data, recipe), device=device)
     images = images.contiguous(memory_format=memory_format(device))
     labels = torch.zeros(recipe.batch_size, dtype=torch.long, device=device)
-    instead = list(subsampling(network)) if device.type == "cpu" else []
+    subsampling = safe_subsampling(network, device)
     part_size = recipe.bn_batch or recipe.batch_size
 
     def step(count: int) -> None:
         network.train()
-        with calling(instead), recomputing(network) if recompute else nullcontext():
+        with subsampling, recomputing(network) if recompute else nullcontext():
             for part, part_labels in zip(images[:count].split(part_size), labels[:count].split(part_size), strict=True):
                 with autocast(device, precision):
                     logits = network(part)

@@ -1,5 +1,4 @@
-"""What is kept of a run, whatever it trains: what its folder is called, what is in it while it trains, and in which order it is
-finished."""
+"""The folder of a run, whatever it trains: its name, its files, and the order in which they are written."""
 
 from __future__ import annotations
 
@@ -10,30 +9,32 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from resprobe.checkpoints import (
-    load_checkpoint,
-    remove_checkpoints,
-    remove_scratch,
-    save_checkpoint,
-    write_atomically,
-    write_json,
-)
+from resprobe.checkpoints import load_checkpoint, remove_checkpoints, save_checkpoint
 from resprobe.distributed import team
 from resprobe.environment import local_changes
 from resprobe.errors import StorageError, TrainingDiverged, UsageError
+from resprobe.files import remove_scratch, write_atomically, write_json, write_table
 
-if TYPE_CHECKING:
-    import pandas
-
+CONFIG = "config.json"
+"""What the run is: its identity, and how it was asked for."""
+ENVIRONMENT = "environment.json"
+"""What it was trained with: device, threads, versions, commit."""
+CHECKPOINT = "checkpoint.pt"
+"""The state of a training under way."""
+NETWORK = "network.safetensors"
+"""The trained weights, and the normalization of the images that they were trained on."""
+HISTORY = "history.csv"
+"""One row a log point."""
+RESULT = "result.json"
+"""The final figures. Written last: its presence says that all the rest is there."""
 UNFINISHED = "history.unfinished.csv"
 """The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
 TRACEBACK = "traceback.txt"
-"""Where in the code a run failed, in its folder until it is begun again: what is said of it is one line."""
+"""Where in the code a run failed, since the user sees one line alone. Kept until the run is begun again."""
 DIVERGED = "diverged.txt"
-"""How a run diverged, in its folder until it is begun again: by it a report of other seeds knows what it leaves out."""
+"""How a run diverged: so a report of other seeds knows what it leaves out. Kept until the run is begun again."""
 CHECKPOINT_SECONDS = 30.0
 """At least so much time passes between two checkpoints, and at most so much is lost."""
 
@@ -60,7 +61,7 @@ class Kept:
 
     @property
     def folder_name(self) -> str:
-        """For reading, with the key at its end."""
+        """The name of the run's folder: for reading, with the key at its end."""
         parts = [*self.called(), self.key]
         return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts)
 
@@ -69,13 +70,13 @@ class Keeper:
     """The folder of a run while it trains. Whoever writes there holds the run's lock."""
 
     def __init__(self, path: Path):
-        self.path, self.checkpoint = path, path / "checkpoint.pt"
+        self.path, self.checkpoint = path, path / CHECKPOINT
         self._saved_at = time.monotonic()
 
-    def begin(self, told: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def begin(self, config: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
         """Writes down what the run is, and with what it is made."""
-        write_json(self.path / "config.json", told)
-        write_json(self.path / "environment.json", environment)
+        write_json(self.path / CONFIG, config)
+        write_json(self.path / ENVIRONMENT, environment)
         # The commit in a run's record is its code only with what was changed since.
         patch, file = local_changes(), self.path / "local_changes.patch"
         if patch:
@@ -100,9 +101,9 @@ class Keeper:
         self._saved_at = time.monotonic()
 
     def finish(self, metrics: Mapping[str, float], rows: Sequence[Mapping[str, float]]) -> None:
-        """The history and the result, last, since its presence says that all the rest is there."""
-        self._write_history("history.csv", rows)
-        write_json(self.path / "result.json", {"metrics": metrics})
+        """Writes the history, then the result, and removes what is there of a training under way."""
+        self._write_history(HISTORY, rows)
+        write_json(self.path / RESULT, {"metrics": metrics})
         self.clear()
 
     def clear(self) -> None:
@@ -117,44 +118,17 @@ class Keeper:
             write_table(self.path / name, pandas.DataFrame(rows))
 
 
-def write_table(path: Path, table: pandas.DataFrame) -> None:
-    """Writes a table that `read_table` gives back to the last bit."""
-    # "nan" for what was not measured, so that it is not taken for an empty text.
-    write_atomically(path, table.to_csv(index=False, na_rep="nan", lineterminator="\n").encode())
-
-
-def read_table(path: Path, kinds: Mapping[str, str] = MappingProxyType({})) -> pandas.DataFrame:
-    """A table as it was written, to the last bit: pandas' own parser rounds some numbers differently. `kinds`: of columns
-    that are no numbers, though they may read like some."""
-    import pandas
-
-    table = pandas.read_csv(path, dtype=str, keep_default_na=False)
-    for column in table:
-        if kinds.get(column) == "string":
-            continue
-        if kinds.get(column) == "boolean" and set(table[column]) <= {"True", "False"}:
-            table[column] = table[column] == "True"
-            continue
-        # A gap in a column of numbers is a missing number; a column of gaps alone is one of empty texts.
-        filled = table[column].where(table[column] != "", "nan") if (table[column] != "").any() else table[column]
-        for kind in (int, float):
-            with contextlib.suppress(ValueError):
-                table[column] = filled.map(kind)
-                break
-    return table
-
-
 def traceback_file(path: Path) -> Path:
-    """Where it is written down in a run's folder how this process failed. What ends one of several that train together ends the
-    others in its wake, each with another error."""
+    """The file in a run's folder that says where this process failed. Processes that train together have one each: what ends
+    one of them ends the others in its wake, each with another error."""
     together = team()
     return path / (TRACEBACK if together.size == 1 else f"traceback-{together.rank}.txt")
 
 
 @contextlib.contextmanager
 def failures_kept(path: Path) -> Iterator[None]:
-    """Writes down where in the code what fails inside has failed, unless its text says all that there is to say; and that a
-    training has diverged."""
+    """Writes down what fails within a `with` block: where in the code, unless the error's text says all, and how a training
+    diverged."""
     file, diverged = traceback_file(path), path / DIVERGED
     for old in [diverged, *(path.glob("traceback*.txt") if team().size == 1 else [file])]:
         old.unlink(missing_ok=True)

@@ -172,7 +172,7 @@ def check_family(spec: NetworkSpec) -> None:
     except UsageError:
         raise
     except Exception:
-        # Of a block that computes something when it is made; `build` says what is wrong with it, if anything.
+        # A block may compute something when it is made; `build` says what is wrong with it, if anything.
         return
 
 

@@ -112,8 +112,8 @@ def _no_hooks_left(network: nn.Module) -> Iterator[None]:
 @functools.cache
 def stage_of(name: str) -> int:
     """The n of a module's name that says `stageN` or, in torchvision's ResNets, `layerN`; 0 outside the stages."""
-    found = re.search(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)", name)
-    return int(found[1]) if found else 0
+    match = re.search(r"(?:^|\.)(?:stage|layer)(\d+)(?:\.|$)", name)
+    return int(match[1]) if match else 0
 
 
 def block_classes() -> tuple[type[nn.Module], ...]:
@@ -182,8 +182,8 @@ class Probe:
 
     def identity(self) -> str:
         """What decides the table: the class with its source, what it was made with, and its schedule, as a digest."""
-        told = (as_text(type(self)), self._made_with, as_text(self.schedule))
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+        parts = (as_text(type(self)), self._made_with, as_text(self.schedule))
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def lacks(self) -> str:
         """What this probe would need to watch a training, and has not; nothing if it can. Asked before a training begins."""

@@ -1,32 +1,45 @@
-"""Random numbers: what looks at a network, or tries it out, leaves the generators as they were."""
+"""Random numbers that are global: those of torch, Python and numpy, which networks draw (dropout, a stranger's block).
+
+What looks at a network, or tries it out, leaves the generators as they were. Batches draw from generators of their own.
+"""
 
 from __future__ import annotations
 
 import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy
 import torch
 from torch import nn
+
+_HOST = torch.device("cpu")
 
 
 @contextmanager
 def keeping_random_state(network: nn.Module) -> Iterator[None]:
     """Puts back after a `with` block the states of Python's, numpy's and torch's generators, on the host and on the GPUs
     that `network` is on."""
-    devices = {tensor.device for tensor in network.parameters()}
-    of_torch, of_python, of_numpy = host_random_state()
-    on_devices = {device: state for device in devices if (state := device_random_state(device)) is not None}
+    devices = {_HOST, *(tensor.device for tensor in network.parameters())}
+    states = {device: random_state(device) for device in devices}
     try:
         yield
     finally:
-        torch.set_rng_state(of_torch)
-        random.setstate(of_python)
-        numpy.random.set_state(of_numpy)
-        for device, state in on_devices.items():
-            set_device_random_state(state, device)
+        for device, state in states.items():
+            set_random_state(state, device)
+
+
+@contextmanager
+def drawing_from(state: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+    """Draws random numbers from `state` on for the length of a `with` block; the caller's go on after it."""
+    outer = random_state(device)
+    set_random_state(state, device)
+    try:
+        yield
+    finally:
+        set_random_state(outer, device)
 
 
 @contextmanager
@@ -40,27 +53,46 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def device_random_state(device: torch.device) -> torch.Tensor | None:
-    """The state of torch's generator on a GPU; None on the host."""
-    if device.type == "mps":
-        return torch.mps.get_rng_state()
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of the generators on the host and on `device`, as tensors and plain data, which a checkpoint may hold.
+
+    "cpu": torch's, "python", "numpy", and "cuda" or "mps": torch's on that device.
+    """
+    state = {"cpu": torch.get_rng_state(), "python": random.getstate(), "numpy": _plain(numpy.random.get_state())}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
 
 
-def set_device_random_state(state: torch.Tensor, device: torch.device) -> None:
-    """Puts back what `device_random_state` gave."""
-    if device.type == "mps":
-        torch.mps.set_rng_state(state)
-    else:
-        torch.cuda.set_rng_state(state, device)
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts back what `random_state` gave. Where that was of another kind of device, `device` keeps its own."""
+    torch.set_rng_state(state["cpu"])
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
 
 
-def host_random_state() -> tuple:
-    """The states of torch's, Python's and numpy's generators on the host."""
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+def seeded_random_state(seed: int, device: torch.device) -> dict[str, Any]:
+    """What `random_state` would give after `torch.manual_seed` and its like. The caller's generators are left alone."""
+    state = {"cpu": torch.Generator().manual_seed(seed).get_state(), "python": random.Random(seed).getstate()}
+    state["numpy"] = _plain(numpy.random.RandomState(numpy.random.MT19937(seed)).get_state())
+    if device.type != "cpu":
+        state[device.type] = torch.Generator(device).manual_seed(seed).get_state()
+    return state
 
 
 def host_random_bytes() -> tuple[bytes, bytes]:
-    """The same, to be compared."""
-    of_torch, *others = host_random_state()
-    return of_torch.numpy().tobytes(), pickle.dumps(others)
+    """The states of the generators on the host, to be compared."""
+    state = random_state(_HOST)
+    return state.pop("cpu").numpy().tobytes(), pickle.dumps(state)
+
+
+def _plain(of_numpy: tuple) -> tuple:
+    """numpy's state with a list in the place of its array."""
+    kind, keys, *rest = of_numpy
+    return kind, keys.tolist(), *rest

@@ -8,7 +8,7 @@ about a third more time. The numbers stay the same, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resprobe.blocks import Block
 from resprobe.errors import UsageError
+from resprobe.modes import OtherForwards
 
 
 @contextmanager
@@ -29,24 +30,8 @@ def recomputing(network: nn.Module) -> Iterator[None]:
     stages = [module for module in network.modules() if isinstance(module, nn.Sequential) and _is_stage(module)]
     if not stages:
         raise UsageError(f"recompute needs stages (nn.Sequential of blocks), and {type(network).__name__} has none")
-    with calling([(stage, partial(_in_segments, stage)) for stage in stages]):
+    with OtherForwards((stage, partial(_in_segments, stage)) for stage in stages):
         yield
-
-
-@contextmanager
-def calling(forwards: Sequence[tuple[nn.Module, Callable[..., Tensor]]]) -> Iterator[None]:
-    """For the length of a `with` block, modules run other functions in the place of their `forward`."""
-    before = [(module, vars(module).get("forward")) for module, _ in forwards]
-    for module, forward in forwards:
-        module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for module, own in before:
-            if own is None:
-                del module.forward  # the class's again
-            else:
-                module.forward = own  # type: ignore[method-assign]
 
 
 def _is_stage(module: nn.Sequential) -> bool:

@@ -109,7 +109,7 @@ class Registry(Generic[T]):
 
     @contextmanager
     def temporary(self, name: str, thing: T, about: Any = None) -> Iterator[T]:
-        """As `register`, for the length of a `with` block: for tests and notebooks."""
+        """Registers `thing` for the length of a `with` block: for tests and notebooks."""
         before = self._things.get(name)
         self.register(name, about)(thing)
         try:

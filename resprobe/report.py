@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resprobe.checkpoints import write_atomically
 from resprobe.claims import LEVEL, MARGIN, Verdict
 from resprobe.errors import UsageError
 from resprobe.figures import render, render_for_page
+from resprobe.files import write_atomically
 from resprobe.networks import NetworkSpec, resolve
 from resprobe.recipes import Recipe, cifar_paper, departures, imagenet_paper
-from resprobe.sweep import in_words
+from resprobe.words import duration
 
 if TYPE_CHECKING:
     from resprobe.study import Results, Study
@@ -152,9 +152,9 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
         for name, value in record["environment"].items()
         if value is not None
     }
-    time = f"{in_words(record['config']['seconds_of_study'])} for the command"
+    time = f"{duration(record['config']['seconds_of_study'])} for the command"
     if trained := record["config"]["seconds_of_training"]:
-        time = f"{in_words(trained)} of training, summed over all runs; {time}"
+        time = f"{duration(trained)} of training, summed over all runs; {time}"
     commit = rest.pop("commit", "") + (", with local changes" if rest.pop("local_changes", False) else "")
     processes = rest.pop("processes", 1)
     threads = rest.pop("threads")

@@ -21,28 +21,44 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from resprobe.checkpoints import (
-    check_writable,
-    not_kept,
-    read_json,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from resprobe.checkpoints import not_kept
 from resprobe.data import DATASETS, Data, FolderSet, Normalization, load_data
 from resprobe.devices import resolve_device, resolve_precision
 from resprobe.digests import network_digest, sources_of
 from resprobe.distributed import team
 from resprobe.environment import environment
 from resprobe.errors import StorageError, TrainingDiverged, UsageError, check_whole, nearest, plain, short
-from resprobe.keeping import DIVERGED, UNFINISHED, Keeper, Kept, failures_kept, read_table, write_table
+from resprobe.files import (
+    check_writable,
+    load_json,
+    read_json,
+    read_table,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_table,
+    write_tensors,
+)
+from resprobe.keeping import (
+    CHECKPOINT,
+    CONFIG,
+    DIVERGED,
+    ENVIRONMENT,
+    HISTORY,
+    NETWORK,
+    RESULT,
+    UNFINISHED,
+    Keeper,
+    Kept,
+    failures_kept,
+)
 from resprobe.networks import NetworkSpec, Option, build, check_fit, made_of, resolve
 from resprobe.probes import PROBES, Probe, check_watches, make_probe
 from resprobe.randomness import seeded
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.registry import Registry
 from resprobe.training import Progress, Training
+from resprobe.weights import pack_run, unpack_run
 from resprobe.workers import end_if_imported
 
 if TYPE_CHECKING:
@@ -134,7 +150,7 @@ class Run:
     @property
     def environment(self) -> dict[str, Any]:
         """What it was trained with: device, threads, versions. Empty for a run that is not kept."""
-        return read_json(self.path / "environment.json") if self.path else {}
+        return read_json(self.path / ENVIRONMENT) if self.path else {}
 
     @property
     def network(self) -> nn.Module:
@@ -184,8 +200,8 @@ class RunStore:
             made = None if isinstance(probe, str) and probe not in PROBES else make_probe(probe)
             asked |= {made.name: made.identity()} if made else {probe: None}
         try:
-            metrics = json.loads((path / "result.json").read_text())["metrics"]
-            history = read_table(path / "history.csv")
+            metrics = json.loads((path / RESULT).read_text())["metrics"]
+            history = read_table(path / HISTORY)
             tables = {}
             for name, identity in asked.items():
                 about = _about_table(path, name)
@@ -210,7 +226,7 @@ class RunStore:
     def iterations_done(self, config: Kept) -> int:
         """How far an unfinished run has come: iterations at its last checkpoint."""
         path = self.folder(config)
-        if not (path / "checkpoint.pt").is_file():
+        if not (path / CHECKPOINT).is_file():
             return 0
         try:
             return int(read_table(path / UNFINISHED)["iteration"].max())
@@ -218,15 +234,15 @@ class RunStore:
             return 0
 
     def diverged(self, configs: Sequence[RunConfig]) -> dict[str, list[int]]:
-        """For each of these runs, by its key, the seeds of which such a run, the same but for its seed, has diverged."""
-        there = [read_json(file.with_name("config.json")) for file in self.root.glob(f"*/{DIVERGED}")]
-        found = {}
-        for config in configs if there else ():
+        """A run's key → the seeds with which the same run has diverged, for each of `configs`."""
+        diverged = [read_json(file.with_name(CONFIG)) for file in self.root.glob(f"*/{DIVERGED}")]
+        seeds = {}
+        for config in configs if diverged else ():
             wanted = json.loads(json.dumps(config.identity()))
             del wanted["seed"]
-            alike = [each for each in there if all(each.get(name) == value for name, value in wanted.items())]
-            found[config.key] = sorted(each["seed"] for each in alike)
-        return found
+            same = [each for each in diverged if all(each.get(name) == value for name, value in wanted.items())]
+            seeds[config.key] = sorted(each["seed"] for each in same)
+        return seeds
 
     @contextlib.contextmanager
     def lock(self, config: Kept, tell: Callable[[str], None]) -> Iterator[None]:
@@ -353,9 +369,9 @@ def train(
     if not isinstance(runs, str | Path | RunStore):
         raise UsageError(f"runs (={short(runs)}) must be a folder, or None to keep nothing")
     store = runs if isinstance(runs, RunStore) else RunStore(runs)
-    # Of a registered set its own function says what it is, and its source counts; data handed over may be anything.
+    # A registered set's own function says what it is, and its source counts; data handed over may be anything.
     digest = loaded.digest() if isinstance(data, Data) else None
-    found = train_as(
+    run = train_as(
         config,
         network,
         store,
@@ -368,10 +384,10 @@ def train(
         progress=progress,
     )
     if isinstance(network, nn.Module):  # trained in place, also when it was trained before
-        if found._network is None:
-            assert found.path is not None
-            found._network = _read_weights(network, found.path)
-    return found
+        if run._network is None:
+            assert run.path is not None
+            run._network = _read_weights(network, run.path)
+    return run
 
 
 def train_as(
@@ -391,17 +407,18 @@ def train_as(
     something else by now. `network`: one that was handed over built is trained in place; else `config` says how it is built.
     `data`: by default those that `config` names; `data_digest`: of data that were handed over."""
     data, made, together = data or load_data(config.data), _made(probes), team()
-    together.told(lambda: _check_same_data(store.folder(config), config, data, data_digest))
-    found = together.told(lambda: store.find(config, made))
-    if found is not None:
-        return found
+    together.broadcast(lambda: _check_same_data(store.folder(config), config, data, data_digest))
+    run = together.broadcast(lambda: store.find(config, made))
+    if run is not None:
+        return run
     with store.lock(config, tell=warnings.warn) if together.first else contextlib.nullcontext():
         # It may have been finished while another command held the lock.
-        found = together.told(lambda: store.find(config, made))
-        if found is not None:
-            return found
+        run = together.broadcast(lambda: store.find(config, made))
+        if run is not None:
+            return run
         with failures_kept(store.folder(config)):
-            return _train_in_store(store, config, network, data, device, made, recompute, step, progress, data_digest)
+            training = _prepare(config, network, data, device, made, recompute, step)
+            return _KeptTraining(store, config, training, data_digest).run(progress)
 
 
 def _made(probes: Sequence[str | Probe]) -> list[Probe]:
@@ -435,132 +452,153 @@ def _meant(network: object, options: Mapping[str, Option]) -> UsageError | None:
 
 def _check_same_data(path: Path, config: RunConfig, data: Data, digest: str | None) -> None:
     """Raises `UsageError` if the run in this folder is, or was begun, on other data that go by the same identity."""
-    known = read_json(path / "config.json").get("data_digest")
-    here, metrics = len(data.train), read_json(path / "result.json").get("metrics")
+    known = read_json(path / CONFIG).get("data_digest")
+    images, metrics = len(data.train), read_json(path / RESULT).get("metrics")
     metrics = metrics if isinstance(metrics, dict) else {}
-    there = metrics.get("train_images", here)
+    before = metrics.get("train_images", images)
     if config.recipe.validation_fraction > 0:  # else the data's own part, if any, is no part of these
-        there += metrics.get("validation_images", 0)
-    if known == digest is not None or (there == here and None in (known, digest)):
+        before += metrics.get("validation_images", 0)
+    if known == digest is not None or (before == images and None in (known, digest)):
         return
-    what = f"{there} training images, not {here}" if there != here else "other images or labels"
+    what = f"{before} training images, not {images}" if before != images else "other images or labels"
     raise UsageError(
         f"data of identity {data.identity!r} with {what}, are those of {path}; give yours an identity of its own: "
         "dataclasses.replace(data, identity=…)"
     )
 
 
-def _train_in_store(
-    store: RunStore,
-    config: RunConfig,
-    network: Any,
-    data: Data,
-    device: torch.device,
-    probes: list[Probe],
-    recompute: bool,
-    step: str,
-    progress: bool | Callable[[Progress], None],
-    data_digest: str | None,
-) -> Run:
-    together = team()
-    path = store.folder(config)
-    keeper = Keeper(path)
-    training = _prepare(config, network, data, device, probes, recompute, step)
-    kept = together.told(keeper.load)
-    if kept is not None:
+class _KeptTraining:
+    """A training whose run is kept in a store: from where an earlier process has left it, to the finished run. Whoever makes it
+    holds the run's lock."""
+
+    def __init__(self, store: RunStore, config: RunConfig, training: Training, data_digest: str | None):
+        self.store, self.config, self.training, self.data_digest = store, config, training, data_digest
+        self.team, self.path = team(), store.folder(config)
+        self.keeper = Keeper(self.path)
+        self.odd: set[str] = set()
+        """Names of the probes of whose state it was said that no checkpoint keeps it."""
+
+    def run(self, progress: bool | Callable[[Progress], None]) -> Run:
+        """Trains to the end, and keeps what came of it. Whatever breaks the training off, a checkpoint is left."""
+        self._resume()
+        self.began = self.training.iteration
+        # A finished run is trained anew for a probe's table alone, and keeps its figures.
+        self.finished: Run | None = self.team.broadcast(lambda: self.store.find(self.config))
+        if self.team.first and self.finished is None:
+            self._begin()
+        with _watching(progress if self.team.first else False, self.config) as watch:
+
+            def at_log_point(training: Training, news: Progress) -> None:
+                if self.team.first and self.keeper.due:
+                    self._save(training.state())
+                watch(news)
+
+            try:
+                self.training.run(at_log_point)
+            except StorageError:
+                raise
+            except BaseException as error:  # an interrupt above all: what is done must not be lost
+                self._rescue()
+                if isinstance(error, TrainingDiverged):
+                    name = f"{self.config.network.name}, seed {self.config.seed}"
+                    raise TrainingDiverged(f"{name}: {error} in {self.path}") from error
+                raise
+        run, running = _finish(self.training, self.config, self.path)
+        broken: Exception | None = None
+        for probe in self.training.probes:
+            try:
+                run.tables[probe.name] = _table_of(probe)
+            except Exception as error:  # of a stranger's probe; what it watched must not be lost with it
+                broken = error
+        self.team.broadcast(lambda: self._keep(run, running))
+        if broken is not None:
+            raise broken
+        return run if self.finished is None else self._with_tables(self.finished, run)
+
+    def _resume(self) -> None:
+        """Goes on from the last checkpoint, if there is one of a training with these probes."""
+        training = self.training
+        kept = self.team.broadcast(self.keeper.load)
+        if kept is None:
+            return
         known = kept.get("identities", {name: training.identities.get(name) for name in kept["probes"]})
-        if training.identities.items() <= known.items():
-            training.load_state(kept)
-            for probe in probes:
-                seen = any(map(probe.schedule, range(training.iteration)))
-                if together.first and seen and type(probe).state is Probe.state:
-                    warnings.warn(
-                        f"{path.name} goes on from iteration {training.iteration:,}, and probe {probe.name} has no state(): its "
-                        "table lacks what was seen before, unless it keeps nothing"
-                    )
-        else:
-            warnings.warn(f"{path.name} was begun without the probes asked for now; it begins again")
-    began = training.iteration
-    # A finished run is trained anew for a probe's table alone, and keeps its figures.
-    finished = together.told(lambda: store.find(config))
-    about = environment(device)
-    if together.first and finished is None:
-        known = read_json(path / "config.json").get("data_digest")  # of a begin with the data handed over
-        told = {"data_given": config.data, "data_digest": data_digest or known, "recipe_name": config.recipe.name}
-        keeper.begin(config.identity() | told, about | {"step": training.how})
+        if not training.identities.items() <= known.items():
+            warnings.warn(f"{self.path.name} was begun without the probes asked for now; it begins again")
+            return
+        training.load_state(kept)
+        for probe in training.probes:
+            seen = any(map(probe.schedule, range(training.iteration)))
+            if self.team.first and seen and type(probe).state is Probe.state:
+                warnings.warn(
+                    f"{self.path.name} goes on from iteration {training.iteration:,}, and probe {probe.name} has no state(): its "
+                    "table lacks what was seen before, unless it keeps nothing"
+                )
+
+    def _begin(self) -> None:
+        """Writes down what the run is, and the sources of what is not resprobe's own."""
+        config = self.config
+        known = read_json(self.path / CONFIG).get("data_digest")  # of an earlier begin, with the data handed over
+        asked = {
+            "data_given": config.data,
+            "data_digest": self.data_digest or known,
+            "recipe_name": config.recipe.name,
+        }
+        self.environment = environment(self.training.device)
+        self.keeper.begin(config.identity() | asked, self.environment | {"step": self.training.how})
         for digest in config._sources.values():  # a stranger's file may be edited, or lost, tomorrow
             for name, text in sources_of(digest).items():
-                write_atomically(path / "sources" / digest[:8] / name, text)
+                write_atomically(self.path / "sources" / digest[:8] / name, text)
 
-    told_of: set[str] = set()
-
-    def save(state: dict[str, Any]) -> None:
+    def _save(self, state: dict[str, Any]) -> None:
+        """Writes a checkpoint, unless a probe's state holds what none keeps."""
         odd = {name: kind for name, kept in state["probes"].items() if (kind := not_kept(kept))}
-        for name in odd.keys() - told_of:
+        for name in odd.keys() - self.odd:
             warnings.warn(
-                f"{path.name}: state() of probe {name} holds a {odd[name]}, which no checkpoint keeps; accepted: tensors, "
+                f"{self.path.name}: state() of probe {name} holds a {odd[name]}, which no checkpoint keeps; accepted: tensors, "
                 "Python's numbers and texts, and lists, tuples and dicts of them; interrupted, the run would begin again"
             )
-        told_of.update(odd)
+        self.odd.update(odd)
         if not odd:
-            keeper.save(state, training.rows)
+            self.keeper.save(state, self.training.rows)
 
-    with _watching(progress if together.first else False, config) as watch:
+    def _rescue(self) -> None:
+        """Saves the last good state of a training that is broken off."""
+        # A begin with other probes may be broken off at once: then an earlier checkpoint has more to keep.
+        got_on = self.training.last_good["iteration"] > self.began
+        if self.team.first and (got_on or not self.keeper.checkpoint.is_file()):
+            try:
+                self._save(self.training.last_good)
+            except StorageError as error:  # which must not take the place of what ends the training
+                warnings.warn(str(error))
 
-        def at_log_point(training: Training, news: Progress) -> None:
-            if together.first and keeper.due:
-                save(training.state())
-            watch(news)
-
-        try:
-            training.run(at_log_point)
-        except StorageError:
-            raise
-        except BaseException as error:  # an interrupt above all: what is done must not be lost
-            # Of a begin with other probes that is broken off at once, an earlier checkpoint has more to keep.
-            if together.first and (training.last_good["iteration"] > began or not keeper.checkpoint.is_file()):
-                try:
-                    save(training.last_good)
-                except StorageError as other:  # which must not take the place of what ends the training
-                    warnings.warn(str(other))
-            if isinstance(error, TrainingDiverged):
-                raise TrainingDiverged(f"{config.network.name}, seed {config.seed}: {error} in {path}") from error
-            raise
-    run, running = _finish(training, config, path)
-    broken: Exception | None = None
-    for probe in probes:
-        try:
-            run.tables[probe.name] = _table_of(probe)
-        except Exception as error:  # of a stranger's probe; what it watched must not be lost with it
-            broken = error
-
-    def keep() -> None:
-        if finished is None:
-            _write_network(training, running, path)
+    def _keep(self, run: Run, running: Mapping[str, torch.Tensor]) -> None:
+        """Writes the finished run; where there was one already, its new tables alone. `running` as for `pack_run`."""
+        training = self.training
+        if self.finished is None:
+            write_tensors(self.path / NETWORK, pack_run(training.network, training.normalization, running))
             # Again: a step that could not be captured ran in another way than it was to.
-            write_json(path / "environment.json", about | {"step": training.how})
+            write_json(self.path / ENVIRONMENT, self.environment | {"step": training.how})
         for name, table in run.tables.items():
-            file = path / "probes" / f"{name}.csv"
+            file = self.path / "probes" / f"{name}.csv"
             file.unlink(missing_ok=True)  # never under what is said of another one
-            about_table = {"identity": training.identities[name], "columns": _kinds(table)}
-            write_json(file.with_suffix(".json"), about_table)
+            write_json(
+                file.with_suffix(".json"), {"identity": training.identities[name], "columns": _column_kinds(table)}
+            )
             write_table(file, table)
-        if finished is None:
-            keeper.finish(run.metrics, training.rows)
+        if self.finished is None:
+            self.keeper.finish(run.metrics, training.rows)
         else:
-            keeper.clear()
+            self.keeper.clear()
 
-    together.told(keep)
-    if broken is not None:
-        raise broken
-    if finished is None:
-        return run
-    if finished.metrics["train_loss"] != run.metrics["train_loss"] and together.first:
-        warnings.warn(
-            f"{path.name} was trained anew for a probe's table and ended with {errors_in_words(run.metrics)}, not "
-            f"{errors_in_words(finished.metrics)}, as with other threads or on another machine; its figures stay the earlier ones"
-        )
-    return replace(finished, tables=run.tables)  # and with its weights, which are read when they are asked for
+    def _with_tables(self, finished: Run, anew: Run) -> Run:
+        """The finished run with the tables of one that was trained anew. Warns where that ended otherwise."""
+        if finished.metrics["train_loss"] != anew.metrics["train_loss"] and self.team.first:
+            warnings.warn(
+                f"{self.path.name} was trained anew for a probe's table and ended with {errors_in_words(anew.metrics)}, not "
+                f"{errors_in_words(finished.metrics)}, as with other threads or on another machine; its figures stay the "
+                "earlier ones"
+            )
+        return replace(finished, tables=anew.tables)  # and with its weights, which are read when they are asked for
 
 
 def _table_of(probe: Probe) -> pandas.DataFrame:
@@ -607,28 +645,18 @@ def _about_table(path: Path, name: str) -> dict[str, Any]:
     """The identity of the probe that a table is from, and the kinds of its columns; nothing where that was not written
     down, and no identity where it is damaged."""
     try:
-        found = json.loads((path / "probes" / f"{name}.json").read_text())
+        about = load_json(path / "probes" / f"{name}.json")
     except FileNotFoundError:
         return {}
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"identity": None}
+    return {"identity": None} if about is None else about
 
 
-def _kinds(table: pandas.DataFrame) -> dict[str, str]:
-    """What a file of text does not tell of its columns."""
+def _column_kinds(table: pandas.DataFrame) -> dict[str, str]:
+    """Column → "string" or "boolean", which a file of text does not tell."""
     import pandas
 
-    found = {str(name): pandas.api.types.infer_dtype(table[name], skipna=True) for name in table}
-    return {name: kind for name, kind in found.items() if kind in ("string", "boolean")}
-
-
-def _write_network(training: Training, running: Mapping[str, torch.Tensor], path: Path) -> None:
-    tensors = {f"network.{name}": tensor for name, tensor in training.network.state_dict().items()}
-    # Precise statistics are the reported ones and part of the network; the running ones stay beside them.
-    tensors |= {f"running.{name}": tensor for name, tensor in running.items()}
-    tensors |= {"normalization.mean": training.normalization.mean, "normalization.std": training.normalization.std}
-    write_tensors(path / "network.safetensors", tensors)
+    kinds = {str(name): pandas.api.types.infer_dtype(table[name], skipna=True) for name in table}
+    return {name: kind for name, kind in kinds.items() if kind in ("string", "boolean")}
 
 
 def _load_network(config: RunConfig, path: Path) -> nn.Module:
@@ -637,10 +665,9 @@ def _load_network(config: RunConfig, path: Path) -> nn.Module:
 
 
 def _read_weights(network: nn.Module, path: Path) -> nn.Module:
-    tensors = read_tensors(path / "network.safetensors")
-    prefix = "network."
-    network.load_state_dict({name[len(prefix) :]: tensors[name] for name in tensors if name.startswith(prefix)})
-    _normalized_by(network, Normalization(tensors["normalization.mean"], tensors["normalization.std"]))
+    state, normalization = unpack_run(read_tensors(path / NETWORK))
+    network.load_state_dict(state)
+    _normalized_by(network, normalization)
     return network.eval()
 
 

@@ -14,13 +14,14 @@ import pandas
 import torch
 
 from resprobe import sweep
-from resprobe.checkpoints import check_writable
+from resprobe.board import names_of
 from resprobe.data import Data, load_data
 from resprobe.devices import deterministic, prepare_cpu, resolve_device, resolve_precision
 from resprobe.distributed import join, leave, team
 from resprobe.environment import environment, pooled
 from resprobe.errors import SweepFailed, UsageError
 from resprobe.extensions import is_loaded, load_plugin
+from resprobe.files import check_writable
 from resprobe.planning import Labels, check_networks, doubts, jobs_of, left_without, plan, replaced_report
 from resprobe.probes import make_probe
 from resprobe.registry import registered
@@ -64,7 +65,7 @@ def _made_ready(study: Study, options: Options, cluster: RayCluster | None, *, t
     resolve_step(options.step, device, recompute=options.recompute)
     planned, changes = plan(study, options)
     if planned and team().size > 1:
-        team().told(lambda: bool(load_data(options.data)))  # one of them downloads, or says why it cannot
+        team().broadcast(lambda: bool(load_data(options.data)))  # one of them downloads, or says why it cannot
     data = load_data(options.data) if planned else None  # what is not trained on need not be there
     jobs = jobs_of(planned, options, data, precision, changes) if data else []
     check_networks([job for _, job in jobs])
@@ -198,7 +199,7 @@ class Session:
     def _left_out(self, labelled: Labelled) -> dict[str, list[int]]:
         """Seeds that are not asked for and of which a run diverged, by network: without them a study tells of survivors."""
         configs = [job.config for _, job in labelled]
-        names, asked, found = sweep.names_of(configs), {config.key for config in configs}, {}
+        names, asked, found = names_of(configs), {config.key for config in configs}, {}
         diverged = self.store.diverged(configs) if self.store else {}
         for config in configs:
             seeds = diverged.get(config.key, ())

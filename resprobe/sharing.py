@@ -66,7 +66,7 @@ def sharing(device: torch.device) -> Iterator[Mapping[str, str]]:
         return
     folder = tempfile.mkdtemp(prefix="mps-")  # a short path: sockets have no room for a long one
     ours = {_PIPES: folder, "CUDA_MPS_LOG_DIRECTORY": folder}
-    # With the service's cards chosen, processes that choose the same ones would count them anew.
+    # The service must not choose cards: processes that choose the same ones would count them anew.
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"} | ours
     keeper = subprocess.Popen(
         ["sh", "-c", _KEEPER],

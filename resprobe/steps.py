@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from resprobe.blocks import Block
 from resprobe.distributed import team
 from resprobe.errors import UsageError, not_accepted
+from resprobe.modes import OtherForwards
 from resprobe.randomness import host_random_bytes, keeping_random_state
-from resprobe.recompute import calling
 
 STEPS = ("auto", "eager", "graph", "compile", "compile-blocks")
 _KINDS_OF_BLOCKS = 256
@@ -70,18 +70,14 @@ class CompiledBlocks:
                 "accepted: auto, eager, compile"
             )
         # Else sizes that differ between kinds would become variables, and what is compiled slower for it.
-        self.forwards = [(block, torch.compile(block.forward, dynamic=False)) for block in blocks]
+        self.compiled = OtherForwards((block, torch.compile(block.forward, dynamic=False)) for block in blocks)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """For the length of a `with` block, the network's blocks run compiled."""
         from torch._dynamo import config  # seconds to import, and there already where something is compiled
 
-        with (
-            calling(self.forwards),
-            config.patch(recompile_limit=_KINDS_OF_BLOCKS),
-            warnings.catch_warnings(),
-        ):
+        with self.compiled, config.patch(recompile_limit=_KINDS_OF_BLOCKS), warnings.catch_warnings():
             # Dynamo's own look at what enters a block.
             warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
             yield
@@ -170,7 +166,7 @@ def _record(
     with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         try:
             with capture:
-                given = work()
+                figures = work()
         except Exception:
             # And the card's random numbers in the capture: no more are drawn until one succeeds. (Where the device broke it
             # off, torch takes itself to be amid a capture for good, and gives no cached memory back; training needs none.)
@@ -182,7 +178,7 @@ def _record(
         with torch.cuda.device(device):  # which need not be the process's first
             graph.replay()
 
-    return replay, given
+    return replay, figures
 
 
 @contextmanager

@@ -10,8 +10,6 @@ import copy
 import itertools
 import os
 import pickle
-import sys
-import threading
 import traceback
 import warnings
 from collections import Counter
@@ -25,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from resprobe.board import Board
 from resprobe.data import load_data
 from resprobe.devices import cores, cpu_threads, deterministic, prepare_cpu, usable
 from resprobe.digests import is_known, module_of, source_file, typed_in
@@ -43,9 +42,10 @@ from resprobe.estimates import costs
 from resprobe.extensions import is_loaded, load_plugin
 from resprobe.keeping import traceback_file
 from resprobe.probes import PROBES
-from resprobe.runs import Run, RunConfig, RunStore, errors_in_words, train_as
+from resprobe.runs import Run, RunConfig, RunStore, train_as
 from resprobe.sharing import sharing
 from resprobe.training import Progress
+from resprobe.words import duration
 from resprobe.workers import Lost, Perform, side_by_side
 
 if TYPE_CHECKING:
@@ -78,9 +78,9 @@ class Job:
     def made_of(self) -> dict[str, object]:
         """What another process must have to train it, beside resprobe, and what that is called."""
         probes = [(PROBES, name) for name in self.probes if name in PROBES]
-        found = {f"{registry.kind} {name!r}": registry[name] for registry, name in (*self.config.used(), *probes)}
+        things = {f"{registry.kind} {name!r}": registry[name] for registry, name in (*self.config.used(), *probes)}
         modules = () if self.network is None else map(type, self.network.modules())
-        return found | {f"module {kind.__name__!r}": kind for kind in modules}
+        return things | {f"module {kind.__name__!r}": kind for kind in modules}
 
 
 def parse_concurrency(text: str) -> int | None:
@@ -140,7 +140,7 @@ class Survey:
             listed = ", ".join(name if count == 1 else f"{name} ×{count}" for name, count in names.items())
             how = f"on {self.device}, {self.workers} at a time" if self.workers > 1 else f"on {self.device}"
             about = "at most about" if self.one_card and self.workers > 1 else "about"
-            length = f"not known: {self.reason}" if self.duration is None else f"{about} {in_words(self.duration)}"
+            length = f"not known: {self.reason}" if self.duration is None else f"{about} {duration(self.duration)}"
             lines += [f"to train: {listed}", f"time: {length} {how}"]
         return "\n".join(lines)
 
@@ -163,14 +163,7 @@ class Outlook:
         line = f"{self.total} {self.what}: {self.found} finished already, "
         if not left:
             return line + "nothing to train"
-        return line + f"{left} to train\ntime: about {in_words(self.seconds)} on {self.device}, one after the other"
-
-
-def in_words(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        return line + f"{left} to train\ntime: about {duration(self.seconds)} on {self.device}, one after the other"
 
 
 def survey(
@@ -201,8 +194,8 @@ def survey(
     if cluster is None:
         wanted = concurrency or (cores() if device.type == "cpu" else 1)
         workers = min(wanted, len(ordered))
-        # By all runs, not by those that are missing: the last digits of a run's figures depend on its threads, and must not
-        # on what was there before.
+        # Counted over all runs, not over the missing ones: the last digits of a run's figures depend on its threads, and must
+        # not depend on what was there before.
         threads = max(1, min(cores() // max(1, min(wanted, len(asked))), torch.get_num_threads()))
     else:
         workers, threads, _ = cluster.share(len(ordered), concurrency)
@@ -236,7 +229,7 @@ def _seconds(jobs: Sequence[Job], done: Sequence[int], device: torch.device, thr
     for where, one in itertools.groupby(zip(jobs, done, strict=True), key=lambda each: each[0].config.data):
         some = list(one)
         data, first = load_data(where), some[0][0]
-        found = costs(
+        timed = costs(
             [(job.config.network, job.config.recipe) for job, _ in some],
             data,
             device=device,
@@ -244,7 +237,7 @@ def _seconds(jobs: Sequence[Job], done: Sequence[int], device: torch.device, thr
             threads=threads,
             recompute=first.recompute,
         )
-        for (job, iterations), cost in zip(some, found, strict=True):
+        for (job, iterations), cost in zip(some, timed, strict=True):
             yield cost.of_training(data, job.config.recipe, iterations)
 
 
@@ -265,7 +258,7 @@ def run_all(
     together = team()
     if together.size > 1:  # they train one run together, one run after the other
         concurrency = 1
-    ahead = together.told(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
+    ahead = together.broadcast(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
     with Board(ahead, store, jobs) as board:
@@ -273,34 +266,34 @@ def run_all(
         if ordered and cluster is not None:
             cluster.train(ordered, store, concurrency, _needed(ordered, plugins), board)
         elif ordered:
-            here = workers <= 1 and usable(device)  # the survey may have left it unable
-            left = _train_here(ordered, store, device, ahead.threads, board) if here else ordered
+            one_process = workers <= 1 and usable(device)  # the survey may have left it unable
+            left = _train_here(ordered, store, device, ahead.threads, board) if one_process else ordered
             if left and together.size > 1:
                 raise ProcessFailed(f"process {together.rank} cannot compute on {device} any more; begin again")
             if left:
                 _train_in_processes(left, store, device, workers, ahead.threads, _needed(left, plugins), board)
     if failures := board.failures:
-        together.told(lambda: None)  # the first has spoken; torchrun ends it when another one has ended
+        together.broadcast(lambda: None)  # the first has spoken; torchrun ends it when another one has ended
         kept = ahead.total - len(failures)
-        alike = Counter(failures.values())
-        said = dict.fromkeys(
-            f"{board.names[key]}: {why}" if alike[why] == 1 else f"{why} ({alike[why]} runs)"
+        counts = Counter(failures.values())
+        lines = dict.fromkeys(
+            f"{board.names[key]}: {why}" if counts[why] == 1 else f"{why} ({counts[why]} runs)"
             for key, why in failures.items()
         )
         raise SweepFailed(
             f"{len(failures)} of {ahead.total} runs failed: "
-            + "; ".join(said)
+            + "; ".join(lines)
             + f"; {kept} finished runs and the failed ones' last checkpoints are kept in {store.root}; {_what_next(failures)}",
             failures,
         )
-    found = []
+    runs = []
     for job in jobs:
         # Asked by the first: on another machine it need not be there.
-        run = together.told(lambda job=job: store.find(job.config, job.probes))
+        run = together.broadcast(lambda job=job: store.find(job.config, job.probes))
         if run is None:  # its probes are others in the processes that trained
             raise _edited(job)
-        found.append(run)
-    return found
+        runs.append(run)
+    return runs
 
 
 def _what_next(failures: Mapping[str, str]) -> str:
@@ -368,8 +361,8 @@ def _train_here(
 def _known_to_all(error: Exception) -> bool:
     """Whether all processes that train together have met this."""
     # A mistake of use all find, but for a file that one of them reads.
-    alike = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
-    if alike or hasattr(error, "known_to_all"):
+    everywhere = isinstance(error, UsageError | TrainingDiverged) and not isinstance(error, DamagedFile)
+    if everywhere or hasattr(error, "known_to_all"):
         return True
     last = traceback.extract_tb(error.__traceback__)[-1]
     return team().all_met(f"{one_line(error, named=True)} at {last.filename}:{last.lineno}")
@@ -388,8 +381,8 @@ def _train_in_processes(
     board: Board,
 ) -> None:
     with sharing(device) as variables:
-        alike = torch.get_deterministic_debug_mode()
-        start = partial(_start, variables, threads, plugins, store.root, device, alike)
+        determinism_mode = torch.get_deterministic_debug_mode()
+        start = partial(_start, variables, threads, plugins, store.root, device, determinism_mode)
         # Pickled here: a process's own way shares each tensor of a built network by an open file, of which there are few.
         packed = [(job.config.key, pickle.dumps(job)) for job in jobs]
         with closing(side_by_side(packed, workers, start)) as heard:
@@ -426,10 +419,15 @@ def _where(thing: Any) -> str:
 
 
 def _start(
-    variables: Mapping[str, str], threads: int, plugins: Sequence[str], root: Path, device: torch.device, alike: int
+    variables: Mapping[str, str],
+    threads: int,
+    plugins: Sequence[str],
+    root: Path,
+    device: torch.device,
+    determinism_mode: int,
 ) -> Perform:
-    """Readies a process, and gives what trains a job there. `alike`: whether to the same last digits each time, in torch's
-    numbers: 0 no, 1 with warnings, 2 yes."""
+    """Readies a process, and gives what trains a job there. `determinism_mode`: whether runs come to the same last digits each
+    time, in torch's numbers: 0 no, 1 with warnings, 2 yes."""
     os.environ.update(variables)
     prepare_cpu()
     torch.set_num_threads(threads)
@@ -443,7 +441,7 @@ def _start(
         if job.config.key != key:
             raise _edited(job)
         try:
-            with deterministic(alike > 0, warn_only=alike == 1):
+            with deterministic(determinism_mode > 0, warn_only=determinism_mode == 1):
                 return train_job(job, store, device, tell)
         except UsageError:
             raise
@@ -458,105 +456,3 @@ def _start(
                     torch.cuda.empty_cache()  # which the other processes may need
 
     return perform
-
-
-# -- what the user sees --------------------------------------------------------------------------------------------
-
-
-def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """What runs' networks are called, by the runs' keys: their names, and in what networks of one name differ: options, the
-    recipe's name, and whether they were trained before."""
-    alike: dict[str, list[RunConfig]] = {}
-    for config in configs:
-        alike.setdefault(config.network.name, []).append(config)
-    names = {}
-    for config in configs:
-        others = alike[config.network.name]
-        options = [dict(other.network.options) for other in others]
-        differ = [name for name, value in config.network.options if any(other.get(name) != value for other in options)]
-        said = "".join(f", {name} {config.network.get(name)}" for name in differ)
-        if len({other.recipe.name for other in others}) > 1:
-            said += f", {config.recipe.name}"
-        if config.start is not None and any(other.start is None for other in others):
-            said += ", trained on"
-        names[config.key] = f"{config.network.name}{said}"
-    return names
-
-
-class Board:
-    """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone.
-
-    `names`: what the runs are called, by their keys. `failures`: why those failed that did. Texts: an error itself would keep
-    its run in memory, and on a GPU that of all others.
-    """
-
-    def __init__(self, ahead: Survey, store: RunStore, jobs: Sequence[Job]):
-        self.store, self.total, self.found = store, ahead.total, ahead.found
-        self.work = {job.config.key: job.work for job in ahead.missing}
-        self.share = dict.fromkeys(self.work, 0.0)
-        configs = [job.config for job in jobs]  # those that are there already too: which block was it?
-        networks = names_of(configs)
-        self.names = {config.key: f"{networks[config.key]}, seed {config.seed}" for config in configs}
-        self.latest: dict[str, Progress] = {}
-        self.failures: dict[str, str] = {}
-        self.done, self.lock = 0, threading.Lock()
-        self.bar: Any = None
-
-    def __enter__(self) -> Board:
-        from tqdm import tqdm
-
-        self.bar = tqdm(
-            total=1.0,
-            disable=not self.work or not sys.stderr.isatty() or not team().first,
-            bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}, {remaining} left{postfix}",
-            leave=False,
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def tell(self, key: str, news: Progress) -> None:
-        """Takes a run's latest figures."""
-        with self.lock:
-            if self.share.get(key, 1.0) == 1.0:  # late news of a finished run
-                return
-            self.latest[key] = news
-            self._set_share(key, news.iteration / news.iterations)
-            speed = sum(each.images_per_second for each in self.latest.values())
-            rate = sum(each.iteration / each.seconds for each in self.latest.values() if each.seconds)
-            self.bar.set_postfix_str(
-                f"{len(self.latest)} running, {rate:,.1f} it/s, {speed:,.0f} images/s, loss {news.loss:.3f}, "
-                f"training error {news.train_error:.1f} %"
-            )
-
-    def finished(self, job: Job, metrics: dict[str, float]) -> None:
-        """Says that a run is finished and with what."""
-        self._end(
-            job,
-            f"{errors_in_words(metrics)}, {metrics['seconds']:,.0f} s",
-        )
-
-    def failed(self, job: Job, why: str) -> None:
-        """Says that a run failed, and where to look; the others go on."""
-        why = why.removeprefix(
-            f"{job.config.network.name}, seed {job.config.seed}: "
-        )  # a training's own error begins so
-        self.failures[job.config.key] = why
-        file = traceback_file(self.store.folder(job.config))
-        self._end(job, f"failed: {why}" + (f"; {file}" if file.is_file() else ""))
-
-    def _end(self, job: Job, outcome: str) -> None:
-        with self.lock:
-            self.done += 1
-            self._set_share(job.config.key, 1.0)
-            self.latest.pop(job.config.key, None)
-            if not team().first:
-                return
-            name = self.names[job.config.key]
-            self.bar.write(f"[{self.found + self.done}/{self.total}] {name}: {outcome}", file=sys.stdout)
-            sys.stdout.flush()
-
-    def _set_share(self, key: str, share: float) -> None:
-        self.bar.update((share - self.share[key]) * self.work[key] / sum(self.work.values()))
-        self.share[key] = share

@@ -9,32 +9,36 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resprobe.data import Data, FolderBatches, Normalization, TensorBatches, batches_of
 from resprobe.data.images import generator
-from resprobe.devices import autocast, memory_format, prepare_cpu
+from resprobe.devices import autocast, place, prepare_cpu
 from resprobe.distributed import gathering, team
 from resprobe.errors import TrainingDiverged, UsageError, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
-from resprobe.layers import subsampling
+from resprobe.layers import safe_subsampling
 from resprobe.networks import check_logits
 from resprobe.probes import Probe, attach
-from resprobe.randomness import device_random_state, host_random_state, keeping_random_state, set_device_random_state
+from resprobe.randomness import (
+    drawing_from,
+    keeping_random_state,
+    random_state,
+    seeded_random_state,
+    set_random_state,
+)
 from resprobe.recipes import Recipe, learning_rate, plateaus
-from resprobe.recompute import calling, recomputing
+from resprobe.recompute import recomputing
 from resprobe.steps import CapturedStep, CompiledBlocks, resolve_step
 from resprobe.watching import Outcome
 
@@ -88,11 +92,9 @@ class Training:
         self.data = data.hold_out(recipe.validation_fraction).cropped(recipe.crop)
         sample = self.data.train.sample(_FIT_IMAGES)
         self.normalization = Normalization.fit(sample, recipe.normalization).to(device)
-        self.network = network.to(device)
-        for tensor in (*network.parameters(), *network.buffers()):
-            if tensor.ndim == 4:
-                tensor.data = tensor.data.contiguous(memory_format=memory_format(device))
-        self.instead = list(subsampling(network)) if device.type == "cpu" else []
+        self.network = network
+        place(network, device)
+        self.subsampling = safe_subsampling(network, device)
         self.test = self.data.test.to(device)
         self.validation = None if self.data.validation is None else self.data.validation.to(device)
         self.team = team()
@@ -154,7 +156,7 @@ class Training:
         self.last_good = self._remember()
 
     def _optimizer_state(self) -> dict[str, Any]:
-        """The same on every device: the rate as a number."""
+        """The optimizer's state, the same on every device: the rate as a number."""
         state = self.optimizer.state_dict()
         for group in state["param_groups"]:
             group["lr"] = self.rate
@@ -180,7 +182,7 @@ class Training:
         # A part alone that is in evaluation mode, as frozen batch normalization is, stays there.
         if not self.network.training:
             self.network.train()
-        with _random_numbers(self):
+        with drawing_from(self.random, self.device):
             for drawn in self.batches.drawn(self.iteration):
                 loss, wrong = self.step(*drawn)
                 loss_sum += loss
@@ -214,7 +216,7 @@ class Training:
                         row["validation_error"] = self.test_now(self.validation).error
                 self.seconds = before + time.perf_counter() - started
                 self.rows.append(row | {"seconds": self.seconds})
-                self.random = _random_state(self.device)
+                self.random = random_state(self.device)
                 self.last_good = self._remember()
                 if watch is not None:
                     watch(self, self._progress(row, window))
@@ -231,7 +233,8 @@ class Training:
             with attach(self.network, *measuring):
                 # Hooks are called by neither a graph nor a compiled network, and twice where activations are recomputed:
                 # the few iterations that are measured run as they are written.
-                loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel, self.instead)
+                with self.subsampling:
+                    loss, wrong = self._gradients(*self.batches.make(*drawn), self.parallel)
                 for probe in measuring:
                     probe.after_backward(self.network, self.iteration)
             if unwatched is not None:
@@ -245,18 +248,18 @@ class Training:
     def _unwatched(self, probes: Sequence[Probe], drawn: tuple[Tensor, ...]) -> Outcome | None:
         """What the iteration would come to without these probes, when one of them measures for the first time. None where each
         has been looked at, and where that cannot be told."""
-        told = self.team.size == 1 and self.device.type in ("cpu", "cuda")
-        if not told or all(probe.name in self.harmless for probe in probes):
+        repeatable = self.team.size == 1 and self.device.type in ("cpu", "cuda")
+        if not repeatable or all(probe.name in self.harmless for probe in probes):
             return None
         try:
             alone = copy.deepcopy(self.network)  # so that nothing of it has happened afterwards
         except Exception:  # of a stranger's modules
             return None
-        instead = list(subsampling(alone)) if self.device.type == "cpu" else []
+        subsampling = safe_subsampling(alone, self.device)
         try:
             # A probe of nothing, since under any what is compiled runs as it is written.
-            with keeping_random_state(self.network), attach(alone, Probe()):
-                loss, _ = self._gradients(*self.batches.make(*drawn), alone, instead)
+            with keeping_random_state(self.network), attach(alone, Probe()), subsampling:
+                loss, _ = self._gradients(*self.batches.make(*drawn), alone)
                 return Outcome.of(loss, alone)
         except torch.OutOfMemoryError:  # for a second network there is no room
             return None
@@ -276,22 +279,21 @@ class Training:
     def _update(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.batches.make(*drawn)
         recomputed = recomputing(self.network) if self.recompute else nullcontext()
-        with recomputed, self.blocks.in_use() if self.blocks else nullcontext():
-            given = self._gradients(images, labels, self.forward, self.instead)
+        compiled = self.blocks.in_use() if self.blocks else nullcontext()
+        with recomputed, compiled, self.subsampling:
+            figures = self._gradients(images, labels, self.forward)
         self._descend()
-        return given
+        return figures
 
-    def _gradients(
-        self, images: Tensor, labels: Tensor, forward: nn.Module, instead: Sequence[tuple[nn.Module, Callable]]
-    ) -> tuple[Tensor, Tensor]:
-        """Forward and backward, in parts where batch normalization is over parts. `instead`: what is called in the place of
-        modules' own `forward`."""
+    def _gradients(self, images: Tensor, labels: Tensor, forward: nn.Module) -> tuple[Tensor, Tensor]:
+        """Forward and backward, in parts where batch normalization is over parts. Gives the mean loss and the count of wrong
+        images, on the device."""
         loss, wrong = self._zeros(), self._zeros()
         part_size = self.recipe.bn_batch or len(labels)
         left = len(labels)
         for part, part_labels in zip(images.split(part_size), labels.split(part_size), strict=True):
             left -= len(part)
-            with gathering(self.parallel, last=left == 0), calling(instead):
+            with gathering(self.parallel, last=left == 0):
                 with autocast(self.device, self.precision):
                     logits = forward(part)
                 check_logits(self.network, logits, len(part), self.data.num_classes)
@@ -314,8 +316,8 @@ class Training:
             self.how = "eager" if self.how == "graph" else self.how  # what the run's record shall say
             self.optimizer.zero_grad(set_to_none=True)  # what the attempt left
             # What ended a capture says less than what happened in it.
-            said = one_line(error.__context__ or error)
-            warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {said}")
+            why = one_line(error.__context__ or error)
+            warnings.warn(f"the training step cannot be captured as a CUDA graph, and runs as it is written: {why}")
             return None
 
     @cached_property
@@ -327,16 +329,17 @@ class Training:
         return batches_of(self.data.train, self.recipe, self.seed, self.normalization, self.device, part)
 
     def _first_random_state(self) -> dict[str, Any]:
-        """Of the first process that of the seed; of the others, which draw other numbers, one of each iteration begun at."""
+        """The first process's state is derived from the seed. The others draw other numbers: theirs are derived from the seed,
+        their rank and the iteration that they begin at."""
         seed = self.seed
         if not self.team.first:
             seed = generator("process", self.seed, self.team.rank, self.iteration).initial_seed()
-        return _seeded_random_state(seed, self.device)
+        return seeded_random_state(seed, self.device)
 
     def _plateaus(self) -> int:
         if self.recipe.plateau is None:
             return 0
-        # With a part held out (§4.2), what is tested on decides nothing.
+        # Where a part is held out (§4.2), the test images decide nothing.
         watched = "test_error" if self.validation is None else "validation_error"
         return plateaus(self.recipe, [row[watched] for row in self.rows if not math.isnan(row[watched])])
 
@@ -386,7 +389,7 @@ class Training:
         self.capturing = False
         if self.team.size > 1:  # repeated step by step, the processes would not stop at the same one
             raise TrainingDiverged(f"the {what} not finite; the weights of iteration {self.iteration} are kept")
-        _set_random_state(self.random, self.device)
+        set_random_state(self.random, self.device)
         for drawn in self.batches.drawn(self.iteration):
             rate = learning_rate(self.recipe, self.iteration, self.lowest_error, self._plateaus())
             before = _copy(self.network.state_dict())
@@ -411,7 +414,7 @@ class Training:
 
     def test_now(self, part: Any = None) -> Evaluation:
         """Error on the test set (or `part`) with the network as it stands: the first process's, with its statistics."""
-        return self.team.told(
+        return self.team.broadcast(
             lambda: evaluate(
                 self.network,
                 self.test if part is None else part,
@@ -476,7 +479,7 @@ def _log_points(recipe: Recipe) -> set[int]:
 
 
 def _test_points(recipe: Recipe) -> set[int]:
-    """At ends of windows, so that none is shorter than the others but the last."""
+    """The iterations at which the network is tested: ends of windows, so that none but the last is shorter."""
     windows = recipe.iterations // recipe.window
     count = min(recipe.evaluations, max(1, windows))
     return {recipe.window * round(windows * point / count) for point in range(1, count)} | {recipe.iterations}
@@ -499,7 +502,7 @@ def _optimizer(network: nn.Module, recipe: Recipe, device: torch.device) -> torc
         fused=device.type in ("cuda", "cpu"),  # one kernel instead of one a tensor; the networks have hundreds
     )
     if recipe.momentum:
-        # From zero as from none; but a fused step refuses those of which some have none, as where parts are skipped at random.
+        # Zeros are the same as none; but a fused step refuses it if some have none, as where parts are skipped at random.
         for parameter in parameters:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
@@ -520,12 +523,12 @@ def _copy(value: Any) -> Any:
 
 def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, precision: str) -> str:
     """The first layer, in forward order, whose output is not finite; "the loss" if every output is."""
-    found: list[str] = []
+    names: list[str] = []
 
     def note(name: str) -> Callable[..., None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not found and not torch.isfinite(output).all():
-                found.append(name)
+            if isinstance(output, Tensor) and not names and not torch.isfinite(output).all():
+                names.append(name)
 
         return look
 
@@ -537,49 +540,4 @@ def _first_nonfinite(network: nn.Module, images: Tensor, device: torch.device, p
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the loss"
-
-
-# -- random numbers: those a network itself draws (dropout, a stranger's block); batches draw their own ------------
-
-
-def _random_state(device: torch.device) -> dict[str, Any]:
-    of_torch, of_python, of_numpy = host_random_state()
-    states = {"cpu": of_torch, "python": of_python, "numpy": _plain(of_numpy)}
-    if (on_device := device_random_state(device)) is not None:
-        states[device.type] = on_device
-    return states
-
-
-def _set_random_state(states: dict[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(states["cpu"])
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    if device.type in states and device.type != "cpu":
-        set_device_random_state(states[device.type], device)
-
-
-def _seeded_random_state(seed: int, device: torch.device) -> dict[str, Any]:
-    # What `torch.manual_seed` and its like would leave behind, without touching the caller's generators on any device.
-    states = {"cpu": torch.Generator().manual_seed(seed).get_state(), "python": random.Random(seed).getstate()}
-    states["numpy"] = _plain(numpy.random.RandomState(numpy.random.MT19937(seed)).get_state())
-    if device.type != "cpu":
-        states[device.type] = torch.Generator(device).manual_seed(seed).get_state()
-    return states
-
-
-def _plain(of_numpy: tuple) -> tuple:
-    """numpy's state as plain data, which a checkpoint may hold."""
-    kind, keys, *rest = of_numpy
-    return kind, keys.tolist(), *rest
-
-
-@contextmanager
-def _random_numbers(training: Training) -> Iterator[None]:
-    """The training's own random numbers inside a block; the caller's again after it."""
-    outer = _random_state(training.device)
-    _set_random_state(training.random, training.device)
-    try:
-        yield
-    finally:
-        _set_random_state(outer, training.device)
+    return names[0] if names else "the loss"

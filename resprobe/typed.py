@@ -111,8 +111,8 @@ class _Teller:
         held |= dict(sorted(getattr(value, "__dict__", {}).items()))
         if held:
             return [kind, self.tell(held)]
-        said = repr(value)
-        return [kind, "" if " at 0x" in said else said]
+        text = repr(value)
+        return [kind, "" if " at 0x" in text else text]
 
 
 def _leaf(value: Any) -> str | None:

@@ -23,18 +23,18 @@ class Outcome:
 
     @classmethod
     def of(cls, loss: Tensor, network: nn.Module) -> Outcome:
-        """As they are now, after the backward pass."""
+        """The outcome as it is now, after the backward pass."""
         gradients = {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
         return cls(loss.clone(), gradients, host_random_bytes())
 
     def differs(self, other: Outcome, allowed: float) -> str:
-        """In what the other differs, by more than this part of its size; nothing where in none. Where this one is not finite
-        itself nothing is said."""
+        """What of the other differs by more than the part `allowed` of its size; empty where nothing does, or this one is not
+        finite itself."""
         if self.random != other.random:
             return "random numbers"
         if set(self.gradients) != set(other.gradients):
             return "gradients"
-        # Of all gradients together: those that are 0 but for rounding (of a bias before a normalization) are not alike twice.
+        # All gradients together: some that are 0 but for rounding (a bias before a normalization) are never the same twice.
         gradients = [(self.gradients[name], other.gradients[name]) for name in self.gradients]
         for pairs in ([(self.loss, other.loss)], gradients):
             size = _norm(ours for ours, _ in pairs)
@@ -45,6 +45,6 @@ class Outcome:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    """Of all together, taken one by one: a large network leaves no room for copies of all."""
+    """The norm of all together, taken one by one: a large network leaves no room for copies of all."""
     each = [tensor.double().norm() for tensor in tensors]
     return torch.stack(each).norm().item() if each else 0.0

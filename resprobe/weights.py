@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resprobe.checkpoints import load_tensors, read_json
 from resprobe.data import Normalization
 from resprobe.errors import UsageError, one_line, short
+from resprobe.files import load_tensors, read_json
+from resprobe.keeping import CONFIG, NETWORK
 from resprobe.networks import Network, NetworkSpec, Option, build, made_of, resolve
 from resprobe.shortcuts import ZeroPadding
 
-_RUN_FILE = "network.safetensors"
-# Mean and standard deviation by which inputs of torchvision's models, and of the CIFAR weights with `linear`, are normalized.
+# Mean and standard deviation that normalize inputs of torchvision's models, and of the CIFAR weights with `linear`.
 _IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# Those of chenyaofo/pytorch-cifar-models (2021; by the logs of their training), by the number of classes of CIFAR-10 and -100.
+# The same for chenyaofo/pytorch-cifar-models (2021; by the logs of their training): number of classes → statistics.
 _CIFAR_STATISTICS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     100: ((0.507, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
@@ -51,8 +51,7 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     own = network.state_dict()
     normalization, centred = None, False
     if "normalization.mean" in given:  # a run's file
-        normalization = Normalization(given["normalization.mean"], given["normalization.std"])
-        given = {name.removeprefix("network."): value for name, value in given.items() if name.startswith("network.")}
+        given, normalization = unpack_run(given)
     head = {"fc.weight", "fc.bias"}  # torchvision's ResNets call their last layer as we do
     if not (set(own) & set(given)) - head:
         statistics = _statistics(given)
@@ -88,6 +87,22 @@ def load_weights(network: Network, weights: str | Path | Mapping[str, Tensor]) -
     return network
 
 
+def pack_run(network: nn.Module, normalization: Normalization, running: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that a run keeps of its trained network. `running`: the running statistics that precise ones have replaced.
+
+    The precise statistics are the reported ones, and part of the network; the running ones stay beside them.
+    """
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    tensors |= {f"running.{name}": tensor for name, tensor in running.items()}
+    return tensors | {"normalization.mean": normalization.mean, "normalization.std": normalization.std}
+
+
+def unpack_run(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Normalization]:
+    """The network's state and the input normalization from what `pack_run` gave."""
+    state = {name.removeprefix("network."): tensors[name] for name in tensors if name.startswith("network.")}
+    return state, Normalization(tensors["normalization.mean"], tensors["normalization.std"])
+
+
 def _statistics(given: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Mean and standard deviation of the pixels that published weights were trained on; None where they are not known."""
     if "fc.weight" in given and not any(name.startswith("layer4.") for name in given):
@@ -107,17 +122,17 @@ def load_network(weights: str | Path) -> Network:
     if not isinstance(weights, str | Path):
         raise UsageError(f"weights (={short(weights)}) must be a file or a run's folder; that of a Run is its .network")
     path = Path(weights)
-    if path.is_dir() or path.name == _RUN_FILE:
+    if path.is_dir() or path.name == NETWORK:
         spec = _run_spec(path)
         if spec is None:
-            raise UsageError(f"weights (={str(path)!r}) must be the folder of a finished run, with config.json in it")
+            raise UsageError(f"weights (={str(path)!r}) must be the folder of a finished run, with {CONFIG} in it")
         return load_weights(build(spec), path)
     given = _unwrap(_read(path))
     return load_weights(build(_spec_of(given, path)), given)
 
 
 def _spec_of(given: Mapping[str, Tensor], path: Path) -> NetworkSpec:
-    """What network these weights are of."""
+    """The network that these weights fit, by their names and shapes."""
     named = {_resnet_name(name): value for name, value in given.items()}
     norm = "batch" if any(name.endswith("running_mean") for name in given) else "none"
     vgg = [name for name in given if re.fullmatch(r"features\.\d+\.weight|stage\d+\.conv\d+\.weight", name)]
@@ -170,13 +185,13 @@ def check_weights_there(path: Path, there: bool) -> None:
 
 
 def _run_spec(path: Path) -> NetworkSpec | None:
-    """What the network of a run is, by its folder or the weights in it; None for what is neither."""
+    """The network of a run, given its folder or the file of its weights; None for what is neither."""
     network = read_json(_config_of(path)).get("network")
     return NetworkSpec(**network) if isinstance(network, dict) else None  # a detector's has the name of its backbone
 
 
 def _config_of(path: Path) -> Path:
-    return (path.parent if path.name == _RUN_FILE else path) / "config.json"
+    return (path.parent if path.name == NETWORK else path) / CONFIG
 
 
 def _check_run(network: Network, path: Path) -> None:
@@ -200,8 +215,8 @@ def _check_run(network: Network, path: Path) -> None:
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    if path.is_dir() and (path / _RUN_FILE).is_file():
-        path = path / _RUN_FILE
+    if path.is_dir() and (path / NETWORK).is_file():
+        path = path / NETWORK
     check_weights_there(path, path.is_file())
     try:
         if path.suffix == ".safetensors":

@@ -20,8 +20,8 @@ from resprobe.errors import UsageError, one_line
 Perform = Callable[[Any, Callable[[Any], None]], Any]
 """A task, and whom to tell how it goes → what comes of it."""
 Word = Literal["news", "done", "failed", "mistake", "lost", "again"]
-"""Of a task: how it goes; what came of it; the text of its error; the text of a `UsageError`; why its process is no more;
-the same, where the task is done again."""
+"""What is heard of a task, and what comes with it: "news", how it goes; "done", what came of it; "failed", the text of its error;
+"mistake", the text of a `UsageError`; "lost", why its process is no more; "again", the same where the task is done again."""
 
 
 def side_by_side(tasks: Sequence[Any], count: int, start: Callable[[], Perform]) -> Iterator[tuple[int, Word, Any]]:
@@ -107,7 +107,7 @@ class _Worker:
             self._process.join()
             if self._process.exitcode == _IMPORTED:
                 raise UsageError(f"{_UNGUARDED}, or ask for concurrency '1'") from None
-            return "lost", f"its process {_in_words(self._process.exitcode)}"
+            return "lost", f"its process {_how_it_ended(self._process.exitcode)}"
 
     def interrupt(self) -> None:
         """Has the process leave its task, as after Ctrl-C, and end."""
@@ -134,7 +134,7 @@ def hear_from(process: BaseProcess, connection: Connection) -> Any:
     return connection.recv()
 
 
-def _in_words(code: int | None) -> str:
+def _how_it_ended(code: int | None) -> str:
     if code == -getattr(signal, "SIGKILL", 9):  # which Windows has not
         return "was killed (out of memory, perhaps)"
     return f"ended with {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
@@ -208,20 +208,20 @@ def _serve(connection: Connection, start: Callable[[], Perform]) -> None:
             busy = True
             try:
                 perform = perform or start()
-                said: tuple[Word, Any] = ("done", perform(task, lambda news: connection.send(("news", news))))
+                answer: tuple[Word, Any] = ("done", perform(task, lambda news: connection.send(("news", news))))
             except KeyboardInterrupt:
                 os._exit(0)
             except UsageError as error:
-                said = ("mistake", str(error))
+                answer = ("mistake", str(error))
             except Lost as error:
-                said = ("lost", one_line(error))
+                answer = ("lost", one_line(error))
             except Exception as error:
-                said = ("failed", one_line(error))
+                answer = ("failed", one_line(error))
             busy = False
             if stopping:  # whatever has become of the interrupt in the task, nobody waits for what it came to
                 os._exit(0)
-            connection.send(said)
-            if said[0] == "lost":
+            connection.send(answer)
+            if answer[0] == "lost":
                 return
 
 

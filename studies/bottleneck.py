@@ -31,13 +31,16 @@ Measured (2026-11-21, two idle cores of an AMD EPYC, torch 2.15.0, bf16; record 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import resprobe as rp
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import pandas
     from matplotlib.axes import Axes
     from torch import Tensor, nn
@@ -141,16 +144,14 @@ def _prepare(labels: dict, module: nn.Module, shape: tuple[int, ...], results: r
     import torch
 
     from plugins import flops
-    from resprobe.devices import memory_format
-    from resprobe.layers import subsampling
+    from resprobe.devices import memory_format, place
 
     device = torch.device(results.device)
-    module = module.to(device, memory_format=memory_format(device))
+    place(module, device)
     images = torch.randn(shape, device=device).contiguous(memory_format=memory_format(device))
     if labels["depth"] == 0:  # within a network a block is given activations, and passes the gradient on
         images = images.to(torch.bfloat16 if results.precision == "bf16" else torch.float32).requires_grad_()
-    instead = list(subsampling(module)) if images.device.type == "cpu" else []
-    passes = _Passes(module, images, results.precision, instead)
+    passes = _Passes(module, images, results.precision)
     passes.forward()
     counted = {
         "images": shape[0],
@@ -192,8 +193,13 @@ class _Passes:
     module: nn.Module
     images: Tensor
     precision: str
-    instead: Sequence = ()
-    """What is called in the place of convolutions whose gradients a CPU gets wrong, as in a training."""
+
+    @cached_property
+    def subsampling(self) -> AbstractContextManager:
+        """Puts right the convolutions whose gradients a CPU gets wrong, as in a training."""
+        from resprobe.layers import safe_subsampling
+
+        return safe_subsampling(self.module, self.images.device)
 
     def __call__(self) -> Tensor:
         import torch
@@ -213,10 +219,8 @@ class _Passes:
         """As in training: forward and backward."""
         import torch
 
-        from resprobe.recompute import calling
-
         self.module.train()
-        with calling(self.instead):
+        with self.subsampling:
             out = self()
             out.backward(torch.ones_like(out))
         self.module.zero_grad(set_to_none=True)

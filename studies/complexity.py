@@ -165,10 +165,11 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     """Time of the fastest forward pass of one image in eval mode, and the memory it takes beside the weights."""
     import torch
 
-    from resprobe.devices import fastest, memory_format
+    from resprobe.devices import fastest, memory_format, place
 
     device = torch.device(results.device)
-    network = rp.build(name, **options).to(device, memory_format=memory_format(device)).eval()
+    network = rp.build(name, **options).eval()
+    place(network, device)
     image = torch.randn(1, 3, 224, 224, device=device).contiguous(memory_format=memory_format(device))
     with torch.inference_mode(), rp.cpu_threads(1):
         network(image)  # the first pass prepares kernels

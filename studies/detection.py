@@ -200,7 +200,7 @@ def _check_channels(data: str) -> None:
     """Networks are fitted to the data that they are trained on, and the images to detect in have three channels."""
     from resprobe.distributed import team
 
-    channels = team().told(lambda: rp.load_data(data).in_channels)  # one process downloads
+    channels = team().broadcast(lambda: rp.load_data(data).in_channels)  # one process downloads
     if channels != 3:
         raise rp.UsageError(
             f"data (={data!r}) must have images of 3 channels, as those to detect in have, not of {channels}; accepted: "

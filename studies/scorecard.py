@@ -48,6 +48,7 @@ from resprobe.commands import (
 from resprobe.errors import UsageError, not_accepted, one_line
 from resprobe.options import offered
 from resprobe.study import Study
+from resprobe.words import duration
 
 UNTESTED = {
     Claim(
@@ -182,7 +183,7 @@ def _read(file: Path) -> list[Row]:
 
 def write(rows: Sequence[Row], out: Path) -> None:
     """Writes report.html (one self-contained file), report.md and scorecard.json into `out`."""
-    from resprobe.checkpoints import write_atomically
+    from resprobe.files import write_atomically
     from resprobe.report import SETTINGS, SYMBOLS, render_template
 
     folders = {row.folder for row in rows if row.folder is not None}
@@ -292,7 +293,7 @@ def run_studies(commands: Mapping[str, Sequence[str]], *, dry_run: bool = False)
         return {}
     for done, (name, arguments) in enumerate(commands.items()):
         left = _left(forecast for each, forecast in ahead.items() if each in list(commands)[done:])
-        so_far = _duration(time.perf_counter() - started)
+        so_far = duration(time.perf_counter() - started)
         print(f"\n[{done + 1}/{len(commands)}] {name}: {so_far} so far, {left}", flush=True)
         try:
             _in_a_process(_run, name, arguments)
@@ -300,7 +301,7 @@ def run_studies(commands: Mapping[str, Sequence[str]], *, dry_run: bool = False)
             failed[name] = f"failed: {error}"
             print(f"error: {error}", file=sys.stderr, flush=True)
     print(
-        f"\n{len(commands) - len(failed)} of {len(commands)} studies done in {_duration(time.perf_counter() - started)}"
+        f"\n{len(commands) - len(failed)} of {len(commands)} studies done in {duration(time.perf_counter() - started)}"
     )
     return failed
 
@@ -407,13 +408,7 @@ def _left(ahead: Iterable[Forecast]) -> str:
     seconds, whole = sum(forecast.seconds for forecast in ahead), all(forecast.whole for forecast in ahead)
     if not seconds:
         return "nothing left to train" if whole else "training of unknown length left"
-    return f"{'about' if whole else 'at least'} {_duration(seconds)} of training left"
-
-
-def _duration(seconds: float) -> str:
-    from resprobe.sweep import in_words
-
-    return in_words(seconds)
+    return f"{'about' if whole else 'at least'} {duration(seconds)} of training left"
 
 
 def _what_it_says(error: BaseException) -> str:
@@ -439,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(options: argparse.Namespace) -> int:
     known, failed = find_studies()
     if not options.dry_run:
-        from resprobe.checkpoints import check_writable
+        from resprobe.files import check_writable
 
         check_writable(options.out, "out")
     if commands := _commands(options, known, failed):
@@ -469,8 +464,8 @@ def _commands(options: argparse.Namespace, known: Sequence[Study], broken: Mappi
             raise not_accepted("data", copy, sorted(used))
         if not Path(copy.partition(":")[2] or ".").expanduser().exists():
             raise UsageError(f"data (={copy!r}): there is no {copy.partition(':')[2]}")
-    from resprobe.checkpoints import check_writable
     from resprobe.devices import resolve_device
+    from resprobe.files import check_writable
 
     resolve_device(options.device)
     if not options.dry_run:  # which writes nothing

@@ -9,7 +9,7 @@ import resprobe as rp
 from plugins import attribution, gradient_norms
 from plugins.detection import metrics
 from plugins.layer_responses import LayerResponses
-from resprobe import evaluation, training
+from resprobe import devices, evaluation
 from resprobe.data import batches
 from resprobe.devices import memory_format
 
@@ -60,7 +60,7 @@ def test_norms_below_the_range_of_squares_are_found():
 def test_channels_are_last_but_on_apples(monkeypatch):
     assert memory_format(torch.device("mps")) == torch.contiguous_format
     assert memory_format(torch.device("cpu")) == memory_format(torch.device("cuda")) == torch.channels_last
-    for module in training, batches, evaluation:
+    for module in devices, batches, evaluation:
         monkeypatch.setattr(module, "memory_format", lambda device: torch.contiguous_format)
     seen = []
 

@@ -259,6 +259,6 @@ def test_alone_there_is_nobody_to_wait_for(monkeypatch):
     assert team() == Team(0, 1)
     assert join(torch.device("cpu")) == torch.device("cpu")
     assert not distributed.is_initialized()
-    assert team().told(lambda: 3) == 3
+    assert team().broadcast(lambda: 3) == 3
     figures = torch.tensor([1.0])
     assert team().total(figures).tolist() == [1.0]

@@ -14,7 +14,8 @@ from resprobe import estimates, sweep
 from resprobe.estimates import Cost, costs
 from resprobe.networks import resolve
 from resprobe.runs import configure
-from resprobe.sweep import Job, Survey, in_words, run_all, survey
+from resprobe.sweep import Job, Survey, run_all, survey
+from resprobe.words import duration
 from studies import constructed_solution, degradation
 
 CPU = torch.device("cpu")
@@ -160,7 +161,7 @@ def test_what_cannot_be_timed_says_why(tmp_path, monkeypatch):
     ("seconds", "said"), [(0.1, "1 s"), (99, "99 s"), (130, "2 min"), (5000, "83 min"), (7200, "2.0 h")]
 )
 def test_durations_in_words(seconds, said):
-    assert in_words(seconds) == said
+    assert duration(seconds) == said
 
 
 def test_a_dry_run_trains_nothing_and_writes_no_report(tmp_path, monkeypatch, capsys):

@@ -64,7 +64,8 @@ def gradients(network: nn.Module) -> None:
     exact = copy.deepcopy(network).double()
     images, labels = one.batches.make(*next(one.batches.drawn(0)))
     one.network.train()
-    one._gradients(images, labels, one.network, one.instead)
+    with one.subsampling:
+        one._gradients(images, labels, one.network)
     torch.nn.functional.cross_entropy(exact.train()(images.double().contiguous()), labels).backward()
     for (name, parameter), other in zip(network.named_parameters(), exact.parameters(), strict=True):
         wanted = other.grad.float()

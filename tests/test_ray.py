@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from test_sweep import alive
 
 import resprobe as rp
-from resprobe import cluster, keeping, runs
+from resprobe import cluster, files, keeping, runs
 from resprobe.cluster import RayCluster, ray_cluster
 from resprobe.sweep import Job
 
@@ -182,7 +182,7 @@ def contents(root: Path) -> dict[str, tuple[dict, dict, dict]]:
         assert {"result.json", "history.csv", "network.safetensors"} <= {file.name for file in folder.iterdir()}
         assert not list(folder.glob("checkpoint*"))
         assert not list(folder.glob(".*.tmp"))
-        history = keeping.read_table(folder / "history.csv").to_dict("list")
+        history = files.read_table(folder / "history.csv").to_dict("list")
         metrics = json.loads((folder / "result.json").read_text())["metrics"]
         store[folder.name] = load_file(folder / "network.safetensors"), history, metrics
     return store

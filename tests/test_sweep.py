@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import resprobe as rp
-from resprobe import sweep
+from resprobe import board, sweep
 from resprobe.devices import deterministic
 from resprobe.runs import configure
 from resprobe.sweep import Job, SweepFailed, parse_concurrency, run_all, survey
@@ -547,7 +547,7 @@ def test_runs_are_told_apart_by_what_they_differ_in():
         configs.append(configure("cifar/plain-14", "digits", replace(recipe, name=name, learning_rate=rate)))
     built = rp.build("cifar/plain-20", in_channels=1)
     configs += [configure(network, "digits", recipe) for network in ("cifar/plain-20", built)]
-    assert [sweep.names_of(configs)[config.key] for config in configs] == [
+    assert [board.names_of(configs)[config.key] for config in configs] == [
         "cifar/resnet-8, shortcut A",
         "cifar/resnet-8, shortcut B",
         "cifar/plain-8",

@@ -129,12 +129,12 @@ def test_who_asked_may_leave(tmp_path, otherwise):
 
 
 def test_the_words_for_a_killed_process_need_no_name_of_the_signal(monkeypatch):
-    from resprobe.workers import _in_words
+    from resprobe.workers import _how_it_ended
 
-    assert _in_words(-9) == "was killed (out of memory, perhaps)"
+    assert _how_it_ended(-9) == "was killed (out of memory, perhaps)"
     monkeypatch.delattr(signal, "SIGKILL")  # as on Windows
-    assert _in_words(-9) == "was killed (out of memory, perhaps)"
-    assert _in_words(1) == "ended with code 1"
+    assert _how_it_ended(-9) == "was killed (out of memory, perhaps)"
+    assert _how_it_ended(1) == "ended with code 1"
 
 
 HALF_OPEN = """

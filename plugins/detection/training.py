@@ -37,11 +37,11 @@ from plugins.detection.metrics import coco_metrics, voc_average_precision
 from plugins.detection.model import Detector, faster_rcnn
 from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
-from resprobe.checkpoints import read_tensors, write_json, write_tensors
 from resprobe.data.images import generator
 from resprobe.devices import fastest, resolve_device
 from resprobe.digests import network_digest
 from resprobe.environment import environment
+from resprobe.files import read_tensors, write_json, write_tensors
 from resprobe.keeping import Keeper, Kept, failures_kept
 from resprobe.runs import check_seed
 

@@ -107,7 +107,7 @@ class FolderSet:
             generator=torch.Generator(),  # else a resumed run's network would draw other random numbers
         )
         for crops, labels, light in _read_by(loader):
-            # From pinned memory alone: else Apple's GPUs may read what is not there any more (pytorch#189690).
+            # Without waiting only from pinned memory: else Apple's GPUs may read what is not there any more (pytorch#189690).
             images = normalization(crops.to(device, non_blocking=pinned))
             if recipe.colour == "pca":
                 images = images + light.to(device, non_blocking=pinned)[:, :, None, None] / normalization.std
@@ -179,27 +179,27 @@ def _parts(root: Path) -> tuple[Path, Path]:
 
 
 def _class_folders(part: Path) -> list[Path]:
-    """Without hidden ones, of notebooks say, which are none of the user's classes."""
+    """The folders in a folder, but for hidden ones (of notebooks, say), which are none of the user's classes."""
     return [entry for entry in part.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _images_in(folder: Path) -> list[Path]:
-    """Without hidden files, which macOS puts beside others on foreign disks."""
+    """The image files in a folder, but for hidden ones, which macOS puts beside others on foreign disks."""
     files = [path for path in folder.glob("*") if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")]
     return sorted(files, key=_in_order)
 
 
 def _in_order(path: PurePath) -> tuple[str, ...]:
-    """The same on all systems: Windows' own order of paths knows no capitals."""
+    """What paths are sorted by, the same on all systems: Windows' own order knows no capitals."""
     return path.parts
 
 
 def _list_files(part: Path, classes: tuple[str, ...]) -> FolderSet:
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = _images_in(part / name)
-        files += found
-        labels += [label] * len(found)
+        of_class = _images_in(part / name)
+        files += of_class
+        labels += [label] * len(of_class)
     if not files:
         raise UsageError(f"data folder (={str(part)!r}) holds no images ({', '.join(EXTENSIONS)})")
     return FolderSet(tuple(files), torch.tensor(labels))
@@ -238,7 +238,7 @@ def _crop(image: Image.Image, shorter: float, top: float, left: float, size: int
     """Resizes so that the shorter side is `shorter` and crops [top, left, size, size], in one step."""
     ratio = min(image.size) / shorter
     left, top, right, bottom = (ratio * edge for edge in (left, top, left + size, top + size))
-    # By rounding it may begin or end a hair beyond the image.
+    # Rounding may put its edges a hair beyond the image.
     box = (max(0.0, left), max(0.0, top), min(right, image.width), min(bottom, image.height))
     return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
@@ -258,7 +258,7 @@ def _centre_view(path: Path, size: int) -> Tensor:
 
 
 def _read_by(loader: DataLoader) -> Iterator[Any]:
-    """Its batches. What a loader's process meets comes with that process's traceback, which says nothing to a user."""
+    """The loader's batches. What one of its processes meets comes with that process's traceback, which says nothing to a user."""
     try:
         yield from loader
     except DamagedFile as error:

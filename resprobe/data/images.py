@@ -104,10 +104,10 @@ class ImageSet:
 
     def digest(self) -> str:
         """What the images and labels are, as a digest."""
-        found = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        digest = hashlib.sha256(repr(tuple(self.images.shape)).encode())
         for tensor in (self.images, self.labels):
-            found.update(tensor.cpu().contiguous().numpy())
-        return found.hexdigest()[:16]
+            digest.update(tensor.cpu().contiguous().numpy())
+        return digest.hexdigest()[:16]
 
     def cropped(self, size: int) -> ImageSet:
         """These images: in memory they are as they are."""
