@@ -73,7 +73,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 import resprobe as rp
-from resprobe.errors import one_line, short
+from resprobe.errors import blamed, short
 from resprobe.modes import evaluation_mode
 
 with warnings.catch_warnings():
@@ -246,15 +246,9 @@ class Flops(rp.Probe):
                 seen = _watch(network, inputs, named_inputs, _without_data)
             except Exception:
                 # Some networks look at numbers to decide what to do. Those are copied with their data.
-                try:
-                    with _unfused():
-                        seen = _watch(network, inputs, named_inputs, _with_data)
-                except Exception as error:
-                    shapes = ", ".join(str(tuple(each.shape)) for each in _tensors(given))
-                    raise rp.UsageError(
-                        f"{self.name}: {type(network).__name__} fails on an input of shape {shapes}: "
-                        f"{one_line(error, named=True)}"
-                    ) from error
+                shapes = ", ".join(str(tuple(each.shape)) for each in _tensors(given))
+                with blamed(f"{self.name}: {type(network).__name__} fails on an input of shape {shapes}"), _unfused():
+                    seen = _watch(network, inputs, named_inputs, _with_data)
         unbatched = _is_unbatched(network, seen, first)
         if unbatched and not listed:
             images = 1

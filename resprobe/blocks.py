@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from resprobe.errors import UsageError, check_whole, one_line, short
+from resprobe.errors import UsageError, blamed, check_whole, one_line, short
 from resprobe.layers import Layers
 from resprobe.modes import evaluation_mode
 from resprobe.randomness import keeping_random_state
@@ -92,15 +92,9 @@ class Block(nn.Module):
         drawn = torch.randn(2, self.in_channels, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
         drawn = drawn.to(parameter.device, parameter.dtype)
         image = drawn.clone()
-        try:
-            with torch.no_grad(), keeping_random_state(self), evaluation_mode(self):
-                out = self(image)
-        except UsageError:
-            raise
-        except Exception as error:
-            raise UsageError(
-                f"{type(self).__name__} fails on an input of {tuple(image.shape)}: {one_line(error, named=True)}"
-            ) from error
+        failing = blamed(f"{type(self).__name__} fails on an input of {tuple(image.shape)}")
+        with failing, torch.no_grad(), keeping_random_state(self), evaluation_mode(self):
+            out = self(image)
         if not image.is_meta and not torch.equal(image, drawn):
             raise UsageError(
                 f"{type(self).__name__} changes what it is given: {self._in_place() or 'its forward pass'} works in place, and "

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,20 @@ def one_line(error: BaseException, named: bool = False) -> str:
     text, kind = " ".join(text.split()), type(error).__name__
     named = named or isinstance(error, KeyError)
     return (f"{kind}: {text}" if named and text else text or kind) + _place(error)
+
+
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Raises what goes wrong in the `with` block as a `UsageError` in one line that begins with `what` ("… cannot be built").
+
+    For a stranger's code, which may raise anything. A `UsageError` of its own says what is wrong, and passes as it is.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}: {one_line(error, named=True)}") from error
 
 
 def _place(error: BaseException) -> str:

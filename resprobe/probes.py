@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resprobe.blocks import Block
 from resprobe.digests import as_text
-from resprobe.errors import UsageError, check_whole, one_line, short
+from resprobe.errors import UsageError, blamed, check_whole, short
 from resprobe.registry import Registry
 
 if TYPE_CHECKING:
@@ -254,12 +254,8 @@ def make_probe(probe: str | Probe) -> Probe:
     """The probe itself, or a new one of the registered name."""
     if not isinstance(probe, Probe | str):
         raise UsageError(f"probe (={short(probe)}) must be a registered name or a Probe")
-    try:
+    with blamed(f"probe (={probe!r}) cannot be made"):  # it may want arguments
         made = probe if isinstance(probe, Probe) else PROBES[probe]()
-    except UsageError:
-        raise
-    except Exception as error:  # of a stranger's probe, that wants arguments, say
-        raise UsageError(f"probe (={probe!r}) cannot be made: {one_line(error, named=True)}") from error
     if not isinstance(made, Probe):
         raise UsageError(f"probe (={probe!r}): what is registered must make a resprobe.Probe, not {short(made)}")
     if not callable(made.schedule):
