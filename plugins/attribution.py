@@ -119,7 +119,7 @@ def branch_and_shortcut(
     Raises `UsageError` for a network without known blocks, and for a block that cannot be measured.
     """
     if method not in METHODS:
-        raise rp.UsageError(f"method (={method!r}) is unknown; accepted: {', '.join(METHODS)}")
+        raise rp.not_accepted("method", method, METHODS)
     rp.check_whole("steps", steps, 2)
     twin = _Twin(network)
     images, baseline = twin.take(images), _as_baseline(baseline, images)

@@ -150,7 +150,10 @@ def short(value: object) -> str:
 
 
 def not_accepted(what: str, value: object, accepted: Iterable[object], otherwise: str = "") -> UsageError:
-    """The error for a value outside a known set: value, accepted values, nearest one; `otherwise`: where none is near."""
+    """The `UsageError` for a value that is none of those accepted, to be raised: value, accepted values, and the nearest of them.
+
+    `what` is the argument's name. `otherwise` ends the line where nothing accepted is near.
+    """
     accepted = [str(name) for name in accepted]
     near = nearest(value, accepted)
     hint = f"nearest: {near}" if near else otherwise  # what is near nothing is hardly a slip of the finger

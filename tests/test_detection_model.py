@@ -705,7 +705,7 @@ def test_specifications_are_hashable_and_a_list_is_as_good_as_a_tuple() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bn": "froze"}, "bn (='froze') is unknown; accepted: frozen, trained"),
+        ({"bn": "froze"}, "bn (='froze') is unknown; accepted: frozen, trained; nearest: frozen"),
         ({"roi": "crop"}, "roi (='crop') is unknown; accepted: pool, align"),
         ({"num_classes": 1}, "num_classes (=1) must be ≥ 2: the background counts as a class"),
         ({"nms": 1.5}, "nms (=1.5) must be between 0 and 1"),

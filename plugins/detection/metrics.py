@@ -61,7 +61,7 @@ def voc_average_precision(
     "all-point" is the area under the curve of highest precision at that recall or a higher one (VOC 2010 and later).
     """
     if rule not in RULES:
-        raise rp.UsageError(f"rule (={rule!r}) is unknown; accepted: {', '.join(RULES)}")
+        raise rp.not_accepted("rule", rule, RULES)
     if not 0 < iou <= 1:
         raise rp.UsageError(f"iou (={iou!r}) must be above 0 and at most 1")
     found, truth = _gathered(predictions, targets)

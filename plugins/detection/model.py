@@ -68,7 +68,7 @@ def faster_rcnn(
     accepted = [field.name for field in dataclasses.fields(DetectorSpec)][1:]
     for name in options:
         if name not in accepted:
-            raise rp.UsageError(f"option of faster_rcnn (={name!r}) is unknown; accepted: {', '.join(accepted)}")
+            raise rp.not_accepted("option of faster_rcnn", name, accepted)
     return Detector(network, DetectorSpec(num_classes, **options), normalization)
 
 

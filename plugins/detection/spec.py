@@ -72,7 +72,7 @@ class DetectorSpec:
             raise rp.UsageError(f"num_classes (={self.num_classes}) must be ≥ 2: the background counts as a class")
         for name, accepted in (("bn", ("frozen", "trained")), ("roi", ("pool", "align"))):
             if getattr(self, name) not in accepted:
-                raise rp.UsageError(f"{name} (={getattr(self, name)!r}) is unknown; accepted: {', '.join(accepted)}")
+                raise rp.not_accepted(name, getattr(self, name), accepted)
         for name in _COUNTS:
             self._require(name, getattr(self, name) >= 1, "≥ 1")
         for name in _FRACTIONS:
