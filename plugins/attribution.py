@@ -187,7 +187,7 @@ class Attribution(rp.Probe):
         self._rows: list[list[Any]] = []
 
     def hook(self, network: nn.Module) -> Iterator[Any]:
-        if not any(isinstance(module, _BLOCKS) for module in network.modules()):
+        if not any(isinstance(module, rp.probes.block_classes()) for module in network.modules()):
             raise _no_blocks(network)
         self._network = network
         yield _Release(self)  # there is nothing to hook, but to be attached twice is refused all the same
@@ -428,9 +428,6 @@ class _Twin:
         return sorted(
             (block._replace(position=order[block.branch]) for block in blocks), key=lambda each: each.position
         )
-
-
-_BLOCKS = rp.probes.block_classes()
 
 
 def _tap(block: nn.Module) -> tuple[Tap, Tap | None] | None:

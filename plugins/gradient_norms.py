@@ -71,7 +71,6 @@ import numpy
 import pandas
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
@@ -80,10 +79,8 @@ import resprobe as rp
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (_ConvNd,),
     "linear": (nn.Linear, nn.Bilinear),
-    "norm": (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    "norm": rp.probes.normalization_classes(),
 }
-BLOCKS = rp.probes.block_classes()
-"""Classes whose modules are measured as blocks unless others are named."""
 
 COLUMNS = (
     *("iteration", "layer", "kind", "stage", "block", "position", "call"),
@@ -143,7 +140,7 @@ class GradientNorms(rp.Probe):
         self,
         schedule: rp.probes.Schedule | None = None,
         *,
-        blocks: Iterable[str | type[nn.Module]] = BLOCKS,
+        blocks: Iterable[str | type[nn.Module]] = rp.probes.block_classes(),
     ):
         super().__init__()
         self.schedule = schedule or rp.probes.logarithmic()
@@ -202,13 +199,8 @@ class GradientNorms(rp.Probe):
             if name in names or isinstance(module, classes):
                 block = name
                 blocks.append(Part(name, "block", stage, name, module))
-            if isinstance(module, torch.jit.ScriptModule):
-                raise rp.UsageError(
-                    f"{self.name} cannot measure {name!r} ({type(module).__name__}): scripted code calls no hooks; "
-                    "attach the probe before scripting"
-                )
-            if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
-                raise rp.UsageError(f"{self.name} cannot measure {name!r}: it is on device 'meta' and has no data")
+            self.refuse_scripted(name, module)
+            self.refuse_meta(name, *module._parameters.values())
             if module._parameters:
                 layers.extend(Part(*each, module, weight) for *each, weight in _weights(module, name, stage, block))
             for child_name, child in module._modules.items():
@@ -247,7 +239,7 @@ class GradientNorms(rp.Probe):
                 for use, passes in self._seen.items():
                     self._seen[use] = [each for each in passes if each[0] >= number]
 
-        given = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        given = [tensor for tensor in rp.probes.tensors(output) if tensor.requires_grad]
         self._on_tensors += [tensor.register_hook(backward_begins) for tensor in given]
         self._unsure |= torch.is_grad_enabled() and not given
 
@@ -304,7 +296,7 @@ class GradientNorms(rp.Probe):
         gradients = [layer.weight.grad for layer in self._layers]
         for layer, gradient in zip(self._layers, gradients, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
-                raise rp.UsageError(f"{self.name} cannot measure {layer.name!r}: its gradient is {gradient.layout}")
+                raise self.cannot_measure(layer.name, f"its gradient is {gradient.layout}")
         calls = {block.name: 1 for block in self._blocks}
         for name, call in self._seen:
             calls[name] = max(calls[name], call + 1)
@@ -469,12 +461,3 @@ def _accurate(tensor: Tensor) -> torch.dtype:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a network's output: itself, or those in a tuple, list or dict."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict | list | tuple):
-        for each in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(each)

@@ -14,7 +14,8 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from resprobe.blocks import Block
@@ -116,6 +117,7 @@ def stage_of(name: str) -> int:
     return int(found[1]) if found else 0
 
 
+@functools.cache
 def block_classes() -> tuple[type[nn.Module], ...]:
     """What counts as a block where nothing else is named: resprobe's blocks, and those of torchvision's ResNets."""
     from torchvision.models import resnet
@@ -123,14 +125,31 @@ def block_classes() -> tuple[type[nn.Module], ...]:
     return Block, resnet.BasicBlock, resnet.Bottleneck
 
 
-def block_of(name: str, modules: Mapping[str, nn.Module], blocks: tuple[type[nn.Module], ...]) -> str | None:
-    """The innermost module of the classes `blocks` that the module `name` is inside of; None if there is none.
+def block_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Name of the innermost block (see `block_classes`) that the module `name` is inside of; None if there is none.
 
     `modules` is `dict(network.named_modules())`; a network that is itself a block goes by "".
     """
     parts = name.split(".") if name else []
     parents = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
-    return next((parent for parent in parents if isinstance(modules[parent], blocks)), None)
+    return next((parent for parent in parents if isinstance(modules[parent], block_classes())), None)
+
+
+@functools.cache
+def normalization_classes() -> tuple[type[nn.Module], ...]:
+    """Layers that normalize: torch's batch, instance, group, layer and RMS normalization, and torchvision's frozen one."""
+    from torchvision.ops import FrozenBatchNorm2d
+
+    return _NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, FrozenBatchNorm2d
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a module takes or gives, in order: itself, or those in tuples, lists and mappings, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(each)
 
 
 class _Uncompiled:
@@ -206,6 +225,21 @@ class Probe:
 
     def load_state(self, state: Any) -> None:
         """Takes back what `state` gave."""
+
+    def cannot_measure(self, name: str, why: str, module: nn.Module | None = None) -> UsageError:
+        """The error to raise for a part of the network: its `name`, its class if the `module` is given, and `why`."""
+        of_class = f" ({type(module).__name__})" if module is not None else ""
+        return UsageError(f"{self.name} cannot measure {name!r}{of_class}: {why}")
+
+    def refuse_scripted(self, name: str, module: nn.Module) -> None:
+        """Raises `UsageError` for a module whose hooks are not called."""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise self.cannot_measure(name, "scripted code calls no hooks; attach the probe before scripting", module)
+
+    def refuse_meta(self, name: str, *measured: Tensor | None) -> None:
+        """Raises `UsageError` if a weight or response of the module `name` is on device "meta"."""
+        if any(tensor is not None and tensor.is_meta for tensor in measured):
+            raise self.cannot_measure(name, "it is on device 'meta' and has no data")
 
     def attach(self, network: nn.Module) -> None:
         """Attaches to `network`, or what `unwrap` finds in it; nothing is left attached if that fails half-way.
