@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -141,6 +142,17 @@ def check_whole(what: str, value: object, least: int, why: str = "") -> None:
     """Raises `UsageError` for what is no whole number, or less than `least`; `why` ends the line."""
     if not is_whole(value, least):
         raise UsageError(f"{what} (={value!r}) must be a whole number ≥ {least}{why}")
+
+
+def check_number(
+    what: str, value: object, least: float, most: float = math.inf, *, above: bool = False, why: str = ""
+) -> None:
+    """Raises `UsageError` for what is no finite number, less than `least` (`above`: or just that), or more than `most`; `why`
+    ends the line."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and least <= value <= most) or (above and value == least):
+        upper = f" and ≤ {most}" if most < math.inf else ""
+        raise UsageError(f"{what} (={value!r}) must be a number {'>' if above else '≥'} {least}{upper}{why}")
 
 
 def short(value: object) -> str:

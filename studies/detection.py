@@ -410,7 +410,7 @@ def _tested(
     predictions = predict(run.model, data.test, device, **improvements)
     seconds = (time.perf_counter() - started) / len(data.test)
     height, width = data.test[0][0].shape[-2:]
-    figures = score(predictions, data.test, data.classes)
+    figures = score(predictions, data.test)
     images, targets = training_batch(data.train, recipe, run.config.seed, 0)
     learner = copy.deepcopy(run.model).cpu()  # where memory is counted does not matter, and statistics may move
     with rp.seeded(run.config.seed):
@@ -582,7 +582,7 @@ def _draw_curves(results: rp.Results) -> rp.Drawing:
     )
 
 
-def _draw_pictures(results: rp.Results, count: int = 4) -> rp.Drawing:
+def _draw_pictures(results: rp.Results) -> rp.Drawing:
     """The first test images: the truth above, what the detector on the last backbone finds below."""
     import json
 
@@ -594,7 +594,7 @@ def _draw_pictures(results: rp.Results, count: int = 4) -> rp.Drawing:
     name = options.backbones[-1]
     run = rows[(rows["backbone"] == name) & (rows["step"] == "baseline")].iloc[0]["run"]
     found = json.loads((Path(options.runs) / run / "detections.json").read_text())
-    count = min(count, len(data.test))
+    count = min(4, len(data.test))
     figure = Figure(figsize=(3 * count, 6.4), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     palette = rp.figures.colours(list(data.classes))

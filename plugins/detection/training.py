@@ -240,7 +240,7 @@ def _train(
         def log(measure: bool) -> None:
             nonlocal counted
             means = (sums / counted).tolist() if counted else [math.nan] * len(LOSSES)
-            mean_ap = evaluate(model, data.test, data.classes, device)["mAP"] if measure else math.nan
+            mean_ap = score(predict(model, data.test, device), data.test)["mAP"] if measure else math.nan
             row = {"iteration": done, "learning_rate": recipe.rate(max(0, done - 1)), "loss": sum(means)}
             row |= {**dict(zip(LOSSES, means, strict=True)), "mAP": mean_ap, "seconds": time.monotonic() - started}
             rows.append(row)
@@ -280,7 +280,7 @@ def _train(
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "done": done}
                 keeper.save(state | {"sums": sums, "counted": counted, "seconds": time.monotonic() - started}, rows)
     predictions = predict(model, data.test, device)
-    metrics = score(predictions, data.test, data.classes)
+    metrics = score(predictions, data.test)
     rows[-1]["mAP"] = metrics["mAP"]
     run = DetectorRun(config, metrics, pandas.DataFrame(rows), model.cpu().eval(), path)
     if keeper:
@@ -324,25 +324,14 @@ def predict(model: Detector, part: DetectionSet, device: torch.device, **improve
     return found
 
 
-def score(predictions: Sequence[Prediction], part: DetectionSet, classes: Sequence[str]) -> dict[str, float]:
+def score(predictions: Sequence[Prediction], part: DetectionSet) -> dict[str, float]:
     """In percent: `mAP` (VOC, 11-point) and `mAP all-point`, AP of each class by either rule, and COCO's twelve figures."""
     metrics = {}
     for suffix, rule in (("", "11-point"), (" all-point", "all-point")):
-        each = voc_average_precision(predictions, part.targets, rule=rule, classes=classes)
+        each = voc_average_precision(predictions, part.targets, rule=rule, classes=part.classes)
         metrics |= {f"mAP{suffix}": float(each.mean())} | {f"AP {name}{suffix}": ap for name, ap in each.items()}
     metrics |= {f"COCO {name}": value for name, value in coco_metrics(predictions, part.targets).items()}
     return {name: 100 * float(value) for name, value in metrics.items()}
-
-
-def evaluate(
-    model: Detector,
-    part: DetectionSet,
-    classes: Sequence[str],
-    device: torch.device,
-    **improvements: Any,
-) -> dict[str, float]:
-    """`score` of what the model detects in `part`."""
-    return score(predict(model, part, device, **improvements), part, classes)
 
 
 def _as_rows(prediction: Prediction) -> list[dict[str, Any]]:
