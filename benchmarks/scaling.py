@@ -198,8 +198,9 @@ def say_batch(found: dict[str, Any]) -> str:
 # -- runs side by side ---------------------------------------------------------------------------------------------
 
 
-def of_concurrency(where: Where, plan: Plan, network: str = "cifar/resnet-20") -> dict[str, Any]:
-    """K runs at a time, each time in a fresh folder."""
+def of_concurrency(where: Where, plan: Plan) -> dict[str, Any]:
+    """ResNet-20 trained K runs at a time, each time in a fresh folder."""
+    network = "cifar/resnet-20"
     recipe = dataclasses.replace(
         rp.recipes.cifar_paper(plan.iterations), learning_rate=0.01, evaluations=1, bn_test_statistics="running"
     )

@@ -36,7 +36,7 @@ from resprobe.commands import Parser, answer
 from resprobe.devices import cores, resolve_device, resolve_precision
 from resprobe.environment import environment
 from resprobe.errors import not_accepted
-from resprobe.steps import STEPS
+from resprobe.steps import STEPS, resolve_step
 
 BATCH = 128
 NETWORKS = tuple(f"cifar/{family}-{depth}" for depth in (20, 56, 110) for family in ("plain", "resnet"))
@@ -58,18 +58,14 @@ def loops(device: torch.device) -> list[tuple[str, str, str]]:
     """All (loop, precision, step) that are worth timing on a device; the one that is compared with the rest first."""
     own, ways = precisions(device), steps(device)
     best, usual = own[-1], "tf32" if "tf32" in own else "fp32"
-    first = ("ours", best, default_step(device))
+    step = resolve_step("auto", device)
+    first = ("ours", best, step)
     every = [("ours", precision, step) for precision in reversed(own) for step in ways]
-    every += [("deterministic", best, default_step(device))]
+    every += [("deterministic", best, step)]
     every += [("bare", best, step) for step in ways if step != "compile-blocks"] + [("bare", "fp32", "eager")]
     every += [("usual", usual, "eager")]
     every += [(rival, precision, "eager") for rival in ("lightning", "timm") for precision in {usual: 0, best: 0}]
     return list(dict.fromkeys([first, *every]))
-
-
-def default_step(device: torch.device) -> str:
-    """What `step="auto"` takes."""
-    return "graph" if device.type == "cuda" else "eager"
 
 
 def default_workers() -> int:
