@@ -37,6 +37,7 @@ from plugins.detection.metrics import coco_metrics, voc_average_precision
 from plugins.detection.model import Detector, faster_rcnn
 from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
+from resprobe import memory
 from resprobe.checkpoints import read_tensors, write_json, write_tensors
 from resprobe.data.images import generator
 from resprobe.devices import fastest, resolve_device
@@ -293,23 +294,11 @@ def _train(
 def kept_for_backward(model: Detector, images: list[Tensor], targets: list[Target]) -> int:
     """Bytes that autograd keeps from the forward pass of a training step for its backward pass.
 
-    Of what is kept every storage is counted whole, and once, however many views of it are kept. The model's own parameters
-    and buffers (all that a `FrozenBatchNorm2d` has) are not counted, since they are there without a step; what is computed
-    from them and kept is. Gradients, the optimizer's state and what the forward pass frees again are no part of it.
+    The model's own parameters and buffers (all that a `FrozenBatchNorm2d` has) are not counted, as in
+    `resprobe.memory.kept_for_backward`, which says what is.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()  # several views may be kept of one
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = model.train()(images, targets)
-    del losses  # which held what was kept until now
-    return sum(kept.values())
+    own = (*model.parameters(), *model.buffers())
+    return memory.kept_for_backward(lambda: model.train()(images, targets), own)
 
 
 def predict(model: Detector, part: DetectionSet, device: torch.device, **improvements: Any) -> list[Prediction]:
