@@ -90,7 +90,7 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Between two trainings: the relative difference of the loss at each log point, and |Δw| / |w| over all weights."""
+    """How far two trainings are apart: the relative difference of the loss at each log point, and |Δw| / |w| over all weights."""
 
     losses: tuple[float, ...]
     weights: float
@@ -109,7 +109,7 @@ class Difference:
         return self.weights == 0 and not any(self.losses)
 
     def within(self, other: Difference, times: float) -> bool:
-        """At most so many times what the other has come to by the next log point, at every one.
+        """Whether this is at most so many times what the other has come to by the next log point, at every one.
 
         What comes much earlier is no rounding; just when rounding begins to grow is chance.
         """
@@ -260,7 +260,7 @@ def throughput(card: Card, deadline: Deadline) -> None:
 
 
 def compiling_costs(card: Card, deadline: Deadline) -> None:
-    """Of Figure 6's networks, the way that is done soonest first."""
+    """Seconds that Figure 6's networks wait for their first steps; the step that is done soonest comes first."""
     found = card.record["compiling"] = []
     for step in (resolve_step("auto", card.device), "compile-blocks", "compile"):
         networks = compiling.FIGURE_6[:1] if card.quick else compiling.FIGURE_6

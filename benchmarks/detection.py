@@ -62,7 +62,7 @@ def subjects(backbone: str, side: int, device: torch.device) -> dict[str, nn.Mod
 
 
 def _settled(network: nn.Module, side: int) -> nn.Module:
-    """With the running statistics of random images: fixed ones of an untrained network would let activations grow."""
+    """The network with the running statistics of random images: fixed ones of an untrained network would let activations grow."""
     channels = next(module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d))
     network.train()
     with torch.no_grad():

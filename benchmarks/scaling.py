@@ -60,7 +60,7 @@ STUDY = "studies.degradation"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is measured. `batch`: of the depths; `iterations`: of each run of the concurrency part."""
+    """How much is measured. `batch` is for the part on depths, `iterations` for each run of the part on concurrency."""
 
     depths: tuple[int, ...]
     batch: int
@@ -145,7 +145,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> dict[str, Line]:
 
 
 def say_depth(found: dict[str, Any]) -> str:
-    """As a Markdown table, with each depth's difference from the line in percent of what was measured."""
+    """A Markdown table, with each depth's difference from the line in percent of what was measured."""
 
     def off(name: str, index: int, measured: float) -> str:
         line = found.get(f"{name}_line")
@@ -291,7 +291,7 @@ def of_checkpoint(where: Where, plan: Plan) -> dict[str, Any]:
 
 
 def checkpoint_row(depth: int, took: Sequence[float], size: int) -> dict[str, Any]:
-    """`share` is of all time: the seconds of one checkpoint in the interval and itself."""
+    """A checkpoint's seconds and bytes. `share`: the part of all time that it takes, one an interval."""
     spread = Spread.of(took)
     return {
         "depth": depth,

@@ -43,14 +43,14 @@ NETWORKS = tuple(f"cifar/{family}-{depth}" for depth in (20, 56, 110) for family
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """Those that the device computes in."""
+    """The precisions that the device computes in."""
     fast = ("bf16",) if resolve_precision("auto", device) == "bf16" else ()
     tf32 = ("tf32",) if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else ()
     return ("fp32", *tf32, *fast)
 
 
 def steps(device: torch.device) -> tuple[str, ...]:
-    """Those that the device can do."""
+    """The ways to execute a step that the device has."""
     return tuple(step for step in STEPS if step != "auto" and (step != "graph" or device.type == "cuda"))
 
 
@@ -85,7 +85,7 @@ def chosen(texts: Sequence[str] | None, device: torch.device) -> list[tuple[str,
 def cases(
     network: str, which: Sequence[tuple[str, str, str]], **options: Any
 ) -> tuple[dict[str, Case], dict[str, str]]:
-    """Those that can be timed, by label, and why the others cannot."""
+    """The loops that can be timed, by label, and why the others cannot."""
     every = [Case(loop, network, precision, step, **options) for loop, precision, step in which]
     missing = {case.label: reason for case in every if (reason := absent(case.loop))}
     return {case.label: case for case in every if case.label not in missing}, missing

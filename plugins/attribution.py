@@ -110,9 +110,9 @@ def branch_and_shortcut(
     """How much of each block's effect on a logit runs through its branch and how much through its shortcut.
 
     `images`: [N, C, H, W], normalized as the network takes them. `targets`: the classes whose logits are explained, [N]
-    or one for all; None: the predicted ones. `steps` and `baseline` are of the conductance: an image, or one value for
-    all pixels; 0 is the mean image where the mean was subtracted. `batch_size`: images per pass, or points on their
-    paths, of which one image's go together; a pass holds the values and gradients of all branches and shortcuts.
+    or one for all; None: the predicted ones. `steps` and `baseline` are for the conductance. A baseline is an image, or one
+    value for all pixels; 0 is the mean image where the mean was subtracted. `batch_size`: images per pass, or points on
+    their paths, where an image's points go together. A pass holds the values and gradients of all branches and shortcuts.
     Columns: see the module; with `per_image`, one row a block and image instead, with `image` and `target_class` in the
     place of `images`, and no `_std`.
 
@@ -311,7 +311,7 @@ class Tap(nn.Module):
         out = self.inner(x)
         return out.view_as(out)
 
-    # A block whose own forward pass looks into its branch finds what is there. That it does not call it is said afterwards.
+    # A block whose own forward pass looks into its branch finds what is there. `tap_blocks` refuses one that never calls it.
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -503,7 +503,7 @@ def _integral(gradient: Tensor, value: Tensor, steps: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float64, which Apple's GPUs do not have."""
+    """The same numbers in float64; on the CPU, if they are on one of Apple's GPUs, which have no float64."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 

@@ -99,7 +99,7 @@ def _of_convolution(arguments: Sequence[Any], output: Tensor) -> int:
 
 
 def _of_product(first: int) -> Callable[[Sequence[Any], Tensor], int]:
-    """Of a matrix product whose left matrix is argument `first`: each number of the output takes one row's length."""
+    """Multiply-adds of a matrix product: a row's length, of the left matrix (argument `first`), for each number of the output."""
     return lambda arguments, output: output.numel() * arguments[first].shape[-1]
 
 

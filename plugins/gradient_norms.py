@@ -94,11 +94,11 @@ _PART = 2**18
 """Numbers that are converted to float64 at a time."""
 
 _MANY_ROWS = 1024
-"""As many rows in bfloat16 may have their norms rounded to bfloat16 before they are put together."""
+"""Fewest rows of a bfloat16 tensor whose norms may be rounded to bfloat16 before they are put together."""
 
 
 class Row(NamedTuple):
-    """What a row is of. Its figures are kept apart, so that a long table costs 8 bytes a figure."""
+    """A row of the table without its figures, which are kept apart: a long table costs 8 bytes a figure."""
 
     layer: str
     kind: str
@@ -288,7 +288,7 @@ class GradientNorms(rp.Probe):
         `iteration` is what the rows are filed under; None: one more than the last. `scale`: what the loss was multiplied by,
         and weights' gradients are divided by already. This is the one wait for the device.
         """
-        # Of an output without tensors to be seen, gradients alone tell that there was a backward pass.
+        # Where no tensor is seen in the output, gradients alone tell that there was a backward pass.
         unsure = self._unsure and any(layer.weight.grad is not None for layer in self._layers)
         if not (self._pending or unsure):
             return
@@ -333,7 +333,7 @@ class GradientNorms(rp.Probe):
         self._forget()
 
     def _layout(self, uses: list[tuple[Part, int]]) -> tuple[Row, ...]:
-        """What the rows of one measurement are of."""
+        """The rows of one measurement, without their figures."""
         layers, blocks = self._positions(self._layers), self._positions(self._blocks)
         rows = [Row(*layer[:4], layers[layer.name], 0) for layer in self._layers]
         return (*rows, *(Row(*block[:4], blocks[block.name], call) for block, call in uses))
@@ -368,7 +368,7 @@ class GradientNorms(rp.Probe):
 
 
 def _weights(module: nn.Module, name: str, stage: int, block: str) -> Iterator[tuple[Any, ...]]:
-    """Name, kind, stage, block and weights of the layer that a module is; of every parameter, if it is no known layer."""
+    """Name, kind, stage, block and weight of the layer that a module is. If it is no known layer, every parameter is a weight."""
     kind = next((kind for kind, classes in KINDS.items() if isinstance(module, classes)), "other")
     own = "weight" if kind != "other" and module._parameters.get("weight") is not None else None
     for parameter_name, parameter in module._parameters.items():

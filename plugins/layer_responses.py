@@ -139,7 +139,7 @@ class _Candidate:
 
 @rp.register_probe("layer-responses")
 class LayerResponses(rp.Probe):
-    """Mean and standard deviation of every convolution's response; the module's docstring says of what exactly.
+    """Mean and standard deviation of every convolution's response; the module's docstring says what that is.
 
     `schedule`: the iterations of a training to measure at (`rp.probes.every`, `logarithmic`, `at`); by default ten in
     every decade.
@@ -361,7 +361,7 @@ class LayerResponses(rp.Probe):
         return table if self._filed else table.drop(columns="iteration")
 
     def _figures(self) -> Iterator[tuple[tuple[Any, ...], int, numpy.ndarray, numpy.ndarray]]:
-        """Of each iteration and layer its place, count per channel, and the channels' means and sums of squared deviations.
+        """A row for each iteration and layer: place, count per channel, the channels' means and sums of squared deviations.
         What was seen after a training, or without one, goes by the number after the last."""
         since = (self._filed[-1][0] + 1 if self._filed else 0, self._count, self._mean, self._squares)
         for iteration, *figures in (*self._filed, since):

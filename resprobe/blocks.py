@@ -116,7 +116,7 @@ class Block(nn.Module):
             return
         try:
             trial = copy.deepcopy(self).train()
-        except Exception:  # of a stranger's modules
+        except Exception:  # a stranger's module may not allow it
             return
         try:
             with torch.enable_grad(), keeping_random_state(self):
@@ -132,7 +132,7 @@ class Block(nn.Module):
         return ", ".join(name for name, module in self.named_modules() if getattr(module, "inplace", False))
 
     def _compare_depth(self) -> None:
-        """Notes a branch of one layer after the other with another number of them than `weighted_layers` says."""
+        """Warns if a branch that is a plain sequence of layers has other than `weighted_layers` weighted ones."""
         parts = list(self.branch) if isinstance(self.branch, nn.Sequential) else []
         weighted = sum(isinstance(part, nn.Conv2d | nn.Linear) for part in parts)
         # A stranger's module may hold more.
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
 @functools.cache
 def _note_depth(block: type[Block], weighted: int) -> None:
-    """Once for each class, of which a study builds hundreds."""
+    """Warns once a class: a study builds hundreds of its blocks."""
     warnings.warn(
         f"{block.__name__}: weighted_layers = {block.weighted_layers}, but its branch has {weighted}; depths are counted by "
         "what it says"

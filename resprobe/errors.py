@@ -58,10 +58,10 @@ class ProcessFailed(_Said, RuntimeError):
 
 
 def one_line(error: BaseException, named: bool = False) -> str:
-    """What an error says, on one line, after its type if `named`; its type if it says nothing, and both if it says just a
-    key. Behind it, of what is no mistake of use, the line of a user's own file that it arose in or below, if any.
+    """An error's text on one line: after its type if `named` or if the text is just a key; the type alone if there is no text.
 
-    Of a fault on a card, what it is: torch goes on with advice on how to look for it.
+    The line of a user's own file that it arose in or below comes last, if there is one and it is no mistake of use. A fault on
+    a card is told by its first line: torch goes on with advice on how to look for it.
     """
     text = str(error)
     if text.startswith("CUDA error"):
@@ -86,7 +86,7 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-    """In the words that Python has for mistakes of syntax, which name the place themselves."""
+    """The line of a user's file that an error arose in, as Python writes it behind mistakes of syntax; else nothing."""
     if isinstance(error, UsageError | SyntaxError):
         return ""
     frames = reversed(traceback.extract_tb(error.__traceback__))
@@ -139,7 +139,7 @@ def is_whole(value: object, least: int) -> bool:
 
 
 def check_whole(what: str, value: object, least: int, why: str = "") -> None:
-    """Raises `UsageError` for what is no whole number, or less than `least`; `why` ends the line."""
+    """Raises `UsageError` unless `value` is a whole number, `least` or more; `why` ends the line."""
     if not is_whole(value, least):
         raise UsageError(f"{what} (={value!r}) must be a whole number ≥ {least}{why}")
 
@@ -147,8 +147,7 @@ def check_whole(what: str, value: object, least: int, why: str = "") -> None:
 def check_number(
     what: str, value: object, least: float, most: float = math.inf, *, above: bool = False, why: str = ""
 ) -> None:
-    """Raises `UsageError` for what is no finite number, less than `least` (`above`: or just that), or more than `most`; `why`
-    ends the line."""
+    """Raises `UsageError` unless `value` is a finite number from `least` (`above`: above it) to `most`; `why` ends the line."""
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not (number and least <= value <= most) or (above and value == least):
         upper = f" and ≤ {most}" if most < math.inf else ""

@@ -96,8 +96,8 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _forget_helpers(before: str, now: str, path: Path) -> None:
-    """Has the files beside a plugin that it imports imported anew, all of them: one that was not edited may hold what is in one
-    that was."""
+    """Forgets the modules beside a plugin that it imports, so that they are imported anew. All of them: one that was not edited
+    may hold what is in one that was."""
     helpers = {(path.parent / name).resolve() for name in sources_of(before) | sources_of(now)} - {path}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)

@@ -31,7 +31,7 @@ Schedule = Callable[[int], bool]
 
 
 def every(iterations: int, *, offset: int = 0) -> Schedule:
-    """Every so many iterations, from `offset` on."""
+    """The schedule that measures every so many iterations, from `offset` on."""
     for name, value, least in (("iterations", iterations, 1), ("offset", offset, 0)):
         if not (isinstance(value, Integral) and value >= least):
             raise UsageError(f"every: {name} (={value!r}) must be a whole number ≥ {least}")
@@ -43,8 +43,10 @@ def _is_one_of_every(iterations: int, offset: int, iteration: int) -> bool:
 
 
 def logarithmic(per_decade: int = 10) -> Schedule:
-    """At 0 and then `per_decade` times between each power of ten and the next, rounded to whole iterations: below 10
-    several fall together."""
+    """The schedule that measures at 0, and `per_decade` times between each power of ten and the next.
+
+    Points are rounded to whole iterations: below 10 several fall together.
+    """
     check_whole("logarithmic: per_decade", per_decade, 1)
     points = {0} | {round(10 ** (step / per_decade)) for step in range(9 * per_decade)}
     return functools.partial(_is_among, frozenset(points))
@@ -55,7 +57,7 @@ def _is_among(points: frozenset[int], iteration: int) -> bool:
 
 
 def at(iterations: Iterable[int]) -> Schedule:
-    """At the given iterations."""
+    """The schedule that measures at the given iterations, counted from 0."""
     points = list(iterations) if isinstance(iterations, Iterable) else [None]
     if not all(isinstance(point, Integral) and point >= 0 for point in points):
         raise UsageError(f"at: iterations (={iterations!r}) must be a list of whole numbers ≥ 0")
@@ -91,7 +93,7 @@ _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks")
 def without_hooks(network: nn.Module) -> dict[int, Any]:
     """The `memo` with which `copy.deepcopy` makes a copy of `network` that has no hooks.
 
-    It tells what has been copied already: here, of each table of hooks, an empty one.
+    A memo holds what has been copied already: this one, an empty table for each table of hooks.
     """
     return {id(getattr(module, name)): OrderedDict() for module in network.modules() for name in _HOOKS}
 
@@ -205,7 +207,7 @@ class Probe:
         return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def lacks(self) -> str:
-        """What this probe would need to watch a training, and has not; nothing if it can. Asked before a training begins."""
+        """What this probe lacks to watch a training, in words; empty if it can. Asked before a training begins."""
         return ""
 
     def hook(self, network: nn.Module) -> Iterable[RemovableHandle]:

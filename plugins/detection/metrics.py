@@ -223,7 +223,7 @@ def _ranked_hits(found: _Boxes, truth: _Boxes, threshold: float, pixel: float) -
 
 
 def _intersection_over_union(one: np.ndarray, other: np.ndarray, pixel: float) -> np.ndarray:
-    """Of pairs of boxes [N, 4]. `pixel` is 1 where boxes name their last pixel, 0 where they are edges."""
+    """Overlaps [N] of pairs of boxes [N, 4]. `pixel` is 1 where boxes name their last pixel, 0 where they are edges."""
     sides = np.minimum(one[:, 2:], other[:, 2:]) - np.maximum(one[:, :2], other[:, :2]) + pixel
     intersection = sides.clip(min=0).prod(1)
     areas = [(boxes[:, 2:] - boxes[:, :2] + pixel).prod(1) for boxes in (one, other)]

@@ -48,7 +48,7 @@ class DetectorSpec:
     proposals_train: int = 2000
     proposals_test: int = 300
     candidates_train: int = 12000
-    """Of how many best-scored anchors the proposals are chosen; the numbers are py-faster-rcnn's."""
+    """How many best-scored anchors proposals are chosen from; the numbers are py-faster-rcnn's."""
     candidates_test: int = 6000
     rpn_nms: float = 0.7
     rpn_foreground: float = 0.7

@@ -314,7 +314,7 @@ def predict(model: Detector, part: DetectionSet, device: torch.device, **improve
 
 
 def score(predictions: Sequence[Prediction], part: DetectionSet) -> dict[str, float]:
-    """In percent: `mAP` (VOC, 11-point) and `mAP all-point`, AP of each class by either rule, and COCO's twelve figures."""
+    """Figures in percent: `mAP` (VOC, 11-point) and `mAP all-point`, AP of each class by either rule, and COCO's twelve."""
     metrics = {}
     for suffix, rule in (("", "11-point"), (" all-point", "all-point")):
         each = voc_average_precision(predictions, part.targets, rule=rule, classes=part.classes)
