@@ -47,6 +47,7 @@ from benchmarks.loops import OWN  # noqa: E402
 from benchmarks.measuring import Deadline, Spread, markdown, ratios, write_json  # noqa: E402
 from resprobe.environment import environment  # noqa: E402
 from resprobe.errors import UsageError, one_line  # noqa: E402
+from resprobe.steps import resolve_step  # noqa: E402
 
 TOLERANCE = 10.0
 _COMPILING = 40.0
@@ -72,7 +73,7 @@ class Card:
         self.rows.append((what, setting, str(measured), str(beside)))
 
     def where(self, deadline: Deadline) -> scaling.Where:
-        step = training.default_step(self.device)
+        step = resolve_step("auto", self.device)
         data = "random:256" if self.quick else "random:4096"
         return scaling.Where(self.device, self.precision, step, data=data, deadline=deadline)
 
@@ -89,7 +90,7 @@ class Card:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Between two trainings: the relative difference of the loss at each log point, and |Δw| / |w| over all weights."""
+    """How far two trainings are apart: the relative difference of the loss at each log point, and |Δw| / |w| over all weights."""
 
     losses: tuple[float, ...]
     weights: float
@@ -108,7 +109,7 @@ class Difference:
         return self.weights == 0 and not any(self.losses)
 
     def within(self, other: Difference, times: float) -> bool:
-        """At most so many times what the other has come to by the next log point, at every one.
+        """Whether this is at most so many times what the other has come to by the next log point, at every one.
 
         What comes much earlier is no rounding; just when rounding begins to grow is chance.
         """
@@ -211,7 +212,7 @@ def equality(card: Card, deadline: Deadline) -> None:
 def throughput(card: Card, deadline: Deadline) -> None:
     """The first network with all that matters but compiling, which comes last; the deeper ones with our step, the bare
     one and the usual loop; plain twins, which differ by their additions, with ours and the usual loop."""
-    best, step = card.precision, training.default_step(card.device)
+    best, step = card.precision, resolve_step("auto", card.device)
     ours, usual = ("ours", best, step), next(each for each in training.loops(card.device) if each[0] == "usual")
     some = list(dict.fromkeys([ours, ("ours", best, "eager"), ("bare", best, step), usual]))
     every = [
@@ -259,9 +260,9 @@ def throughput(card: Card, deadline: Deadline) -> None:
 
 
 def compiling_costs(card: Card, deadline: Deadline) -> None:
-    """Of Figure 6's networks, the way that is done soonest first."""
+    """Seconds that Figure 6's networks wait for their first steps; the step that is done soonest comes first."""
     found = card.record["compiling"] = []
-    for step in (training.default_step(card.device), "compile-blocks", "compile"):
+    for step in (resolve_step("auto", card.device), "compile-blocks", "compile"):
         networks = compiling.FIGURE_6[:1] if card.quick else compiling.FIGURE_6
         if card.quick and step != "eager":
             card.missing[f"compiling: {step}"] = "left out by --quick"
@@ -326,22 +327,11 @@ def detection(card: Card, deadline: Deadline) -> None:
     models = detection.subjects(backbone, side, card.device)
     images, targets = detection.batch(1, side, card.device)
     setting = f"{backbone}, one image of {side} pixels, {detection.precision(card.device)}"
-    for model in models.values():
-        model.eval()
-    with torch.no_grad():
-        work = {name: (lambda model=model: model(images)) for name, model in models.items()}
-        inference = detection.rounds_of(work, rounds, card.device)
-    for model in models.values():
-        model.train()
-    optimizers = {name: torch.optim.SGD(model.parameters(), 1e-6, 0.9) for name, model in models.items()}
-    work = {
-        name: (lambda name=name: detection.step(models[name], optimizers[name], images, targets)) for name in models
-    }
-    steps = detection.rounds_of(work, rounds, card.device)
-    card.record["detection"] = {"setting": setting, "inference": inference, "training step": steps}
-    for what, timed in (("inference", inference), ("training step", steps)):
-        speed = Spread.of([1 / each["ours"] for each in timed])
-        over = ratios(timed, "ours")["torchvision"]
+    timed = detection.timed(models, images, targets, rounds, card.device)
+    card.record["detection"] = {"setting": setting, **timed}
+    for what, seconds in timed.items():
+        speed = Spread.of([1 / each["ours"] for each in seconds])
+        over = ratios(seconds, "ours")["torchvision"]
         card.add(f"detection, {what}, images/s", setting, speed, f"time, ours over torchvision's: {over}")
 
 

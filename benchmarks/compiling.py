@@ -55,7 +55,7 @@ class Sweep:
 
 
 def steps(device: torch.device) -> tuple[str, ...]:
-    """Those worth comparing: what `auto` takes, and the two that compile."""
+    """The steps worth comparing: what `auto` takes, and the two that compile."""
     return resolve_step("auto", device), "compile", "compile-blocks"
 
 
@@ -82,7 +82,7 @@ def in_turn(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def measure(sweep: Sweep, deadline: Deadline | None = None) -> dict[str, Any]:
-    """The same in a process of its own, with empty caches. What did not come to an end is `missing`, with the reason."""
+    """`in_turn` in a process of its own, with empty caches. If it did not come to an end, `missing` says why."""
     if deadline is not None and deadline.left <= 0:
         return {"step": sweep.step, "rows": [], "missing": "no time left"}
     with tempfile.TemporaryDirectory(prefix="resprobe-", ignore_cleanup_errors=True) as cache:
@@ -109,7 +109,7 @@ def waited(rows: Sequence[dict[str, Any]]) -> float:
 
 
 def report(found: Sequence[dict[str, Any]]) -> str:
-    """As a Markdown table: a row a network, two columns a step; then what all waiting comes to."""
+    """A Markdown table: a row a network, two columns a step; then what all waiting comes to."""
     timed = [each for each in found if each["rows"]]
     lines = []
     if timed:

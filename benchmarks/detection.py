@@ -15,6 +15,7 @@ Where the time goes is shares of ours, in inference.
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ def subjects(backbone: str, side: int, device: torch.device) -> dict[str, nn.Mod
 
 
 def _settled(network: nn.Module, side: int) -> nn.Module:
-    """With the running statistics of random images: fixed ones of an untrained network would let activations grow."""
+    """The network with the running statistics of random images: fixed ones of an untrained network would let activations grow."""
     channels = next(module.in_channels for module in network.modules() if isinstance(module, nn.Conv2d))
     network.train()
     with torch.no_grad():
@@ -87,6 +88,22 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, images: list[Tensor
 def rounds_of(work: dict[str, Callable[[], object]], count: int, device: torch.device) -> list[dict[str, float]]:
     """Seconds of each variant, a mapping a round; the first round only warms up."""
     return [{name: seconds(each, device) for name, each in work.items()} for _ in range(count + 1)][1:]
+
+
+def timed(
+    models: dict[str, nn.Module], images: list[Tensor], targets: list[dict], count: int, device: torch.device
+) -> dict[str, list[dict[str, float]]]:
+    """Seconds of an inference and of a training step of each model, a mapping a round. The models are left trained a little."""
+    for model in models.values():
+        model.eval()
+    with torch.no_grad():
+        inference = rounds_of({name: functools.partial(m, images) for name, m in models.items()}, count, device)
+    work = {}
+    for name, model in models.items():
+        learning = [parameter for parameter in model.train().parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(learning, 1e-6, 0.9)
+        work[name] = functools.partial(step, model, optimizer, images, targets)
+    return {"inference": inference, "training step": rounds_of(work, count, device)}
 
 
 def shares(model: nn.Module, images: list[Tensor], device: torch.device, rounds: int) -> dict[str, float]:
@@ -139,29 +156,13 @@ def run(options: argparse.Namespace) -> None:
         f"{machine['device']}, torch {machine['torch']}, {machine['threads']} threads; {options.backbone} beside "
         f"torchvision's fasterrcnn_resnet50_fpn, {options.images} image(s) of {options.side} pixels, {precision(device)}"
     )
-    models, (images, targets) = (
-        subjects(options.backbone, options.side, device),
-        batch(options.images, options.side, device),
-    )
+    models = subjects(options.backbone, options.side, device)
+    images, targets = batch(options.images, options.side, device)
     record = {"environment": machine, "backbone": options.backbone, "side": options.side, "images": options.images}
     record |= {"precision": precision(device)}
-
-    for model in models.values():
-        model.eval()
-    with torch.no_grad():
-        inference = rounds_of({name: lambda m=m: m(images) for name, m in models.items()}, options.rounds, device)
-    record["shares"] = shares(models["ours"], images, device, options.rounds)
-    for model in models.values():
-        model.train()
-    optimizers = {
-        name: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], 1e-6, 0.9) for name, m in models.items()
-    }
-    training = rounds_of(
-        {name: lambda n=name: step(models[n], optimizers[n], images, targets) for name in models},
-        options.rounds,
-        device,
-    )
-    for title, rounds in (("inference", inference), ("training step", training)):
+    found = timed(models, images, targets, options.rounds, device)
+    record["shares"] = shares(models["ours"].eval(), images, device, options.rounds)
+    for title, rounds in found.items():
         print(f"\n{title}: images/s, median (range)")
         for name in models:
             print(f"  {name:<12} {Spread.of([options.images / each[name] for each in rounds])}")

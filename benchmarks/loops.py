@@ -54,12 +54,12 @@ class Case:
 
     @property
     def kind(self) -> str:
-        """Of the device: "cuda" also of "cuda:0"."""
+        """The device's type: "cuda" for "cuda:0" too."""
         return torch.device(self.device).type
 
     @property
     def label(self) -> str:
-        """Short, for tables: what tells the loops of one network apart."""
+        """A short name for tables, which tells the loops of one network apart."""
         words = (self.loop, self.step, self.precision) if self.loop in OWN else (self.loop, self.precision)
         return " ".join(words)
 
@@ -130,7 +130,7 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def usual(case: Case, data: rp.Data, pause: Pause) -> None:
-    """As most CIFAR repositories train: a DataLoader with PIL transforms, eager float32, `.item()` at each step."""
+    """The way that most CIFAR repositories train: a DataLoader with PIL transforms, eager float32, `.item()` at each step."""
     device = torch.device(case.device)
     network = rp.build(case.network).to(device)
     optimizer = sgd(network)

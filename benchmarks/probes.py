@@ -72,7 +72,7 @@ def subject(depth: int, batch: int, device: torch.device) -> tuple[nn.Module, Te
 
 
 def cost(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds that `work` takes; see above of which clock."""
+    """Seconds that `work` takes, by the clock that the module's docstring names."""
     if device.type != "cpu":
         return seconds(work, device)
     start = time.process_time()

@@ -60,7 +60,7 @@ STUDY = "studies.degradation"
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How much is measured. `batch`: of the depths; `iterations`: of each run of the concurrency part."""
+    """How much is measured. `batch` is for the part on depths, `iterations` for each run of the part on concurrency."""
 
     depths: tuple[int, ...]
     batch: int
@@ -145,7 +145,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> dict[str, Line]:
 
 
 def say_depth(found: dict[str, Any]) -> str:
-    """As a Markdown table, with each depth's difference from the line in percent of what was measured."""
+    """A Markdown table, with each depth's difference from the line in percent of what was measured."""
 
     def off(name: str, index: int, measured: float) -> str:
         line = found.get(f"{name}_line")
@@ -198,8 +198,9 @@ def say_batch(found: dict[str, Any]) -> str:
 # -- runs side by side ---------------------------------------------------------------------------------------------
 
 
-def of_concurrency(where: Where, plan: Plan, network: str = "cifar/resnet-20") -> dict[str, Any]:
-    """K runs at a time, each time in a fresh folder."""
+def of_concurrency(where: Where, plan: Plan) -> dict[str, Any]:
+    """ResNet-20 trained K runs at a time, each time in a fresh folder."""
+    network = "cifar/resnet-20"
     recipe = dataclasses.replace(
         rp.recipes.cifar_paper(plan.iterations), learning_rate=0.01, evaluations=1, bn_test_statistics="running"
     )
@@ -290,7 +291,7 @@ def of_checkpoint(where: Where, plan: Plan) -> dict[str, Any]:
 
 
 def checkpoint_row(depth: int, took: Sequence[float], size: int) -> dict[str, Any]:
-    """`share` is of all time: the seconds of one checkpoint in the interval and itself."""
+    """A checkpoint's seconds and bytes. `share`: the part of all time that it takes, one an interval."""
     spread = Spread.of(took)
     return {
         "depth": depth,

@@ -36,21 +36,21 @@ from resprobe.commands import Parser, answer
 from resprobe.devices import cores, resolve_device, resolve_precision
 from resprobe.environment import environment
 from resprobe.errors import not_accepted
-from resprobe.steps import STEPS
+from resprobe.steps import STEPS, resolve_step
 
 BATCH = 128
 NETWORKS = tuple(f"cifar/{family}-{depth}" for depth in (20, 56, 110) for family in ("plain", "resnet"))
 
 
 def precisions(device: torch.device) -> tuple[str, ...]:
-    """Those that the device computes in."""
+    """The precisions that the device computes in."""
     fast = ("bf16",) if resolve_precision("auto", device) == "bf16" else ()
     tf32 = ("tf32",) if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else ()
     return ("fp32", *tf32, *fast)
 
 
 def steps(device: torch.device) -> tuple[str, ...]:
-    """Those that the device can do."""
+    """The ways to execute a step that the device has."""
     return tuple(step for step in STEPS if step != "auto" and (step != "graph" or device.type == "cuda"))
 
 
@@ -58,18 +58,14 @@ def loops(device: torch.device) -> list[tuple[str, str, str]]:
     """All (loop, precision, step) that are worth timing on a device; the one that is compared with the rest first."""
     own, ways = precisions(device), steps(device)
     best, usual = own[-1], "tf32" if "tf32" in own else "fp32"
-    first = ("ours", best, default_step(device))
+    step = resolve_step("auto", device)
+    first = ("ours", best, step)
     every = [("ours", precision, step) for precision in reversed(own) for step in ways]
-    every += [("deterministic", best, default_step(device))]
+    every += [("deterministic", best, step)]
     every += [("bare", best, step) for step in ways if step != "compile-blocks"] + [("bare", "fp32", "eager")]
     every += [("usual", usual, "eager")]
     every += [(rival, precision, "eager") for rival in ("lightning", "timm") for precision in {usual: 0, best: 0}]
     return list(dict.fromkeys([first, *every]))
-
-
-def default_step(device: torch.device) -> str:
-    """What `step="auto"` takes."""
-    return "graph" if device.type == "cuda" else "eager"
 
 
 def default_workers() -> int:
@@ -89,7 +85,7 @@ def chosen(texts: Sequence[str] | None, device: torch.device) -> list[tuple[str,
 def cases(
     network: str, which: Sequence[tuple[str, str, str]], **options: Any
 ) -> tuple[dict[str, Case], dict[str, str]]:
-    """Those that can be timed, by label, and why the others cannot."""
+    """The loops that can be timed, by label, and why the others cannot."""
     every = [Case(loop, network, precision, step, **options) for loop, precision, step in which]
     missing = {case.label: reason for case in every if (reason := absent(case.loop))}
     return {case.label: case for case in every if case.label not in missing}, missing

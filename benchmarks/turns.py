@@ -247,7 +247,7 @@ def _main(case_text: str) -> None:
         nonlocal started
         synchronize(device)
         took, peak = time.perf_counter() - started, memory.peak()
-        # Of a card that is still warm: its clock falls once it has been idle for a while.
+        # The card tells of itself while it is warm: its clock falls once it has been idle for a while.
         answer(seconds=took, peak=None if peak is None or before is None else peak - before, told=telling(device))
         next(turns)
         started = time.perf_counter()

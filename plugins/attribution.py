@@ -110,16 +110,16 @@ def branch_and_shortcut(
     """How much of each block's effect on a logit runs through its branch and how much through its shortcut.
 
     `images`: [N, C, H, W], normalized as the network takes them. `targets`: the classes whose logits are explained, [N]
-    or one for all; None: the predicted ones. `steps` and `baseline` are of the conductance: an image, or one value for
-    all pixels; 0 is the mean image where the mean was subtracted. `batch_size`: images per pass, or points on their
-    paths, of which one image's go together; a pass holds the values and gradients of all branches and shortcuts.
+    or one for all; None: the predicted ones. `steps` and `baseline` are for the conductance. A baseline is an image, or one
+    value for all pixels; 0 is the mean image where the mean was subtracted. `batch_size`: images per pass, or points on
+    their paths, where an image's points go together. A pass holds the values and gradients of all branches and shortcuts.
     Columns: see the module; with `per_image`, one row a block and image instead, with `image` and `target_class` in the
     place of `images`, and no `_std`.
 
     Raises `UsageError` for a network without known blocks, and for a block that cannot be measured.
     """
     if method not in METHODS:
-        raise rp.UsageError(f"method (={method!r}) is unknown; accepted: {', '.join(METHODS)}")
+        raise rp.not_accepted("method", method, METHODS)
     rp.check_whole("steps", steps, 2)
     twin = _Twin(network)
     images, baseline = twin.take(images), _as_baseline(baseline, images)
@@ -187,7 +187,7 @@ class Attribution(rp.Probe):
         self._rows: list[list[Any]] = []
 
     def hook(self, network: nn.Module) -> Iterator[Any]:
-        if not any(isinstance(module, _BLOCKS) for module in network.modules()):
+        if not any(isinstance(module, rp.probes.block_classes()) for module in network.modules()):
             raise _no_blocks(network)
         self._network = network
         yield _Release(self)  # there is nothing to hook, but to be attached twice is refused all the same
@@ -311,7 +311,7 @@ class Tap(nn.Module):
         out = self.inner(x)
         return out.view_as(out)
 
-    # A block whose own forward pass looks into its branch finds what is there. That it does not call it is said afterwards.
+    # A block whose own forward pass looks into its branch finds what is there. `tap_blocks` refuses one that never calls it.
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -430,9 +430,6 @@ class _Twin:
         )
 
 
-_BLOCKS = rp.probes.block_classes()
-
-
 def _tap(block: nn.Module) -> tuple[Tap, Tap | None] | None:
     """Puts taps in the place of a block's two summands; None if the module is no block."""
     if isinstance(block, rp.Block):
@@ -506,7 +503,7 @@ def _integral(gradient: Tensor, value: Tensor, steps: int) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float64, which Apple's GPUs do not have."""
+    """The same numbers in float64; on the CPU, if they are on one of Apple's GPUs, which have no float64."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 

@@ -61,7 +61,7 @@ import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,7 +73,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 import resprobe as rp
-from resprobe.errors import one_line, short
+from resprobe.errors import blamed, short
 from resprobe.modes import evaluation_mode
 
 with warnings.catch_warnings():
@@ -88,7 +88,6 @@ COLUMNS = (
 )
 TOTALS = ("parameters", "macs", "activations")
 UNCOUNTED_COLUMNS = ("operator", "layer", "calls")
-BLOCKS = rp.probes.block_classes()
 
 aten = torch.ops.aten
 
@@ -100,7 +99,7 @@ def _of_convolution(arguments: Sequence[Any], output: Tensor) -> int:
 
 
 def _of_product(first: int) -> Callable[[Sequence[Any], Tensor], int]:
-    """Of a matrix product whose left matrix is argument `first`: each number of the output takes one row's length."""
+    """Multiply-adds of a matrix product: a row's length, of the left matrix (argument `first`), for each number of the output."""
     return lambda arguments, output: output.numel() * arguments[first].shape[-1]
 
 
@@ -193,7 +192,7 @@ class _Pass(TorchDispatchMode):
 
 def _is_arithmetic(output: Any) -> bool:
     """Whether an operator gives other than whole numbers: counting batches, say, is no cost of a layer."""
-    return any(each.is_floating_point() or each.is_complex() for each in _tensors(output))
+    return any(each.is_floating_point() or each.is_complex() for each in rp.probes.tensors(output))
 
 
 @rp.register_probe("flops")
@@ -234,7 +233,7 @@ class Flops(rp.Probe):
         """Counts in a copy of `network`, which is called with copies of these inputs."""
         self._refuse_scripted(network)
         given = (*inputs, *named_inputs.values())
-        first = next((each for each in _tensors(given) if each.ndim), torch.empty(0))
+        first = next((each for each in rp.probes.tensors(given) if each.ndim), torch.empty(0))
         listed = bool(given) and _is_list_of_images(given[0])
         images = len(given[0] if listed else first)
         if images == 0:
@@ -246,15 +245,9 @@ class Flops(rp.Probe):
                 seen = _watch(network, inputs, named_inputs, _without_data)
             except Exception:
                 # Some networks look at numbers to decide what to do. Those are copied with their data.
-                try:
-                    with _unfused():
-                        seen = _watch(network, inputs, named_inputs, _with_data)
-                except Exception as error:
-                    shapes = ", ".join(str(tuple(each.shape)) for each in _tensors(given))
-                    raise rp.UsageError(
-                        f"{self.name}: {type(network).__name__} fails on an input of shape {shapes}: "
-                        f"{one_line(error, named=True)}"
-                    ) from error
+                shapes = ", ".join(str(tuple(each.shape)) for each in rp.probes.tensors(given))
+                with blamed(f"{self.name}: {type(network).__name__} fails on an input of shape {shapes}"), _unfused():
+                    seen = _watch(network, inputs, named_inputs, _with_data)
         unbatched = _is_unbatched(network, seen, first)
         if unbatched and not listed:
             images = 1
@@ -345,13 +338,13 @@ def _watch(network: nn.Module, inputs: Any, named_inputs: Any, copied: Callable[
     for module in network.modules():
         for value in vars(module).values():
             # Parameters and buffers follow; what else stands there could not be copied: results of past passes.
-            for tensor in _tensors(value):
+            for tensor in rp.probes.tensors(value):
                 memory[id(tensor)] = copied(tensor)
     for parameter in network.parameters():
         memory[id(parameter)] = nn.Parameter(copied(parameter), requires_grad=False)
     for buffer in network.buffers():
         memory[id(buffer)] = copied(buffer)
-    for tensor in _tensors((inputs, named_inputs)):
+    for tensor in rp.probes.tensors((inputs, named_inputs)):
         memory[id(tensor)] = copied(tensor)
     own, inputs, named_inputs = copy.deepcopy((network, inputs, named_inputs), memory)
     seen = _Pass(own)
@@ -419,7 +412,7 @@ def _rows(network: nn.Module, seen: _Pass, images: int, unbatched: bool) -> Iter
             "layer": name,
             "type": type(module).__name__,
             "stage": rp.probes.stage_of(name),
-            "block": rp.probes.block_of(name, modules, BLOCKS) or "",
+            "block": rp.probes.block_of(name, modules) or "",
             "position": position,
             "kernel_size": "x".join(map(str, module.kernel_size)) if isinstance(module, _ConvNd) else "",
             "calls": seen.calls[name],
@@ -443,14 +436,3 @@ def _own_parameters(network: nn.Module) -> dict[str, int]:
 def _per_image(figure: int, images: int) -> int:
     # Exact for layers that treat every image alike; else (work that does not grow with the batch) the nearest whole.
     return figure // images if figure % images == 0 else round(figure / images)
-
-
-def _tensors(inputs: Any) -> Iterator[Tensor]:
-    """The tensors in a network's inputs, in order."""
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, Mapping):
-        yield from _tensors(tuple(inputs.values()))
-    elif isinstance(inputs, tuple | list):
-        for each in inputs:
-            yield from _tensors(each)

@@ -71,7 +71,6 @@ import numpy
 import pandas
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
@@ -80,10 +79,8 @@ import resprobe as rp
 KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "conv": (_ConvNd,),
     "linear": (nn.Linear, nn.Bilinear),
-    "norm": (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+    "norm": rp.probes.normalization_classes(),
 }
-BLOCKS = rp.probes.block_classes()
-"""Classes whose modules are measured as blocks unless others are named."""
 
 COLUMNS = (
     *("iteration", "layer", "kind", "stage", "block", "position", "call"),
@@ -97,11 +94,11 @@ _PART = 2**18
 """Numbers that are converted to float64 at a time."""
 
 _MANY_ROWS = 1024
-"""As many rows in bfloat16 may have their norms rounded to bfloat16 before they are put together."""
+"""Fewest rows of a bfloat16 tensor whose norms may be rounded to bfloat16 before they are put together."""
 
 
 class Row(NamedTuple):
-    """What a row is of. Its figures are kept apart, so that a long table costs 8 bytes a figure."""
+    """A row of the table without its figures, which are kept apart: a long table costs 8 bytes a figure."""
 
     layer: str
     kind: str
@@ -143,7 +140,7 @@ class GradientNorms(rp.Probe):
         self,
         schedule: rp.probes.Schedule | None = None,
         *,
-        blocks: Iterable[str | type[nn.Module]] = BLOCKS,
+        blocks: Iterable[str | type[nn.Module]] = rp.probes.block_classes(),
     ):
         super().__init__()
         self.schedule = schedule or rp.probes.logarithmic()
@@ -202,13 +199,8 @@ class GradientNorms(rp.Probe):
             if name in names or isinstance(module, classes):
                 block = name
                 blocks.append(Part(name, "block", stage, name, module))
-            if isinstance(module, torch.jit.ScriptModule):
-                raise rp.UsageError(
-                    f"{self.name} cannot measure {name!r} ({type(module).__name__}): scripted code calls no hooks; "
-                    "attach the probe before scripting"
-                )
-            if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
-                raise rp.UsageError(f"{self.name} cannot measure {name!r}: it is on device 'meta' and has no data")
+            self.refuse_scripted(name, module)
+            self.refuse_meta(name, *module._parameters.values())
             if module._parameters:
                 layers.extend(Part(*each, module, weight) for *each, weight in _weights(module, name, stage, block))
             for child_name, child in module._modules.items():
@@ -247,7 +239,7 @@ class GradientNorms(rp.Probe):
                 for use, passes in self._seen.items():
                     self._seen[use] = [each for each in passes if each[0] >= number]
 
-        given = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        given = [tensor for tensor in rp.probes.tensors(output) if tensor.requires_grad]
         self._on_tensors += [tensor.register_hook(backward_begins) for tensor in given]
         self._unsure |= torch.is_grad_enabled() and not given
 
@@ -296,7 +288,7 @@ class GradientNorms(rp.Probe):
         `iteration` is what the rows are filed under; None: one more than the last. `scale`: what the loss was multiplied by,
         and weights' gradients are divided by already. This is the one wait for the device.
         """
-        # Of an output without tensors to be seen, gradients alone tell that there was a backward pass.
+        # Where no tensor is seen in the output, gradients alone tell that there was a backward pass.
         unsure = self._unsure and any(layer.weight.grad is not None for layer in self._layers)
         if not (self._pending or unsure):
             return
@@ -304,7 +296,7 @@ class GradientNorms(rp.Probe):
         gradients = [layer.weight.grad for layer in self._layers]
         for layer, gradient in zip(self._layers, gradients, strict=True):
             if gradient is not None and gradient.layout != torch.strided:
-                raise rp.UsageError(f"{self.name} cannot measure {layer.name!r}: its gradient is {gradient.layout}")
+                raise self.cannot_measure(layer.name, f"its gradient is {gradient.layout}")
         calls = {block.name: 1 for block in self._blocks}
         for name, call in self._seen:
             calls[name] = max(calls[name], call + 1)
@@ -341,7 +333,7 @@ class GradientNorms(rp.Probe):
         self._forget()
 
     def _layout(self, uses: list[tuple[Part, int]]) -> tuple[Row, ...]:
-        """What the rows of one measurement are of."""
+        """The rows of one measurement, without their figures."""
         layers, blocks = self._positions(self._layers), self._positions(self._blocks)
         rows = [Row(*layer[:4], layers[layer.name], 0) for layer in self._layers]
         return (*rows, *(Row(*block[:4], blocks[block.name], call) for block, call in uses))
@@ -376,7 +368,7 @@ class GradientNorms(rp.Probe):
 
 
 def _weights(module: nn.Module, name: str, stage: int, block: str) -> Iterator[tuple[Any, ...]]:
-    """Name, kind, stage, block and weights of the layer that a module is; of every parameter, if it is no known layer."""
+    """Name, kind, stage, block and weight of the layer that a module is. If it is no known layer, every parameter is a weight."""
     kind = next((kind for kind, classes in KINDS.items() if isinstance(module, classes)), "other")
     own = "weight" if kind != "other" and module._parameters.get("weight") is not None else None
     for parameter_name, parameter in module._parameters.items():
@@ -469,12 +461,3 @@ def _accurate(tensor: Tensor) -> torch.dtype:
 
 def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a network's output: itself, or those in a tuple, list or dict."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict | list | tuple):
-        for each in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(each)

@@ -66,15 +66,12 @@ import numpy
 import pandas
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
-from torchvision.ops import FrozenBatchNorm2d
 
 import resprobe as rp
 
-NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, FrozenBatchNorm2d)
-BLOCKS = rp.probes.block_classes()
+NORMALIZATIONS = rp.probes.normalization_classes()
 
 _PLACE = ("layer", "call", "stage", "block", "position", "kind", "kernel_size", "measured")
 COLUMNS = (*_PLACE, "channels", "mean", "std", "count")
@@ -142,7 +139,7 @@ class _Candidate:
 
 @rp.register_probe("layer-responses")
 class LayerResponses(rp.Probe):
-    """Mean and standard deviation of every convolution's response; the module's docstring says of what exactly.
+    """Mean and standard deviation of every convolution's response; the module's docstring says what that is.
 
     `schedule`: the iterations of a training to measure at (`rp.probes.every`, `logarithmic`, `at`); by default ten in
     every decade.
@@ -209,15 +206,12 @@ class LayerResponses(rp.Probe):
         inside = [type(child).__name__ for child in module.children() if not isinstance(child, nn.Identity)]
         holds = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if inside and (_is_normalization(module) or (holds and _named(module))):
-            raise rp.UsageError(
-                f"{self.name} cannot measure {name!r} ({type(module).__name__}): it has {', '.join(inside)} inside, so "
-                "its response before the nonlinearity is never given; use a normalization and an activation of their own"
+            why = (
+                f"it has {', '.join(inside)} inside, so its response before the nonlinearity is never given; use a "
+                "normalization and an activation of their own"
             )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise rp.UsageError(
-                f"{self.name} cannot measure {name!r} ({type(module).__name__}): scripted code calls no hooks; "
-                "attach the probe before scripting"
-            )
+            raise self.cannot_measure(name, why, module)
+        self.refuse_scripted(name, module)
 
     def _begin_pass(self, network: nn.Module, inputs: Any) -> None:
         self._forget_pass()
@@ -256,10 +250,8 @@ class LayerResponses(rp.Probe):
             if of is not None:
                 response = self._awaited.pop(of, None)
                 if response is None or not (isinstance(given, Tensor) and response.may_be(given)):
-                    raise rp.UsageError(
-                        f"{self.name} cannot measure {of[0]!r}: {name!r} normalized it in an earlier pass, and something "
-                        "else in this one"
-                    )
+                    why = f"{name!r} normalized it in an earlier pass, and something else in this one"
+                    raise self.cannot_measure(of[0], why)
                 self._reduce(of, output)
             elif self._candidates:
                 if isinstance(given, Tensor) and isinstance(output, Tensor) and given.shape == output.shape:
@@ -279,11 +271,8 @@ class LayerResponses(rp.Probe):
         """Notes the moments of each channel, on the device; gives the channels' axis too."""
         if not isinstance(response, Tensor) or response.is_complex():
             kind = f"{response.dtype} tensor" if isinstance(response, Tensor) else type(response).__name__
-            raise rp.UsageError(
-                f"{self.name} cannot measure {use[0]!r}: it gives a {kind}, not a tensor of real numbers"
-            )
-        if response.device.type == "meta":
-            raise rp.UsageError(f"{self.name} cannot measure {use[0]!r}: it is on device 'meta' and has no data")
+            raise self.cannot_measure(use[0], f"it gives a {kind}, not a tensor of real numbers")
+        self.refuse_meta(use[0], response)
         spatial = len(self._places[use[0]]["kernel_size"].split("x"))
         axis = response.ndim - spatial - 1  # 1, or 0 for a single image without a batch
         moments = _moments(response, axis)
@@ -295,9 +284,7 @@ class LayerResponses(rp.Probe):
     @torch.no_grad()
     def _end_pass(self, network: nn.Module, inputs: Any, output: Any) -> None:
         for conv, _ in self._awaited:
-            raise rp.UsageError(
-                f"{self.name} cannot measure {conv!r}: its normalization was not called in this pass, as it was before"
-            )
+            raise self.cannot_measure(conv, "its normalization was not called in this pass, as it was before")
         self._norm_of.update({candidate.use: None for candidate in self._candidates})
         self._merge()
         self._forget_pass()
@@ -374,7 +361,7 @@ class LayerResponses(rp.Probe):
         return table if self._filed else table.drop(columns="iteration")
 
     def _figures(self) -> Iterator[tuple[tuple[Any, ...], int, numpy.ndarray, numpy.ndarray]]:
-        """Of each iteration and layer its place, count per channel, and the channels' means and sums of squared deviations.
+        """A row for each iteration and layer: place, count per channel, the channels' means and sums of squared deviations.
         What was seen after a training, or without one, goes by the number after the last."""
         since = (self._filed[-1][0] + 1 if self._filed else 0, self._count, self._mean, self._squares)
         for iteration, *figures in (*self._filed, since):
@@ -504,13 +491,13 @@ def _named(module: nn.Module) -> bool:
 
 def _places(modules: dict[str, nn.Module]) -> dict[str, dict[str, Any]]:
     """Where each convolution is in the network, by name."""
-    blocks = [name for name, module in modules.items() if isinstance(module, BLOCKS)]
+    blocks = [name for name, module in modules.items() if isinstance(module, rp.probes.block_classes())]
     before_blocks, places = True, {}
     for name, module in modules.items():
         before_blocks = before_blocks and name not in blocks
         if not isinstance(module, _ConvNd):
             continue
-        block = rp.probes.block_of(name, modules, BLOCKS)
+        block = rp.probes.block_of(name, modules)
         if block is not None:
             part = name[len(block) :].lstrip(".").partition(".")[0]
             kind = "shortcut" if part in ("shortcut", "downsample") else "branch"

@@ -28,6 +28,7 @@ from .errors import (
     TrainingDiverged as TrainingDiverged,
     UsageError as UsageError,
     check_whole as check_whole,
+    not_accepted as not_accepted,
 )
 from .evaluation import (
     Evaluation as Evaluation,

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from resprobe.errors import UsageError, check_whole, one_line, short
+from resprobe.errors import UsageError, blamed, check_whole, one_line, short
 from resprobe.layers import Layers
 from resprobe.modes import evaluation_mode
 from resprobe.randomness import keeping_random_state
@@ -92,15 +92,9 @@ class Block(nn.Module):
         drawn = torch.randn(2, self.in_channels, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
         drawn = drawn.to(parameter.device, parameter.dtype)
         image = drawn.clone()
-        try:
-            with torch.no_grad(), keeping_random_state(self), evaluation_mode(self):
-                out = self(image)
-        except UsageError:
-            raise
-        except Exception as error:
-            raise UsageError(
-                f"{type(self).__name__} fails on an input of {tuple(image.shape)}: {one_line(error, named=True)}"
-            ) from error
+        failing = blamed(f"{type(self).__name__} fails on an input of {tuple(image.shape)}")
+        with failing, torch.no_grad(), keeping_random_state(self), evaluation_mode(self):
+            out = self(image)
         if not image.is_meta and not torch.equal(image, drawn):
             raise UsageError(
                 f"{type(self).__name__} changes what it is given: {self._in_place() or 'its forward pass'} works in place, and "
@@ -122,7 +116,7 @@ class Block(nn.Module):
             return
         try:
             trial = copy.deepcopy(self).train()
-        except Exception:  # of a stranger's modules
+        except Exception:  # a stranger's module may not allow it
             return
         try:
             with torch.enable_grad(), keeping_random_state(self):
@@ -138,7 +132,7 @@ class Block(nn.Module):
         return ", ".join(name for name, module in self.named_modules() if getattr(module, "inplace", False))
 
     def _compare_depth(self) -> None:
-        """Notes a branch of one layer after the other with another number of them than `weighted_layers` says."""
+        """Warns if a branch that is a plain sequence of layers has other than `weighted_layers` weighted ones."""
         parts = list(self.branch) if isinstance(self.branch, nn.Sequential) else []
         weighted = sum(isinstance(part, nn.Conv2d | nn.Linear) for part in parts)
         # A stranger's module may hold more.
@@ -149,7 +143,7 @@ class Block(nn.Module):
 
 @functools.cache
 def _note_depth(block: type[Block], weighted: int) -> None:
-    """Once for each class, of which a study builds hundreds."""
+    """Warns once a class: a study builds hundreds of its blocks."""
     warnings.warn(
         f"{block.__name__}: weighted_layers = {block.weighted_layers}, but its branch has {weighted}; depths are counted by "
         "what it says"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,10 @@ class ProcessFailed(_Said, RuntimeError):
 
 
 def one_line(error: BaseException, named: bool = False) -> str:
-    """What an error says, on one line, after its type if `named`; its type if it says nothing, and both if it says just a
-    key. Behind it, of what is no mistake of use, the line of a user's own file that it arose in or below, if any.
+    """An error's text on one line: after its type if `named` or if the text is just a key; the type alone if there is no text.
 
-    Of a fault on a card, what it is: torch goes on with advice on how to look for it.
+    The line of a user's own file that it arose in or below comes last, if there is one and it is no mistake of use. A fault on
+    a card is told by its first line: torch goes on with advice on how to look for it.
     """
     text = str(error)
     if text.startswith("CUDA error"):
@@ -69,8 +71,22 @@ def one_line(error: BaseException, named: bool = False) -> str:
     return (f"{kind}: {text}" if named and text else text or kind) + _place(error)
 
 
+@contextmanager
+def blamed(what: str) -> Iterator[None]:
+    """Raises what goes wrong in the `with` block as a `UsageError` in one line that begins with `what` ("… cannot be built").
+
+    For a stranger's code, which may raise anything. A `UsageError` of its own says what is wrong, and passes as it is.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{what}: {one_line(error, named=True)}") from error
+
+
 def _place(error: BaseException) -> str:
-    """A mistake of syntax in Python's own words, which name the place themselves."""
+    """The line of a user's file that an error arose in, as Python writes it behind mistakes of syntax; else nothing."""
     if isinstance(error, UsageError | SyntaxError):
         return ""
     frames = reversed(traceback.extract_tb(error.__traceback__))
@@ -123,9 +139,19 @@ def is_whole(value: object, least: int) -> bool:
 
 
 def check_whole(what: str, value: object, least: int, why: str = "") -> None:
-    """Raises `UsageError` for what is no whole number, or less than `least`; `why` ends the line."""
+    """Raises `UsageError` unless `value` is a whole number, `least` or more; `why` ends the line."""
     if not is_whole(value, least):
         raise UsageError(f"{what} (={value!r}) must be a whole number ≥ {least}{why}")
+
+
+def check_number(
+    what: str, value: object, least: float, most: float = math.inf, *, above: bool = False, why: str = ""
+) -> None:
+    """Raises `UsageError` unless `value` is a finite number from `least` (`above`: above it) to `most`; `why` ends the line."""
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and least <= value <= most) or (above and value == least):
+        upper = f" and ≤ {most}" if most < math.inf else ""
+        raise UsageError(f"{what} (={value!r}) must be a number {'>' if above else '≥'} {least}{upper}{why}")
 
 
 def short(value: object) -> str:
@@ -135,7 +161,10 @@ def short(value: object) -> str:
 
 
 def not_accepted(what: str, value: object, accepted: Iterable[object], otherwise: str = "") -> UsageError:
-    """The error for a value outside a known set: value, accepted values, nearest one; `otherwise`: where none is near."""
+    """The `UsageError` for a value that is none of those accepted, to be raised: value, accepted values, and the nearest of them.
+
+    `what` is the argument's name. `otherwise` ends the line where nothing accepted is near.
+    """
     accepted = [str(name) for name in accepted]
     near = nearest(value, accepted)
     hint = f"nearest: {near}" if near else otherwise  # what is near nothing is hardly a slip of the finger

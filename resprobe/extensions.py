@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from resprobe.digests import files_digest, sources_of
-from resprobe.errors import UsageError, one_line
+from resprobe.errors import UsageError, blamed
 
 GROUP = "resprobe.plugins"
 _loaded: set[str] = set()
@@ -53,20 +53,15 @@ def load_plugin(where: str) -> ModuleType:
     if looks_like_file and path.suffix != ".py":
         raise UsageError(f"plugin (={where!r}) must be a Python file (my_block.py) or a module (package.module)")
     try:
-        module = _load_file(path.resolve()) if looks_like_file else importlib.import_module(where)
-        if module.__file__ is None:
-            raise UsageError(
-                f"plugin (={where!r}) is a folder without code: name a file in it, or give it an __init__.py"
-            )
-        return module
-    except UsageError:
-        raise
+        with blamed(f"plugin (={where!r}) does not import"):
+            module = _load_file(path.resolve()) if looks_like_file else importlib.import_module(where)
     except SystemExit as error:
         raise UsageError(
             f"plugin (={where!r}) does not import: it ends the program (sys.exit({error.code!r}))"
         ) from error
-    except Exception as error:
-        raise UsageError(f"plugin (={where!r}) does not import: {one_line(error, named=True)}") from error
+    if module.__file__ is None:
+        raise UsageError(f"plugin (={where!r}) is a folder without code: name a file in it, or give it an __init__.py")
+    return module
 
 
 def is_loaded(path: Path | None) -> bool:
@@ -101,8 +96,8 @@ def _load_file(path: Path) -> ModuleType:
 
 
 def _forget_helpers(before: str, now: str, path: Path) -> None:
-    """Has the files beside a plugin that it imports imported anew, all of them: one that was not edited may hold what is in one
-    that was."""
+    """Forgets the modules beside a plugin that it imports, so that they are imported anew. All of them: one that was not edited
+    may hold what is in one that was."""
     helpers = {(path.parent / name).resolve() for name in sources_of(before) | sources_of(now)} - {path}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)

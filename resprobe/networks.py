@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from resprobe.blocks import BLOCKS, Block
-from resprobe.errors import UsageError, check_whole, nearest, not_accepted, one_line, plain, short
+from resprobe.errors import UsageError, blamed, check_whole, nearest, not_accepted, plain, short
 from resprobe.initialization import INITIALIZATIONS, initialize
 from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
@@ -132,12 +132,8 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
     Raises `UsageError` for an unknown family, a depth the family does not have, or an option it does not take.
     """
     spec = resolve(network, **options)
-    try:
+    with blamed(f"{spec} cannot be built"):
         made = _made(spec)
-    except UsageError:
-        raise
-    except Exception as error:  # of a stranger's block or shortcut
-        raise UsageError(f"{spec} cannot be built: {one_line(error, named=True)}") from error
     result = made if isinstance(made, Network) else Network(OrderedDict(body=made))
     result.spec = spec
     checked = set()
@@ -150,12 +146,8 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
             except UsageError as error:
                 raise UsageError(f"{spec.name}, {name}: {error}") from error.__cause__
     if spec.get("init") is not None:  # a stranger's family without that option initializes its networks itself
-        try:
+        with blamed(f"{spec} cannot be initialized"):  # a stranger's module may do so itself
             initialize(result, str(spec["init"]))
-        except UsageError:
-            raise
-        except Exception as error:  # of a stranger's module that does so itself
-            raise UsageError(f"{spec} cannot be initialized: {one_line(error, named=True)}") from error
     return result
 
 

@@ -14,12 +14,13 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
 from resprobe.blocks import Block
 from resprobe.digests import as_text
-from resprobe.errors import UsageError, check_whole, one_line, short
+from resprobe.errors import UsageError, blamed, check_whole, short
 from resprobe.registry import Registry
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ Schedule = Callable[[int], bool]
 
 
 def every(iterations: int, *, offset: int = 0) -> Schedule:
-    """Every so many iterations, from `offset` on."""
+    """The schedule that measures every so many iterations, from `offset` on."""
     for name, value, least in (("iterations", iterations, 1), ("offset", offset, 0)):
         if not (isinstance(value, Integral) and value >= least):
             raise UsageError(f"every: {name} (={value!r}) must be a whole number ≥ {least}")
@@ -42,8 +43,10 @@ def _is_one_of_every(iterations: int, offset: int, iteration: int) -> bool:
 
 
 def logarithmic(per_decade: int = 10) -> Schedule:
-    """At 0 and then `per_decade` times between each power of ten and the next, rounded to whole iterations: below 10
-    several fall together."""
+    """The schedule that measures at 0, and `per_decade` times between each power of ten and the next.
+
+    Points are rounded to whole iterations: below 10 several fall together.
+    """
     check_whole("logarithmic: per_decade", per_decade, 1)
     points = {0} | {round(10 ** (step / per_decade)) for step in range(9 * per_decade)}
     return functools.partial(_is_among, frozenset(points))
@@ -54,7 +57,7 @@ def _is_among(points: frozenset[int], iteration: int) -> bool:
 
 
 def at(iterations: Iterable[int]) -> Schedule:
-    """At the given iterations."""
+    """The schedule that measures at the given iterations, counted from 0."""
     points = list(iterations) if isinstance(iterations, Iterable) else [None]
     if not all(isinstance(point, Integral) and point >= 0 for point in points):
         raise UsageError(f"at: iterations (={iterations!r}) must be a list of whole numbers ≥ 0")
@@ -90,7 +93,7 @@ _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks")
 def without_hooks(network: nn.Module) -> dict[int, Any]:
     """The `memo` with which `copy.deepcopy` makes a copy of `network` that has no hooks.
 
-    It tells what has been copied already: here, of each table of hooks, an empty one.
+    A memo holds what has been copied already: this one, an empty table for each table of hooks.
     """
     return {id(getattr(module, name)): OrderedDict() for module in network.modules() for name in _HOOKS}
 
@@ -116,6 +119,7 @@ def stage_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
+@functools.cache
 def block_classes() -> tuple[type[nn.Module], ...]:
     """What counts as a block where nothing else is named: resprobe's blocks, and those of torchvision's ResNets."""
     from torchvision.models import resnet
@@ -123,14 +127,31 @@ def block_classes() -> tuple[type[nn.Module], ...]:
     return Block, resnet.BasicBlock, resnet.Bottleneck
 
 
-def block_of(name: str, modules: Mapping[str, nn.Module], blocks: tuple[type[nn.Module], ...]) -> str | None:
-    """The innermost module of the classes `blocks` that the module `name` is inside of; None if there is none.
+def block_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Name of the innermost block (see `block_classes`) that the module `name` is inside of; None if there is none.
 
     `modules` is `dict(network.named_modules())`; a network that is itself a block goes by "".
     """
     parts = name.split(".") if name else []
     parents = (".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1))
-    return next((parent for parent in parents if isinstance(modules[parent], blocks)), None)
+    return next((parent for parent in parents if isinstance(modules[parent], block_classes())), None)
+
+
+@functools.cache
+def normalization_classes() -> tuple[type[nn.Module], ...]:
+    """Layers that normalize: torch's batch, instance, group, layer and RMS normalization, and torchvision's frozen one."""
+    from torchvision.ops import FrozenBatchNorm2d
+
+    return _NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, FrozenBatchNorm2d
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a module takes or gives, in order: itself, or those in tuples, lists and mappings, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(each)
 
 
 class _Uncompiled:
@@ -186,7 +207,7 @@ class Probe:
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def lacks(self) -> str:
-        """What this probe would need to watch a training, and has not; nothing if it can. Asked before a training begins."""
+        """What this probe lacks to watch a training, in words; empty if it can. Asked before a training begins."""
         return ""
 
     def hook(self, network: nn.Module) -> Iterable[RemovableHandle]:
@@ -206,6 +227,21 @@ class Probe:
 
     def load_state(self, state: Any) -> None:
         """Takes back what `state` gave."""
+
+    def cannot_measure(self, name: str, why: str, module: nn.Module | None = None) -> UsageError:
+        """The error to raise for a part of the network: its `name`, its class if the `module` is given, and `why`."""
+        of_class = f" ({type(module).__name__})" if module is not None else ""
+        return UsageError(f"{self.name} cannot measure {name!r}{of_class}: {why}")
+
+    def refuse_scripted(self, name: str, module: nn.Module) -> None:
+        """Raises `UsageError` for a module whose hooks are not called."""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise self.cannot_measure(name, "scripted code calls no hooks; attach the probe before scripting", module)
+
+    def refuse_meta(self, name: str, *measured: Tensor | None) -> None:
+        """Raises `UsageError` if a weight or response of the module `name` is on device "meta"."""
+        if any(tensor is not None and tensor.is_meta for tensor in measured):
+            raise self.cannot_measure(name, "it is on device 'meta' and has no data")
 
     def attach(self, network: nn.Module) -> None:
         """Attaches to `network`, or what `unwrap` finds in it; nothing is left attached if that fails half-way.
@@ -254,12 +290,8 @@ def make_probe(probe: str | Probe) -> Probe:
     """The probe itself, or a new one of the registered name."""
     if not isinstance(probe, Probe | str):
         raise UsageError(f"probe (={short(probe)}) must be a registered name or a Probe")
-    try:
+    with blamed(f"probe (={probe!r}) cannot be made"):  # it may want arguments
         made = probe if isinstance(probe, Probe) else PROBES[probe]()
-    except UsageError:
-        raise
-    except Exception as error:  # of a stranger's probe, that wants arguments, say
-        raise UsageError(f"probe (={probe!r}) cannot be made: {one_line(error, named=True)}") from error
     if not isinstance(made, Probe):
         raise UsageError(f"probe (={probe!r}): what is registered must make a resprobe.Probe, not {short(made)}")
     if not callable(made.schedule):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from resprobe.errors import UsageError, check_whole, is_whole, not_accepted, plain
+from resprobe.errors import UsageError, check_number, check_whole, is_whole, not_accepted, plain
 
 _WHOLE = {
     **dict.fromkeys(("iterations", "batch_size", "window", "evaluations", "crop", "plateau", "bn_batch"), 1),
@@ -20,10 +20,6 @@ _WHOLE = {
 """Fields of a recipe that are whole numbers, and the least they may be."""
 _MAY_BE_NONE = ("plateau", "bn_batch", "warm_up_iterations", "warm_up_rate")
 _EXAMPLES = {"milestones": (32_000, 48_000), "scale": (256, 480)}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -105,16 +101,11 @@ class Recipe:
                 check_whole(name, value, least)
         for name in ("learning_rate", "decay", "warm_up_rate"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0) and not (value is None and name in _MAY_BE_NONE):
-                raise UsageError(f"{name} (={value!r}) must be a number > 0")
+            if not (value is None and name in _MAY_BE_NONE):
+                check_number(name, value, 0, above=True)
         for name, high in (("flip", 1), ("validation_fraction", 0.9), ("momentum", 1), ("weight_decay", math.inf)):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value <= high):
-                raise UsageError(
-                    f"{name} (={value!r}) must be a number ≥ 0" + (f" and ≤ {high}" if high < math.inf else "")
-                )
-        if not (_is_number(self.warm_up_until) and 0 < self.warm_up_until <= 100):
-            raise UsageError(f"warm_up_until (={self.warm_up_until!r}) must be a number > 0 and ≤ 100, in percent")
+            check_number(name, getattr(self, name), 0, high)
+        check_number("warm_up_until", self.warm_up_until, 0, 100, above=True, why=", in percent")
         if not isinstance(self.nesterov, bool) or (self.nesterov and not self.momentum):
             raise UsageError(f"nesterov (={self.nesterov!r}) must be True or False, and False without momentum")
         for name, accepted in (

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class _Entry(NamedTuple, Generic[T]):
-    """A registered thing, the digest of its source if it is in a file, and what was told of it beside."""
+    """A registered thing, the digest of its source if it is in a file, and what was told about it."""
 
     thing: T
     source: str | None
@@ -43,8 +43,10 @@ class Registry(Generic[T]):
         _registries.append(self)
 
     def register(self, name: str, about: Any = None) -> Callable[[T], T]:
-        """Decorator that files a class or function under `name`, with what else belongs to that name. Raises `UsageError` if the
-        name is taken."""
+        """Decorator that files a class or function under `name`, with what else belongs to that name.
+
+        Raises `UsageError` if the name is taken, or cannot be one.
+        """
         if isinstance(name, type) or inspect.isfunction(name):  # the decorator's own parentheses are forgotten
             raise UsageError(
                 f'{self.kind} {name.__name__} needs a name: @rp.register_…("my-{self.kind}") in the line above it'
@@ -123,7 +125,7 @@ class Registry(Generic[T]):
         """SHA-256 of the source file that a stranger's thing comes from, as it was loaded; None for resprobe's own.
 
         A run is found again by what it is, and what a stranger's block is, is its source: edit the block and its
-        runs are trained anew. Of what was typed in it is of what that does, and what it names does, now.
+        runs are trained anew. What was typed in has no file: there it is a digest of what that does, and what it names does, now.
         """
         thing = self[name]  # looked for in plugins, or refused
         return source_digest(thing) if typed_in(thing) else self._things[name].source

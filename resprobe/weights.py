@@ -19,8 +19,8 @@ from resprobe.keeping import CONFIG, NETWORK
 from resprobe.networks import Network, NetworkSpec, Option, build, made_of, resolve
 from resprobe.shortcuts import ZeroPadding
 
-# Mean and standard deviation that normalize inputs of torchvision's models, and of the CIFAR weights with `linear`.
-_IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation that normalize inputs of torchvision's models, and of the CIFAR weights with `linear`."""
 # The same for chenyaofo/pytorch-cifar-models (2021; by the logs of their training): number of classes → statistics.
 _CIFAR_STATISTICS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -107,7 +107,7 @@ def _statistics(given: Mapping[str, Tensor]) -> tuple[tuple[float, ...], tuple[f
     """Mean and standard deviation of the pixels that published weights were trained on; None where they are not known."""
     if "fc.weight" in given and not any(name.startswith("layer4.") for name in given):
         return _CIFAR_STATISTICS.get(len(given["fc.weight"]))
-    return _IMAGENET_STATISTICS
+    return IMAGENET_STATISTICS
 
 
 def load_network(weights: str | Path) -> Network:

@@ -227,20 +227,10 @@ class _Passes:
         self.images.grad = None
 
     def kept(self) -> int:
-        """Bytes that a forward pass keeps for the backward pass, each storage once, parameters apart."""
-        from torch.autograd.graph import saved_tensors_hooks
+        """Bytes that a forward pass keeps for the backward pass, parameters apart."""
+        from resprobe.memory import kept_for_backward
 
-        storages = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with saved_tensors_hooks(note, lambda tensor: tensor):
-            self.step()
-        for parameter in self.module.parameters():
-            storages.pop(parameter.untyped_storage().data_ptr(), None)
-        return sum(storages.values())
+        return kept_for_backward(self.step, self.module.parameters())
 
     def time(self, work: Callable[[], None]) -> float:
         """Milliseconds of the fastest of a few passes."""

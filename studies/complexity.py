@@ -20,7 +20,7 @@ Measured (2026-11-22, two cores of an AMD EPYC, torch 2.15.0; record in docs/mea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -30,7 +30,6 @@ import resprobe as rp
 
 if TYPE_CHECKING:
     import pandas
-    from torch import Tensor
 
 PAPER_MACS = {
     "imagenet/resnet-18": 1.8e9,
@@ -166,6 +165,7 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     import torch
 
     from resprobe.devices import fastest, memory_format, place
+    from resprobe.memory import peak_memory
 
     device = torch.device(results.device)
     network = rp.build(name, **options).eval()
@@ -173,42 +173,9 @@ def _time(name: str, results: rp.Results, **options: str) -> dict[str, float]:
     image = torch.randn(1, 3, 224, 224, device=device).contiguous(memory_format=memory_format(device))
     with torch.inference_mode(), rp.cpu_threads(1):
         network(image)  # the first pass prepares kernels
-        memory = peak_memory(network, image)
+        memory = peak_memory(lambda: network(image)) / 2**20
         soonest = fastest(lambda: network(image), device, results.options.repeats)
     return {"forward_ms": 1000 * soonest, "forward_mib": memory}
-
-
-def peak_memory(network: Callable[[Tensor], object], image: Tensor) -> float:
-    """MiB of the tensors that a forward pass makes, at the moment when it holds most; weights and image not included.
-
-    Counted tensor by tensor, since a process's resident memory depends on what its allocator has kept from before.
-    What an operator takes for itself (a convolution's workspace) is not seen.
-    """
-    from torch import Tensor
-    from torch.multiprocessing.reductions import StorageWeakRef
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    held: dict[StorageWeakRef, int] = {}
-    peak = 0
-
-    def storages(values) -> dict[StorageWeakRef, int]:
-        tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor))
-        return {StorageWeakRef(tensor.untyped_storage()): tensor.untyped_storage().nbytes() for tensor in tensors}
-
-    class Watching(TorchDispatchMode):
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            nonlocal held, peak
-            made = operator(*args, **(kwargs or {}))
-            given = storages((args, kwargs))  # what an operator works on in place, or gives a view of, is no new memory
-            held = {storage: size for storage, size in held.items() if not storage.expired()}
-            held |= {storage: size for storage, size in storages(made).items() if storage not in given}
-            peak = max(peak, sum(held.values()))
-            return made
-
-    with Watching():
-        network(image)
-    return peak / 2**20
 
 
 def judge(results: rp.Results) -> list[rp.Verdict]:

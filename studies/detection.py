@@ -215,7 +215,8 @@ def _read(name: str) -> DetectionData:
 
 
 def _pretraining(recipe: rp.Recipe) -> rp.Recipe:
-    """Of the small crops half the mini-batch and rate, which do as well in half the time; of ImageNet the paper's."""
+    """The recipe of the backbones: the paper's for ImageNet; for small crops half the mini-batch and rate, which do as well in
+    half the time."""
     if recipe.name == rp.recipes.imagenet_paper().name:
         return recipe
     return replace(recipe, name=f"{recipe.name}, batch 64, rate 0.05", batch_size=64, learning_rate=0.05, pad=2)
@@ -231,7 +232,7 @@ def recipe_of(options: Options) -> DetectionRecipe:
 
 
 def shape_of(options: Options) -> dict[str, Any]:
-    """The detector's options: of the paper for real images, smaller for the shapes; sizes in proportion to `side`."""
+    """The detector's options: the paper's for real images, smaller ones for the shapes; sizes in proportion to `side`."""
     side = options.side
     if options.detection == "shapes":
         anchors = tuple(size * side / SHAPES_SIDE for size in SHAPES_ANCHORS)
@@ -410,7 +411,7 @@ def _tested(
     predictions = predict(run.model, data.test, device, **improvements)
     seconds = (time.perf_counter() - started) / len(data.test)
     height, width = data.test[0][0].shape[-2:]
-    figures = score(predictions, data.test, data.classes)
+    figures = score(predictions, data.test)
     images, targets = training_batch(data.train, recipe, run.config.seed, 0)
     learner = copy.deepcopy(run.model).cpu()  # where memory is counted does not matter, and statistics may move
     with rp.seeded(run.config.seed):
@@ -582,7 +583,7 @@ def _draw_curves(results: rp.Results) -> rp.Drawing:
     )
 
 
-def _draw_pictures(results: rp.Results, count: int = 4) -> rp.Drawing:
+def _draw_pictures(results: rp.Results) -> rp.Drawing:
     """The first test images: the truth above, what the detector on the last backbone finds below."""
     import json
 
@@ -594,7 +595,7 @@ def _draw_pictures(results: rp.Results, count: int = 4) -> rp.Drawing:
     name = options.backbones[-1]
     run = rows[(rows["backbone"] == name) & (rows["step"] == "baseline")].iloc[0]["run"]
     found = json.loads((Path(options.runs) / run / "detections.json").read_text())
-    count = min(count, len(data.test))
+    count = min(4, len(data.test))
     figure = Figure(figsize=(3 * count, 6.4), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     palette = rp.figures.colours(list(data.classes))
@@ -670,7 +671,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         columns = {"mAP": "mAP (%)", "mAP all-point": "all-point (%)", "COCO AP50": "COCO AP50", "COCO AP": "COCO AP"}
         row |= {text: rp.mean_std(group[column].tolist()) for column, text in columns.items()}
         row |= {f"AP {label}": rp.mean_std(group[f"AP {label}"].tolist(), 1) for label in _classes(group)}
-        # Of the steps at test time the passes depend on what is found.
+        # How many passes the steps at test time take depends on what is found.
         row["10⁹ multiply-adds an image"] = f"{group['macs'].iloc[0] / 1e9:.2f}" if step == STEPS[0] else "–"
         row["kept for backward (MiB)"] = rp.mean_std(group["kept_mib"].tolist(), 1)
         row["ms an image"] = rp.mean_std((1000 * group["seconds"]).tolist(), 0)

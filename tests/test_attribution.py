@@ -401,6 +401,10 @@ def test_what_cannot_be_measured_is_named():
     ("change", "message"),
     [
         ({"method": "shap"}, "method (='shap') is unknown; accepted: gradient-x-activation, conductance"),
+        (
+            {"method": "Conductance"},
+            "method (='Conductance') is unknown; accepted: gradient-x-activation, conductance; nearest: conductance",
+        ),
         ({"steps": 1}, "steps (=1) must be a whole number ≥ 2"),
         ({"targets": 10}, "targets hold the class 10; the network has 0 to 9"),
         ({"targets": -1}, "targets hold the class -1; the network has 0 to 9"),

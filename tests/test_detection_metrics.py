@@ -376,7 +376,7 @@ def test_mistakes_get_one_line(measure, predictions, targets, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rule": "12-point"}, r"rule \(='12-point'\) is unknown; accepted: 11-point, all-point"),
+        ({"rule": "12-point"}, r"rule \(='12-point'\) is unknown; accepted: 11-point, all-point; nearest: 11-point$"),
         ({"iou": 0}, r"iou \(=0\) must be above 0 and at most 1"),
         ({"iou": 50}, r"iou \(=50\) must be above 0 and at most 1"),
         ({"classes": ("disc",)}, r"label \(=2\) has no name in classes; accepted: 1 to 1"),

@@ -705,17 +705,17 @@ def test_specifications_are_hashable_and_a_list_is_as_good_as_a_tuple() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bn": "froze"}, "bn (='froze') is unknown; accepted: frozen, trained"),
+        ({"bn": "froze"}, "bn (='froze') is unknown; accepted: frozen, trained; nearest: frozen"),
         ({"roi": "crop"}, "roi (='crop') is unknown; accepted: pool, align"),
-        ({"num_classes": 1}, "num_classes (=1) must be ≥ 2: the background counts as a class"),
-        ({"nms": 1.5}, "nms (=1.5) must be between 0 and 1"),
-        ({"detections": 0}, "detections (=0) must be ≥ 1"),
+        ({"num_classes": 1}, "num_classes (=1) must be a whole number ≥ 2: the background counts as a class"),
+        ({"nms": 1.5}, "nms (=1.5) must be a number ≥ 0 and ≤ 1"),
+        ({"detections": 0}, "detections (=0) must be a whole number ≥ 1"),
         ({"longer_side": 32}, "longer_side (=32) must be ≥ shorter_side (=64)"),
         ({"anchor_sizes": ()}, "anchor_sizes (=()) must be one or more numbers > 0"),
         ({"rpn_background": 0.9}, "rpn_background (=0.9) must be ≤ rpn_foreground (=0.7)"),
         ({"freeze_stages": 4}, "freeze_stages (=4) must be ≤ 3, the number of stages in the trunk"),
-        ({"freeze_stages": -1}, "freeze_stages (=-1) must be ≥ 0"),
-        ({"roi_size": 0}, "roi_size (=0) must be ≥ 1, or None"),
+        ({"freeze_stages": -1}, "freeze_stages (=-1) must be a whole number ≥ 0"),
+        ({"roi_size": 0}, "roi_size (=0) must be a whole number ≥ 1, or None"),
         ({"proposals": 300}, "option of faster_rcnn (='proposals') is unknown; accepted: bn, freeze_stages, roi, "),
     ],
 )

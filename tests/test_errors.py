@@ -9,7 +9,7 @@ import torch
 
 from resprobe.blocks import BLOCKS
 from resprobe.commands import EXPECTED
-from resprobe.errors import last_words, one_line
+from resprobe.errors import UsageError, blamed, last_words, one_line
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,23 @@ def test_an_error_in_a_users_file_names_the_line(tmp_path):
     with pytest.raises(ValueError, match="must begin with a letter or digit") as caught:
         BLOCKS.register("a name")
     assert one_line(caught.value) == str(caught.value)  # which says all
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("gate"), "net cannot be built: KeyError: 'gate'"),
+        (StopIteration(), "net cannot be built: StopIteration"),
+        (UsageError("width (=0) must be ≥ 1"), "width (=0) must be ≥ 1"),
+        (KeyboardInterrupt("stop"), "stop"),
+    ],
+    ids=["another", "stop", "ours", "no error"],
+)
+def test_what_a_strangers_code_raises_is_one_line_of_what_is_to_blame(error, said):
+    with pytest.raises(type(error) if said == str(error) else UsageError) as caught, blamed("net cannot be built"):
+        raise error
+    assert str(caught.value).startswith(said)  # and the line in this file
+    assert caught.value is error or caught.value.__cause__ is error
 
 
 @pytest.mark.parametrize(

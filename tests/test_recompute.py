@@ -7,8 +7,8 @@ from torch import nn
 
 import resprobe as rp
 from plugins.gradient_norms import GradientNorms
+from resprobe.memory import peak_memory
 from resprobe.recompute import recomputing
-from studies.complexity import peak_memory
 
 
 def deep(**options) -> nn.Module:
@@ -98,12 +98,12 @@ def test_activations_take_less_memory():
     """Counted tensor by tensor: how much of it a process's allocator gives back differs from run to run."""
     net, images = rp.build("cifar/resnet-56"), torch.randn(4, 3, 32, 32)
 
-    def step(images: torch.Tensor) -> None:
+    def step() -> None:
         net(images).sum().backward()
 
-    step(images)  # gradients are there from now on
-    kept = peak_memory(step, images)
+    step()  # gradients are there from now on
+    kept = peak_memory(step)
     with recomputing(net):
-        again = peak_memory(step, images)
+        again = peak_memory(step)
     # 27 blocks of some five activations each; cut into segments of three, a third of one stage's is left, and the inputs.
     assert again < 0.45 * kept

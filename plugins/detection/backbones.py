@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 
 import resprobe as rp
-from resprobe.errors import one_line
+from resprobe.errors import blamed
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,12 @@ def _shape(
     """The shape of what one half makes of one input; the half itself is left as it is."""
     weight = next(module.parameters(), torch.empty(0))
     module = copy.deepcopy(module).eval()
-    try:
-        with torch.no_grad():
-            made = module(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)).shape
-    except Exception as error:
-        raise rp.UsageError(
-            f"network (={_describe(network)}) cannot be a detector's backbone: its {half} fails on an input of shape "
-            f"{(1, *shape)}: {one_line(error, named=True)}"
-        ) from error
+    what = f"network (={_describe(network)}) cannot be a detector's backbone: its {half}"
+    with blamed(f"{what} fails on an input of shape {(1, *shape)}"), torch.no_grad():
+        made = module(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device)).shape
     if len(made) != dimensions:
         raise rp.UsageError(
-            f"network (={_describe(network)}) cannot be a detector's backbone: its {half} turns an input of shape "
-            f"{(1, *shape)} into {tuple(made)}; expected {dimensions} dimensions"
+            f"{what} turns an input of shape {(1, *shape)} into {tuple(made)}; expected {dimensions} dimensions"
         )
     return made
 

@@ -34,7 +34,7 @@ from plugins.detection.model import Detector, InputTransform
 PAPER_SCALES = (200, 400, 600, 800, 1000)
 
 Prediction = tuple[Tensor, Tensor]
-"""Of one image: boxes [regions, classes, 4] and scores [regions, classes], the background being class 0."""
+"""Boxes [regions, classes, 4] and scores [regions, classes] of one image; class 0 is the background."""
 
 Predict = Callable[[list[Tensor]], list[Prediction]]
 """Boxes [regions, 4] of each image → its prediction."""

@@ -61,7 +61,7 @@ def voc_average_precision(
     "all-point" is the area under the curve of highest precision at that recall or a higher one (VOC 2010 and later).
     """
     if rule not in RULES:
-        raise rp.UsageError(f"rule (={rule!r}) is unknown; accepted: {', '.join(RULES)}")
+        raise rp.not_accepted("rule", rule, RULES)
     if not 0 < iou <= 1:
         raise rp.UsageError(f"iou (={iou!r}) must be above 0 and at most 1")
     found, truth = _gathered(predictions, targets)
@@ -223,7 +223,7 @@ def _ranked_hits(found: _Boxes, truth: _Boxes, threshold: float, pixel: float) -
 
 
 def _intersection_over_union(one: np.ndarray, other: np.ndarray, pixel: float) -> np.ndarray:
-    """Of pairs of boxes [N, 4]. `pixel` is 1 where boxes name their last pixel, 0 where they are edges."""
+    """Overlaps [N] of pairs of boxes [N, 4]. `pixel` is 1 where boxes name their last pixel, 0 where they are edges."""
     sides = np.minimum(one[:, 2:], other[:, 2:]) - np.maximum(one[:, :2], other[:, :2]) + pixel
     intersection = sides.clip(min=0).prod(1)
     areas = [(boxes[:, 2:] - boxes[:, :2] + pixel).prod(1) for boxes in (one, other)]

@@ -50,8 +50,7 @@ from plugins import flops
 from plugins.detection.backbones import Backbone, split
 from plugins.detection.normalization import FrozenBatchNorm2d, freeze_batch_norm
 from plugins.detection.spec import DetectorSpec
-
-_IMAGENET = rp.Normalization.channels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+from resprobe.weights import IMAGENET_STATISTICS
 
 
 def faster_rcnn(
@@ -68,7 +67,7 @@ def faster_rcnn(
     accepted = [field.name for field in dataclasses.fields(DetectorSpec)][1:]
     for name in options:
         if name not in accepted:
-            raise rp.UsageError(f"option of faster_rcnn (={name!r}) is unknown; accepted: {', '.join(accepted)}")
+            raise rp.not_accepted("option of faster_rcnn", name, accepted)
     return Detector(network, DetectorSpec(num_classes, **options), normalization)
 
 
@@ -82,7 +81,8 @@ class Detector(GeneralizedRCNN):
 
     def __init__(self, network: nn.Module, spec: DetectorSpec, normalization: rp.Normalization | None = None) -> None:
         backbone = split(copy.deepcopy(network), spec.roi_size)
-        normalization = normalization or getattr(network, "normalization", None) or _IMAGENET
+        normalization = normalization or getattr(network, "normalization", None)
+        normalization = normalization or rp.Normalization.channels(*IMAGENET_STATISTICS)
         mean, std = normalization.mean.mean((1, 2)).tolist(), normalization.std.flatten().tolist()
         if len(mean) != backbone.in_channels:
             raise rp.UsageError(

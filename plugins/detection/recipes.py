@@ -6,9 +6,11 @@ The paper: "The hyper-parameters of the detection system follow those in [Faster
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 
 import resprobe as rp
+from resprobe.errors import check_number
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,10 @@ class DetectionRecipe:
             object.__setattr__(self, "milestones", tuple(self.milestones))
         for name in ("iterations", "batch_size", "window", "evaluations"):
             rp.check_whole(name, getattr(self, name), 1)
-        for name, low, high in (("flip", 0, 1), ("momentum", 0, 1), ("weight_decay", 0, float("inf"))):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise rp.UsageError(f"{name} (={value!r}) must be ≥ {low}" + (f" and ≤ {high}" if high == 1 else ""))
+        for name, high in (("flip", 1), ("momentum", 1), ("weight_decay", math.inf)):
+            check_number(name, getattr(self, name), 0, high)
         for name in ("learning_rate", "decay"):
-            if not getattr(self, name) > 0:
-                raise rp.UsageError(f"{name} (={getattr(self, name)!r}) must be > 0")
+            check_number(name, getattr(self, name), 0, above=True)
         if list(self.milestones) != sorted(self.milestones):
             raise rp.UsageError(f"milestones (={self.milestones}) must rise")
 

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import resprobe as rp
+from resprobe.errors import check_number
 
 _COUNTS = (
     *("shorter_side", "longer_side", "proposals_train", "proposals_test", "candidates_train", "candidates_test"),
@@ -47,7 +48,7 @@ class DetectorSpec:
     proposals_train: int = 2000
     proposals_test: int = 300
     candidates_train: int = 12000
-    """Of how many best-scored anchors the proposals are chosen; the numbers are py-faster-rcnn's."""
+    """How many best-scored anchors proposals are chosen from; the numbers are py-faster-rcnn's."""
     candidates_test: int = 6000
     rpn_nms: float = 0.7
     rpn_foreground: float = 0.7
@@ -68,20 +69,20 @@ class DetectorSpec:
             value = getattr(self, field.name)
             if isinstance(value, list):  # which has no hash
                 object.__setattr__(self, field.name, tuple(value))
-        if self.num_classes < 2:
-            raise rp.UsageError(f"num_classes (={self.num_classes}) must be ≥ 2: the background counts as a class")
+        rp.check_whole("num_classes", self.num_classes, 2, ": the background counts as a class")
         for name, accepted in (("bn", ("frozen", "trained")), ("roi", ("pool", "align"))):
             if getattr(self, name) not in accepted:
-                raise rp.UsageError(f"{name} (={getattr(self, name)!r}) is unknown; accepted: {', '.join(accepted)}")
+                raise rp.not_accepted(name, getattr(self, name), accepted)
         for name in _COUNTS:
-            self._require(name, getattr(self, name) >= 1, "≥ 1")
+            rp.check_whole(name, getattr(self, name), 1)
         for name in _FRACTIONS:
-            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+            check_number(name, getattr(self, name), 0, 1)
+        rp.check_whole("freeze_stages", self.freeze_stages, 0)
+        if self.roi_size is not None:
+            rp.check_whole("roi_size", self.roi_size, 1, ", or None")
         for name in ("anchor_sizes", "anchor_ratios"):
             values = getattr(self, name)
             self._require(name, bool(values) and min(values) > 0, "one or more numbers > 0")
-        self._require("freeze_stages", self.freeze_stages >= 0, "≥ 0")
-        self._require("roi_size", self.roi_size is None or self.roi_size >= 1, "≥ 1, or None")
         self._require("longer_side", self.longer_side >= self.shorter_side, f"≥ shorter_side (={self.shorter_side})")
         below = f"≤ rpn_foreground (={self.rpn_foreground})"
         self._require("rpn_background", self.rpn_background <= self.rpn_foreground, below)

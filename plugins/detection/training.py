@@ -37,6 +37,7 @@ from plugins.detection.metrics import coco_metrics, voc_average_precision
 from plugins.detection.model import Detector, faster_rcnn
 from plugins.detection.recipes import DetectionRecipe
 from plugins.detection.spec import DetectorSpec
+from resprobe import memory
 from resprobe.data.images import generator
 from resprobe.devices import fastest, resolve_device
 from resprobe.digests import network_digest
@@ -240,7 +241,7 @@ def _train(
         def log(measure: bool) -> None:
             nonlocal counted
             means = (sums / counted).tolist() if counted else [math.nan] * len(LOSSES)
-            mean_ap = evaluate(model, data.test, data.classes, device)["mAP"] if measure else math.nan
+            mean_ap = score(predict(model, data.test, device), data.test)["mAP"] if measure else math.nan
             row = {"iteration": done, "learning_rate": recipe.rate(max(0, done - 1)), "loss": sum(means)}
             row |= {**dict(zip(LOSSES, means, strict=True)), "mAP": mean_ap, "seconds": time.monotonic() - started}
             rows.append(row)
@@ -280,7 +281,7 @@ def _train(
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "done": done}
                 keeper.save(state | {"sums": sums, "counted": counted, "seconds": time.monotonic() - started}, rows)
     predictions = predict(model, data.test, device)
-    metrics = score(predictions, data.test, data.classes)
+    metrics = score(predictions, data.test)
     rows[-1]["mAP"] = metrics["mAP"]
     run = DetectorRun(config, metrics, pandas.DataFrame(rows), model.cpu().eval(), path)
     if keeper:
@@ -293,23 +294,11 @@ def _train(
 def kept_for_backward(model: Detector, images: list[Tensor], targets: list[Target]) -> int:
     """Bytes that autograd keeps from the forward pass of a training step for its backward pass.
 
-    Of what is kept every storage is counted whole, and once, however many views of it are kept. The model's own parameters
-    and buffers (all that a `FrozenBatchNorm2d` has) are not counted, since they are there without a step; what is computed
-    from them and kept is. Gradients, the optimizer's state and what the forward pass frees again are no part of it.
+    The model's own parameters and buffers (all that a `FrozenBatchNorm2d` has) are not counted, as in
+    `resprobe.memory.kept_for_backward`, which says what is.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()  # several views may be kept of one
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        losses = model.train()(images, targets)
-    del losses  # which held what was kept until now
-    return sum(kept.values())
+    own = (*model.parameters(), *model.buffers())
+    return memory.kept_for_backward(lambda: model.train()(images, targets), own)
 
 
 def predict(model: Detector, part: DetectionSet, device: torch.device, **improvements: Any) -> list[Prediction]:
@@ -324,25 +313,14 @@ def predict(model: Detector, part: DetectionSet, device: torch.device, **improve
     return found
 
 
-def score(predictions: Sequence[Prediction], part: DetectionSet, classes: Sequence[str]) -> dict[str, float]:
-    """In percent: `mAP` (VOC, 11-point) and `mAP all-point`, AP of each class by either rule, and COCO's twelve figures."""
+def score(predictions: Sequence[Prediction], part: DetectionSet) -> dict[str, float]:
+    """Figures in percent: `mAP` (VOC, 11-point) and `mAP all-point`, AP of each class by either rule, and COCO's twelve."""
     metrics = {}
     for suffix, rule in (("", "11-point"), (" all-point", "all-point")):
-        each = voc_average_precision(predictions, part.targets, rule=rule, classes=classes)
+        each = voc_average_precision(predictions, part.targets, rule=rule, classes=part.classes)
         metrics |= {f"mAP{suffix}": float(each.mean())} | {f"AP {name}{suffix}": ap for name, ap in each.items()}
     metrics |= {f"COCO {name}": value for name, value in coco_metrics(predictions, part.targets).items()}
     return {name: 100 * float(value) for name, value in metrics.items()}
-
-
-def evaluate(
-    model: Detector,
-    part: DetectionSet,
-    classes: Sequence[str],
-    device: torch.device,
-    **improvements: Any,
-) -> dict[str, float]:
-    """`score` of what the model detects in `part`."""
-    return score(predict(model, part, device, **improvements), part, classes)
 
 
 def _as_rows(prediction: Prediction) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from resprobe.data.folder import open_folder
 from resprobe.data.images import Data, ImageSet
-from resprobe.errors import UsageError, one_line, short
+from resprobe.errors import UsageError, blamed, one_line, short
 from resprobe.registry import Registry
 
 DATASETS: Registry[Callable[[str | None], Data]] = Registry("data")
@@ -41,12 +41,8 @@ def load_data(data: str | Data) -> Data:
         return data
     name, path = _split(data)
     load = DATASETS[name]
-    try:
+    with blamed(f"data (={data!r}) cannot be read"):
         loaded = load(path)
-    except UsageError:
-        raise
-    except Exception as error:  # a stranger's function, above all
-        raise UsageError(f"data (={data!r}) cannot be read: {one_line(error, named=True)}") from error
     if not isinstance(loaded, Data):
         raise UsageError(f"data (={name!r}): its function must give a resprobe.Data, not {short(loaded)}")
     if DATASETS.fingerprint(name) is None:  # ours say themselves what they are, wherever they are read from
