@@ -218,6 +218,29 @@ def _values(side: Sequence[float] | float) -> list[float] | float:
     return values
 
 
+# -- the rules in words, as reports state them -----------------------------------------------------------------------
+
+NO_GAIN_LEFT = "A gain that is not shown is not tested where what it would improve on errs by less than the margin."
+"""What `Comparison.gain` adds to the rule of order."""
+NO_GAIN_FROM_DEPTH = (
+    "A gain that is not shown is not tested where what it would improve on errs by less than the margin, or where the shallower "
+    f"network fits every training image, and the deeper all but {MARGIN} percent."
+)
+"""The same for a gain from depth."""
+
+
+def rule_of_order(test: str = "one-sided Welch test over seeds") -> str:
+    """The rule of `Comparison.verdict` in words. `test` decides."""
+    return (
+        f"A claim of order holds if a {test} has p < {LEVEL}; it fails if the same test at the same level excludes a difference "
+        f"of the margin or more, {MARGIN} points unless another is named here; else it is inconclusive. Level and margin were "
+        "fixed beforehand."
+    )
+
+
+# -- verdicts of several parts, and on networks that have not learned ------------------------------------------------
+
+
 def all_of(words: Iterable[Word]) -> Word:
     """The verdict on a claim of several parts: it holds if every part does, and fails if one fails. Without a part that
     was tested it is "not tested"."""
@@ -239,6 +262,9 @@ def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fai
         return verdict
     why = f"none of these networks has learned (training error {best:.1f} % at best): that they do not differ says nothing"
     return replace(verdict, verdict="inconclusive", evidence=f"{why}. {verdict.evidence}")
+
+
+# -- figures over seeds ----------------------------------------------------------------------------------------------
 
 
 def band(values: Sequence[float]) -> float:

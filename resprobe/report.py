@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resprobe.checkpoints import write_atomically
-from resprobe.claims import LEVEL, MARGIN, Verdict
+from resprobe.claims import LEVEL, Verdict, rule_of_order
 from resprobe.errors import UsageError
 from resprobe.figures import render, render_for_page
 from resprobe.networks import NetworkSpec, resolve
@@ -244,12 +244,9 @@ def _how_sure(results: Results) -> str:
     seeds = len(results.options.seeds)
     runs = f"{seeds} seed{'s' if seeds != 1 else ''} a network"
     if seeds < 2:
-        return f"{runs}: there is no spread to judge by, so no verdict beyond “inconclusive” is possible."
-    return (
-        f"{runs}; figures are mean ± standard deviation over seeds of the last iteration, never the best one. A claim "
-        f"of order holds if a one-sided Welch test over seeds has p < {LEVEL}; it fails if the same test at the same level "
-        f"excludes a difference of {MARGIN} points or more; else it is inconclusive. Both numbers were fixed beforehand."
-    )
+        return f"{runs}: there is no spread to judge by, so every comparison over seeds is inconclusive."
+    figures = "figures are mean ± standard deviation over seeds of the last iteration, never the best one"
+    return f"{runs}; {figures}. {rule_of_order()}"
 
 
 def _left_out(results: Results) -> str:

@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import resprobe as rp
+from resprobe.claims import NO_GAIN_LEFT
 
 if TYPE_CHECKING:
     import pandas
@@ -285,8 +286,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
-    rules="Where the other block errs on less than 0.5 percent, a gain that is not shown is not tested. Beside several the "
-    "claim holds if it holds against each, and fails if it fails against one.",
+    rules=f"{NO_GAIN_LEFT} Beside several blocks the claim holds if it holds against each, and fails if it fails against one.",
 )
 
 if __name__ == "__main__":

@@ -302,10 +302,9 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "A claim of order holds if a one-sided Welch test over seeds has p < 0.05; it fails if the same test excludes a "
-        f"difference of {MARGIN:g} percentage point or more; else it is inconclusive. One seed is always inconclusive. Verdicts "
-        "rest on gradient × activation; the other readings stand beside it."
+    rules=(
+        f"The margin of R1 and R2 is {MARGIN:g} percentage point. Verdicts rest on gradient × activation; the other readings "
+        "stand beside it."
     ),
 )
 

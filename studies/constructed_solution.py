@@ -365,11 +365,10 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "C13 rests on no seed: every output is compared, on all images, and one that differs by more than rounding refutes "
-        "it. C13b rests on seeds: it holds if a one-sided Welch test at the level 0.05 excludes a rise of 0.5 points or "
-        "more, fails if the same test shows a rise and cannot exclude that, and is inconclusive otherwise. Figures are "
-        "mean ± standard deviation over seeds; both numbers were fixed beforehand."
+    rules=(
+        "C13 rests on no seed: every output is compared, on all images, and one that differs by more than rounding refutes it. "
+        "C13b says that there is no difference. So it holds if a rise of the margin or more is excluded, and fails if there "
+        "certainly is a rise and that is not excluded."
     ),
 )
 

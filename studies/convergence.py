@@ -246,11 +246,9 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
-    how_sure=(
-        "Figures are mean ± standard deviation over seeds. At a level the claim holds if a one-sided Welch test over "
-        "seeds has p < 0.05; it fails if the same test at the same level excludes a delay of one window (the distance "
-        "of log points) or more; else it is inconclusive, as it is with one seed. It must hold at every level that is "
-        "reached, also by every residual network, and fails if it fails at one. All this was fixed beforehand."
+    rules=(
+        "C8's margin is one window, the distance of log points. The claim must hold at every level of error that is reached, "
+        "also by every residual network, and fails if it fails at one."
     ),
 )
 

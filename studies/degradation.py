@@ -29,6 +29,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import NO_GAIN_FROM_DEPTH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -258,8 +259,7 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    rules="C2 is not tested where no gain is shown, and the shallower residual network fits every training image, and the deeper "
-    "all but 0.5 percent of them, or errs on less than 0.5 percent of the test images.",
+    rules=NO_GAIN_FROM_DEPTH,
 )
 
 if __name__ == "__main__":

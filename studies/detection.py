@@ -42,6 +42,7 @@ import tyro
 import resprobe as rp
 from plugins import detection as rcnn
 from plugins.detection.recipes import DetectionRecipe, coco_paper, shapes_quick, voc_paper
+from resprobe.claims import rule_of_order
 
 if TYPE_CHECKING:
     import pandas
@@ -713,14 +714,13 @@ study = rp.Study(
     ahead=ahead,
     how_sure=(
         "Figures are mean ± standard deviation over seeds, of detectors after their last iteration; with --weights seeds are "
-        "those of the detectors alone. C18, C19 and C24b are one-sided Welch tests over seeds at the level 0.05. So is, of "
-        "C20, the step to detectors with context, which are trained anew; box refinement and multi-scale testing have the same "
-        "detectors before and after, so their gains are taken seed by seed, in Student's test for pairs at the same level. Each "
-        "holds if p < 0.05, fails if a gain of 0.5 points or more is excluded, and else is inconclusive, as is one seed. C20 "
-        "holds if all three steps do, and fails if one does; without all three it can only fail, or is not tested. C24 rests on "
-        "no test: bytes are counted, and it holds if fixed layers keep less at every seed than trained ones at any. Level and "
-        "points were fixed beforehand. That C20 rests on mAP@.5, not on mAP@[.5, .95] as at first, and on pairs, was decided "
-        "after results on the drawn shapes had been seen, by which it fails in each of these ways."
+        f"those of the detectors alone. {rule_of_order()} C18, C19 and C24b are such claims, and so is each step of C20. "
+        "Detectors with context are trained anew; box refinement and multi-scale testing have the same detectors before and "
+        "after, so their gains are taken seed by seed, in Student's test for pairs at the same level. C20 holds if all three "
+        "steps do, and fails if one does; without all three it can only fail, or is not tested. C24 rests on no test: bytes "
+        "are counted, and it holds if fixed layers keep less at every seed than trained ones at any. One seed is always "
+        "inconclusive but for C24. That C20 rests on mAP@.5, not on mAP@[.5, .95] as at first, and on pairs, was decided after "
+        "results on the drawn shapes had been seen, by which it fails in each of these ways."
     ),
 )
 

@@ -27,6 +27,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import NO_GAIN_LEFT
 
 if TYPE_CHECKING:
     import pandas
@@ -227,13 +228,10 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "One ensemble for each seed, of one network of every depth, against the mean error of its own members: a one-sided "
-        "Welch test over seeds at the level 0.05, which holds for a gain above zero, fails if a gain of 0.5 points or more "
-        "is excluded, and else is inconclusive; where members err on less than 0.5 percent, a gain that is not shown is not "
-        "tested. It takes the two sides for independent, though they share their networks: "
-        "it errs on the side of “inconclusive”. Every network is that of the last iteration; no member is chosen by its "
-        "test error. With one seed no verdict beyond “inconclusive” is possible."
+    rules=(
+        "C17 compares one ensemble for each seed, of one network of every depth, with the mean error of its own members. The "
+        "test takes the two for independent, though they share their networks: it errs on the side of “inconclusive”. No "
+        f"member is chosen by its test error. {NO_GAIN_LEFT}"
     ),
 )
 

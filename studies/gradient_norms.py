@@ -483,13 +483,13 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "Figures are mean ± standard deviation over seeds: of the initial weights, the images measured with, and the training. A "
-        "part of a claim (at initialization; along training) holds if a one-sided Welch test over seeds has p < 0.05 that "
-        "the ratio of gradients changes with depth by less than a factor of 1,000; it fails if the same test says by more; else "
-        "it is inconclusive, as is one seed. The factor was fixed beforehand. That the median along training decides, and not "
-        "the lowest reading, was decided after a quick run of which the lowest said otherwise. A claim holds if all of its "
-        "parts do, and fails if one of them does; C6 can hold only if the control without batch normalization is seen to vanish."
+    rules=(
+        "A seed decides the initial weights, the images measured with, and the training. A part of a claim (at initialization; "
+        "along training) holds if the ratio of gradients certainly changes with depth by less than a factor of "
+        f"{10**LIMIT:,.0f}, and fails if it certainly changes by more; this factor was fixed beforehand. That the median along "
+        "training decides, and not the lowest reading, was decided after a quick run of which the lowest said otherwise. A "
+        "claim holds if all of its parts do, and fails if one of them does; C6 can hold only if the control without batch "
+        "normalization is seen to vanish."
     ),
 )
 

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.claims import NO_GAIN_LEFT
 
 if TYPE_CHECKING:
     import pandas
@@ -212,12 +213,10 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=leaves_open,
-    how_sure=(
-        "Figures are mean ± standard deviation over seeds; errors are those of the last iteration. The claim needs two "
-        "one-sided tests at the level 0.05: Welch's, of plain above option A, which fails if 0.5 points or more are excluded; "
-        "and Student's, paired by seed, of half the worst option's gap to plain above the spread among options, which fails if "
-        "it is certainly below. The claim holds if both do, and fails if one does. It is not tested where plain errs on less "
-        "than 0.5 percent, and no gain is shown. One seed is always inconclusive."
+    rules=(
+        "C9 needs two tests: plain is above option A, and half the worst option's gap to plain is above the spread among "
+        "options. The second is Student's, paired by seed, and fails if half the gap is certainly the smaller. C9 holds if "
+        f"both do, and fails if one does. {NO_GAIN_LEFT}"
     ),
 )
 

@@ -214,8 +214,8 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
-    rules="C21 says that there is no such difference. So it is the other way about: it holds if an advantage of 0.5 points or "
-    "more is excluded, where networks of two-layer blocks have one, and fails if there is certainly one.",
+    rules="C21 says that there is no such difference. So it holds if an advantage of the margin or more is excluded, where "
+    "networks of two-layer blocks have one, and fails if there is certainly one.",
 )
 
 if __name__ == "__main__":
