@@ -107,13 +107,9 @@ class Comparison:
             return "holds"
         return "fails" if self.lower > self.margin or self.upper < -self.margin else "inconclusive"
 
-    def gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> Word:
-        """Whether something errs less than what it is to improve on, whose error is the `higher`: `verdict`, but "not tested"
-        where there is nothing to gain, and none is shown (`nothing_to_gain`)."""
-        return "not tested" if self.nothing_to_gain(before, after) else self.verdict
-
-    def nothing_to_gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> str:
-        """Why a gain that is not shown is not refuted either; nothing if it is shown or could be.
+    def gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> tuple[Word, str]:
+        """Whether something errs less than what it is to improve on, whose error is the `higher`: the word of `verdict`, and no
+        reason. Where no gain is shown, and none is to be had, the word is "not tested", and the reason says why.
 
         `higher` may be below `margin`, where no gain can reach that. `before` and `after`: training errors of a network and of
         a deeper one, one a seed. Where the one fits every training image, and the other all but `MARGIN` percent, depth, which
@@ -121,16 +117,17 @@ class Comparison:
         110, for overfitting (§4.2). A deeper network that does not fit them has degraded.
         """
         if self.verdict == "holds":
-            return ""
-        worse = ", though the deeper certainly errs more" if self.reversed else ""
+            return "holds", ""
         if len(before) > 0 and not any(before) and len(after) > 0 and _mean(after) < MARGIN:
-            return (
+            worse = ", though the deeper certainly errs more" if self.reversed else ""
+            return "not tested", (
                 "the shallower network fits every training image, and the deeper nearly all, so that a gain cannot be refuted "
                 f"here{worse}"
             )
         if self.seeds > 1 and self.higher < self.margin and not self.reversed:
-            return f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
-        return ""
+            left = f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
+            return "not tested", left
+        return self.verdict, ""
 
     def __str__(self) -> str:
         return self.said()

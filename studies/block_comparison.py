@@ -157,7 +157,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     if len(options.against) > 1:
         statement = statement.replace("another", "each of several others")
     claim = dataclasses.replace(ERRS_LESS, statement=statement)
-    word = rp.all_of(found.gain() for found in lower.values())
+    word = rp.all_of(found.gain()[0] for found in lower.values())
     verdict = rp.Verdict(claim, word, f"test error at {deep} layers: {errors}", "; ".join(evidence))
     trained = [results.values("train_error", block=block, depth=deep) for block in _blocks(options)]
     return [rp.if_learned(verdict, *trained, opposite=any(found.reversed for found in lower.values()))]
@@ -167,9 +167,10 @@ def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator
     """What is told of the block beside another, on whose test error at the deepest it errs less or not."""
     ours, (*shallower, deep) = results.options.block, sorted(results.options.depths)
     yield f"test error, {other} less {ours}: {lower}"
-    if reason := lower.nothing_to_gain():
+    word, reason = lower.gain()
+    if reason:
         yield reason
-    elif lower.verdict == "fails":  # p is that of an advantage, and says neither
+    elif word == "fails":  # p is that of an advantage, and says neither
         excluded = f"that {ours} errs by 0.5 points less than {other} is excluded"
         yield f"{ours} certainly errs more than {other}" if lower.reversed else excluded
     yield f"training error, {other} less {ours}: {_compare(results, 'train_error', other, deep)}"

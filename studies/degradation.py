@@ -115,10 +115,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         for depth in every[1:]
         if depth in (DRAWN, deep)
     }
-    fits = {depth: (unfitted(shallow), unfitted(depth)) for depth in falls}
-    gains = [fall.gain(*fits[depth]) for depth, fall in falls.items()]
-    evidence = [fall.nothing_to_gain(*fits[depth]) for depth, fall in falls.items()]
-    evidence = list(dict.fromkeys(filter(None, evidence)))
+    words, reasons = zip(*(fall.gain(unfitted(shallow), unfitted(depth)) for depth, fall in falls.items()), strict=True)
+    evidence = list(dict.fromkeys(filter(None, reasons)))
     evidence += [f"test error, ResNet-{shallow} against ResNet-{depth}: {fall}" for depth, fall in falls.items()]
     if study.beside_paper(results.options) and (printed := [depth for depth in every if depth in PAPER_TEST_ERROR]):
         errors = {depth: results.values("test_error", kind="residual", depth=depth) for depth in printed}
@@ -133,7 +131,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     )
     residual = rp.Verdict(
         RESIDUAL_GAINS,
-        rp.all_of(gains),
+        rp.all_of(words),
         f"test error of residual networks {path('residual', 'test_error')} at {depths} layers",
         ". ".join(evidence),
     )

@@ -130,10 +130,10 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         if len(rows := _whole(results, over))
     ]
     trained = [errors.tolist() for _, errors in results.table.groupby("depth")["train_error"]]
-    reason = gain.nothing_to_gain()
+    word, reason = gain.gain()
     verdict = rp.Verdict(
         ENSEMBLE_GAINS,
-        gain.gain(),
+        word,
         f"test error of ensembles of {over_depths['members'].iloc[0]} depths "
         f"{rp.mean_std(over_depths['test_error'].tolist())} %, of their members on average "
         f"{rp.mean_std(over_depths['mean_of_members'].tolist())} %",

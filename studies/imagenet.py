@@ -235,16 +235,14 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
         for part, column in (("training", "train_error"), ("validation", None)):
             errors = {depth: _errors(results, kind, depth, column) for depth in (shallow, deep)}
             comparison = rp.compare(errors[higher], errors[lower])
-            word = comparison.verdict if kind == "plain" else comparison.gain(*unfitted)
+            word, reason = (comparison.verdict, "") if kind == "plain" else comparison.gain(*unfitted)
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
             name = "plain" if kind == "plain" else "ResNet"
             said = f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}"
             # Of plain networks alone, or residual ones alone: the one kind may have learned, and the other not.
             found = rp.if_learned(rp.Verdict(PLAIN_DEGRADE, word, "", said), *trained, opposite=comparison.reversed)
             parts.append(found.verdict)
-            evidence.append(found.evidence)
-            if kind == "residual" and (reason := comparison.nothing_to_gain(*unfitted)):
-                evidence.append(reason)
+            evidence += filter(None, [found.evidence, reason])
     return rp.Verdict(
         PLAIN_DEGRADE,
         rp.all_of(parts),
@@ -265,9 +263,8 @@ def _judge_gain(results: rp.Results) -> rp.Verdict:
     parts, evidence = [], []
     for shallow, deep in itertools.pairwise(depths):
         comparison = rp.compare(errors[shallow], errors[deep], margin=SMALLEST_STEP)
-        fits = unfitted.get(shallow, []), unfitted.get(deep, [])
-        parts.append(comparison.gain(*fits))
-        reason = comparison.nothing_to_gain(*fits)
+        word, reason = comparison.gain(unfitted.get(shallow, []), unfitted.get(deep, []))
+        parts.append(word)
         evidence.append(f"ResNet-{shallow} above ResNet-{deep}: {comparison}" + (f" ({reason})" if reason else ""))
     if missing := [str(depth) for depth in (34, *DEPTHS[3]) if depth not in depths]:
         parts.append("inconclusive")

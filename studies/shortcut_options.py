@@ -105,8 +105,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
     better = rp.compare(errors["plain"], errors["A"])
     small = _compare_spread(errors)
-    reason = better.nothing_to_gain()
-    word = "not tested" if reason else rp.all_of([better.verdict, small.verdict])
+    word, reason = better.gain()
+    word = word if reason else rp.all_of([word, small.verdict])
     evidence = [reason] if reason else []
     evidence += [f"plain-{deep} against option A: {better}", f"half the gap to plain less the spread: {small}"]
     for depth in sorted(results.options.depths):
