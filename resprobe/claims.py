@@ -247,6 +247,11 @@ def all_of(words: Iterable[Word]) -> Word:
     return "holds" if parts == {"holds"} else "inconclusive" if parts - {"not tested"} else "not tested"
 
 
+def one_depth(*claims: Claim) -> list[Verdict]:
+    """Verdicts on claims that compare depths, where there is but one."""
+    return [Verdict(claim, "not tested", "one depth only", "two depths are needed to compare") for claim in claims]
+
+
 def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fails", opposite: bool = False) -> Verdict:
     """The verdict, but "inconclusive" where it is `absent`, the word that says that there is no difference, and none of the
     networks has learned: such networks do not differ in anything.

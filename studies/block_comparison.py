@@ -42,6 +42,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import resprobe as rp
 from resprobe.claims import NO_GAIN_LEFT
+from resprobe.tables import error_columns, network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -260,10 +261,9 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     return pandas.DataFrame(
         {
-            "network": f"ResNet-{depth}, {block}{_filters(results, block, depth)}",
+            "network": f"{network_name('residual', depth)}, {block}{_filters(results, block, depth)}",
             **{title: f"{_cost(results, column, block, depth):,}" for column, title in COSTS.items()},
-            "training error (%)": _error(results, "train_error", block, depth),
-            "test error (%)": _error(results, "test_error", block, depth),
+            **error_columns(results, block=block, depth=depth),
             "seeds": len(results.values("seed", block=block, depth=depth)),
         }
         for depth in sorted(results.options.depths)

@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import resprobe as rp
-from resprobe.claims import LEVEL
+from resprobe.claims import LEVEL, one_depth
+from resprobe.tables import error_columns
 
 if TYPE_CHECKING:
     import pandas
@@ -307,7 +308,7 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
     options = results.options
     shallow, deep = min(options.depths), max(options.depths)
     if shallow == deep:
-        return rp.Verdict(PLAIN_BOTTLENECKS_DEGRADE, "not tested", "one depth only", "two depths are needed to compare")
+        return one_depth(PLAIN_BOTTLENECKS_DEGRADE)[0]
 
     def rise(kind: str, column: str) -> rp.Comparison:
         return rp.compare(
@@ -408,19 +409,13 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         }
         if depth and role != "projection":
             labels = _pair(options, depth)[role == "bottleneck"]
-            row |= _errors(results, kind="residual", **labels) | {
-                "paper, ImageNet (%)": PAPER.get(labels["block"], "–")
-            }
+            row |= error_columns(results, kind="residual", **labels)
+            row["paper, ImageNet (%)"] = PAPER.get(labels["block"], "–")
         rows.append(row)
     for depth in sorted(options.depths):
-        errors = _errors(results, kind="plain", block=options.block, depth=depth)
-        rows.append({"what": f"{options.block}-{depth}, plain", "paper, ImageNet (%)": "not printed"} | errors)
+        own = error_columns(results, kind="plain", block=options.block, depth=depth)
+        rows.append({"what": f"{options.block}-{depth}, plain", "paper, ImageNet (%)": "not printed"} | own)
     return pandas.DataFrame(rows).fillna("–")
-
-
-def _errors(results: rp.Results, **labels: str | int) -> dict[str, str]:
-    columns = {"training error (%)": "train_error", "test error (%)": "test_error"}
-    return {title: rp.mean_std(results.values(column, **labels)) for title, column in columns.items()}
 
 
 _QUICK = Options(preset="quick", data="digits", depths=(20, 56), seeds=(0, 1, 2), iterations=400)

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import one_depth
 
 if TYPE_CHECKING:
     import pandas
@@ -155,7 +156,7 @@ def _judge_depth(results: rp.Results) -> rp.Verdict:
     depths = sorted(results.options.depths)
     shallow, deep = depths[0], depths[-1]
     if shallow == deep:
-        return rp.Verdict(SMALLER_WITH_DEPTH, "not tested", "one depth only", "two depths are needed to compare")
+        return one_depth(SMALLER_WITH_DEPTH)[0]
 
     def fall(reading: str, column: str = "branch_share") -> rp.Comparison:
         return _compare(_shares(results, shallow, reading, column), _shares(results, deep, reading, column))

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 import resprobe as rp
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -241,7 +242,7 @@ def _judge_table_1(results: rp.Results) -> rp.Verdict:
     ours = {name: _printed(results, name) for name in PAPER_MACS}
     off = [name for name, macs in ours.items() if abs(macs - PAPER_MACS[name]) > TOLERANCE]
     cheaper = ours["imagenet/resnet-152"] < ours["imagenet/vgg-16"]
-    figures = ", ".join(f"{name.partition('/')[2]} {macs / 1e9:.2f}" for name, macs in ours.items())
+    figures = ", ".join(f"{rp.networks.resolve(name).label} {macs / 1e9:.2f}" for name, macs in ours.items())
     return rp.Verdict(
         DEEP_IS_CHEAP,
         "holds" if cheaper and not off else "fails",
@@ -362,7 +363,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     rows = []
     for row in results.measurements.itertuples():
-        family, _, short = row.network.partition("/")
+        family = row.network.partition("/")[0]
         paper_macs = paper_parameters = ""
         if row.network in PAPER_MACS and (row.kind == "VGG" or row.shortcut == _table_1_option(row.depth)):
             paper_macs = f"{PAPER_MACS[row.network] / 1e9:.1f} × 10⁹"
@@ -372,7 +373,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         shortcut = [row.shortcut] if isinstance(row.shortcut, str) else []
         rows.append(
             {
-                "network": ", ".join([f"{short} ({family})", *own, *shortcut]),
+                "network": ", ".join([f"{network_name(row.kind, row.depth)} ({family})", *own, *shortcut]),
                 "parameters": f"{row.parameters:,}",
                 "paper's parameters": paper_parameters,
                 "multiply-adds": f"{row.macs:,}",

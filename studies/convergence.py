@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
 
 KINDS = ("plain", "residual")
-LABELS = {"plain": "plain-{}", "residual": "ResNet-{}"}
 PAPER_18 = {"plain": "27.94", "residual": "27.88"}
 """Top-1 validation error on ImageNet, Table 2."""
 COLUMNS = {"train_error": "training", "test_error": "test"}
@@ -180,7 +180,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
             "marker": marker,
             "capsize": 3,
             "lw": 2,
-            "label": LABELS[kind].format(options.depth),
+            "label": network_name(kind, options.depth),
         }
         taken.errorbar(places, mean, yerr=spread, **style)
         missed = of[~of["reached"]]
@@ -218,7 +218,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     return pandas.DataFrame(
         {
-            "network": LABELS[kind].format(results.options.depth),
+            "network": network_name(kind, results.options.depth),
             "error (%)": f"{level:g}",
             "iterations, training error": _taken(results, kind, "training", level),
             "iterations, test error": _taken(results, kind, "test", level),

@@ -25,17 +25,20 @@ Measured (2026-11-21 and -22, two cores of an AMD EPYC, torch 2.15.0, bf16; reco
 
 from __future__ import annotations
 
+import itertools
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import resprobe as rp
-from resprobe.claims import NO_GAIN_FROM_DEPTH
+from resprobe.claims import NO_GAIN_FROM_DEPTH, one_depth
+from resprobe.tables import effort_columns, error_columns, network_name, size_column
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas
 
+KINDS = ("plain", "residual")
 PAPER_TEST_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.61}
 """Residual networks on CIFAR-10, Table 6. Of 110 layers the mean of five runs; the best of them is the 6.43 of the text."""
 OTHERS = {
@@ -84,11 +87,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     every = sorted(results.options.depths)
     shallow, deep = every[0], every[-1]
     if shallow == deep:
-        reason = "two depths are needed to compare"
-        return [
-            rp.Verdict(claim, "not tested", "one depth only", reason)
-            for claim in (DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS)
-        ]
+        return one_depth(DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS)
 
     def path(kind: str, column: str) -> str:
         means = (rp.mean_std(results.values(column, kind=kind, depth=depth)) for depth in every)
@@ -206,25 +205,23 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     rows = []
     on_cifar10 = results.options.data_name == "cifar10"
-    for (kind, depth), group in results.table.groupby(["kind", "depth"], sort=False):
+    for kind, depth in itertools.product(KINDS, sorted(results.options.depths)):
+        own = {"kind": kind, "depth": depth}
         of_the_paper = kind == "residual" and not study.built_of(results.options)
         paper = PAPER_TEST_ERROR.get(depth) if of_the_paper else None
-        away = study.from_paper(results.options, group["test_error"].tolist(), paper) if paper else ""
+        away = study.from_paper(results.options, results.values("test_error", **own), paper) if paper else ""
         note = away or ("" if on_cifar10 else " (CIFAR-10)")
+        beside = f"{paper:.2f}{note}" if paper else "not printed" if kind == "plain" else "–"
         rows.append(
             {
-                "network": f"{kind}-{depth}",
-                "parameters": f"{group['parameters'].iloc[0]:,.0f}",
-                "training error (%)": rp.mean_std(group["train_error"].tolist()),
-                "test error (%)": rp.mean_std(group["test_error"].tolist()),
-                "paper's test error (%)": f"{paper:.2f}{note}" if paper else "not printed" if kind == "plain" else "–",
-                "seeds": len(group),
-                "s a run": f"{group['seconds'].mean():,.0f}",
+                "network": network_name(kind, depth),
+                **size_column(results, **own),
+                **error_columns(results, **own),
+                "paper's test error (%)": beside,
+                **effort_columns(results, **own),
             }
         )
-    table = pandas.DataFrame(rows).sort_values(
-        "network", key=lambda names: names.str.startswith("residual"), kind="stable"
-    )
+    table = pandas.DataFrame(rows)
     quoted = [
         dict.fromkeys(table, "–")
         | {"network": f"{name} (quoted)", "parameters": size, "paper's test error (%)": f"{error:.2f}"}

@@ -28,7 +28,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -654,7 +653,7 @@ def _label_place(
 
 
 def _short(name: str) -> str:
-    return re.sub(r"^\w+/", "", name)
+    return rp.networks.resolve(name).label
 
 
 def _classes(table: pandas.DataFrame) -> list[str]:

@@ -27,7 +27,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 import resprobe as rp
-from resprobe.claims import NO_GAIN_LEFT
+from resprobe.claims import NO_GAIN_LEFT, one_depth
 
 if TYPE_CHECKING:
     import pandas
@@ -118,8 +118,7 @@ def _whole(results: rp.Results, over: str) -> pandas.DataFrame:
 
 def judge(results: rp.Results) -> list[rp.Verdict]:
     if len(results.options.depths) < 2:
-        reason = "two depths are needed for an ensemble of networks of different depth"
-        return [rp.Verdict(ENSEMBLE_GAINS, "not tested", "one depth only", reason)]
+        return one_depth(ENSEMBLE_GAINS)
     over_depths = _whole(results, "depths")
     gain = rp.compare(over_depths["mean_of_members"].tolist(), over_depths["test_error"].tolist())
     best = rp.compare(over_depths["best_member"].tolist(), over_depths["test_error"].tolist())

@@ -28,6 +28,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import one_depth
+from resprobe.tables import effort_columns, error_columns, size_column
 
 if TYPE_CHECKING:
     import pandas
@@ -88,8 +90,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     measured = f"training error {rp.mean_std(training[deep])} % at {deep} layers"
     verdicts = [rp.Verdict(TRAINS, word, measured, evidence)]
     if shallow == deep:
-        reason = "two depths are needed to compare"
-        return [*verdicts, rp.Verdict(OVERFITS, "not tested", "one depth only", reason)]
+        return [*verdicts, *one_depth(OVERFITS)]
     worse = rp.compare(tested[deep], tested[shallow])
     harder = rp.compare(training[deep], training[shallow])
     word, why = worse.verdict, ""
@@ -135,22 +136,20 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     """One row a network, in the manner of Table 6."""
     import pandas
 
-    def beside(depth: int, errors: list[float]) -> str:
-        paper = PAPER_TEST_ERROR.get(depth)
-        return f"{paper:.2f}{study.from_paper(results.options, errors, paper)}" if paper else "–"
+    def beside(depth: int) -> str:
+        paper, ours = PAPER_TEST_ERROR.get(depth), results.values("test_error", depth=depth)
+        return f"{paper:.2f}{study.from_paper(results.options, ours, paper)}" if paper else "–"
 
     return pandas.DataFrame(
         {
             "network": f"ResNet-{depth}",
-            "parameters": f"{group['parameters'].iloc[0]:,.0f}",
-            "training error (%)": rp.mean_std(group["train_error"].tolist()),
-            "test error (%)": rp.mean_std(group["test_error"].tolist()),
-            "paper, CIFAR-10 (%)": beside(depth, group["test_error"].tolist()),
+            **size_column(results, depth=depth),
+            **error_columns(results, depth=depth),
+            "paper, CIFAR-10 (%)": beside(depth),
             "others, CIFAR-10 (%)": OTHERS_TEST_ERROR.get(depth, "–"),
-            "seeds": len(group),
-            "s a run": f"{group['seconds'].mean():,.0f}",
+            **effort_columns(results, depth=depth),
         }
-        for depth, group in results.table.groupby("depth")
+        for depth in sorted(results.options.depths)
     )
 
 

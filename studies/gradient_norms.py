@@ -42,6 +42,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import one_depth
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -224,8 +226,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     table, options = ratios(results), results.options
     depths, trained = sorted({*options.depths, options.depth}), sorted(options.depths)
     if len(depths) == 1:
-        reason = "two depths are needed to compare"
-        return [rp.Verdict(claim, "not tested", "one depth only", reason) for claim in (DO_NOT_VANISH, DO_NOT_EXPLODE)]
+        return one_depth(DO_NOT_VANISH, DO_NOT_EXPLODE)
 
     def readings(moment: str, depth: int, condition: tuple[str, str]) -> pandas.DataFrame:
         return _rows(table, moment=moment, **_labels("plain", depth, condition))
@@ -352,7 +353,7 @@ def _problem_one(results: rp.Results, kind: str) -> rp.Drawing:
     for axis in panels:
         _decades_axis(axis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    name = f"{kind}-{deep}" if kind == "plain" else f"ResNet-{deep}"
+    name = network_name(kind, deep)
     on = results.options.data_name
     return rp.Drawing(
         figure,
@@ -380,10 +381,10 @@ def _problem_two(results: rp.Results) -> rp.Drawing:
             _rows(frame, **labels).pivot(index="iteration", columns="seed", values=value)
             for frame, value in ((training, "decades"), (results.histories, "train_error"))
         )
-        name = f"plain-{depth}" if kind == "plain" else f"ResNet-{depth}"
+        name = network_name(kind, depth)
         style = {"color": palette[depth], "ls": (0, (4, 2)) if kind == "plain" else "-"}
         if condition == CONTROL:
-            name, style = f"plain-{depth}, {CONDITIONS[CONTROL]}", {"color": "0.25", "ls": ":"}
+            name, style = f"{name}, {CONDITIONS[CONTROL]}", {"color": "0.25", "ls": ":"}
         # A mean with a bound in it is a bound: a line through it would show a gradient that comes back.
         bound = _rows(training, **labels).groupby("iteration")["at_most"].any()
         decades = decades.set_axis(decades.index + 1)
@@ -453,7 +454,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         errors = results.values("train_error", **labels)
         rows.append(
             {
-                "network": f"{kind}-{depth}",
+                "network": network_name(kind, depth),
                 "condition": CONDITIONS[tuple(condition)],
                 "smallest forward std": f"{start['forward_std'].min():.2g}",
                 "‖∇W‖, first; last layer": f"{norms.first().mean():.2g}; {norms.last().mean():.2g}",

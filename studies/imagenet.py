@@ -39,6 +39,7 @@ import tyro
 
 import resprobe as rp
 from resprobe.claims import NO_GAIN_FROM_DEPTH
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -237,8 +238,8 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
             comparison = rp.compare(errors[higher], errors[lower])
             word, reason = (comparison.verdict, "") if kind == "plain" else comparison.gain(*unfitted)
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
-            name = "plain" if kind == "plain" else "ResNet"
-            said = f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}"
+            above, below = network_name(kind, higher), network_name(kind, lower)
+            said = f"{part} error, {above} above {below}: {comparison}"
             # Of plain networks alone, or residual ones alone: the one kind may have learned, and the other not.
             found = rp.if_learned(rp.Verdict(PLAIN_DEGRADE, word, "", said), *trained, opposite=comparison.reversed)
             parts.append(found.verdict)
@@ -375,7 +376,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
 
 def _name(kind: str, shortcut: str, depth: int) -> str:
-    return f"ResNet-{depth} {shortcut}" if kind == "residual" else f"{kind}-{depth}"
+    return network_name(kind, depth) + (f" {shortcut}" if kind == "residual" else "")
 
 
 def _in_words(results: rp.Results) -> str:

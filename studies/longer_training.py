@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.claims import one_depth
+from resprobe.tables import effort_columns, error_columns
 
 if TYPE_CHECKING:
     import pandas
@@ -76,8 +78,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     times = results.options.times
     shallow, deep = min(results.options.depths), max(results.options.depths)
     if shallow == deep:
-        reason = "two depths are needed to compare"
-        return [rp.Verdict(LONGER_DOES_NOT_CURE, "not tested", "one depth only", reason)]
+        return one_depth(LONGER_DOES_NOT_CURE)
 
     def errors(depth: int, times: int, column: str = "train_error") -> list[float]:
         return results.values(column, depth=depth, times=times)
@@ -141,11 +142,9 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
             "network": f"plain-{depth}",
             "trained": f"{times}×",
             "iterations": f"{group['iterations'].iloc[0]:,.0f}",
-            "training error (%)": rp.mean_std(group["train_error"].tolist()),
-            "test error (%)": rp.mean_std(group["test_error"].tolist()),
+            **error_columns(results, depth=depth, times=times),
             "paper": "not printed",
-            "seeds": len(group),
-            "s a run": f"{group['seconds'].mean():,.0f}",
+            **effort_columns(results, depth=depth, times=times),
         }
         for (depth, times), group in results.table.groupby(["depth", "times"])
     )

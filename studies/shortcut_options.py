@@ -31,6 +31,7 @@ import tyro
 
 import resprobe as rp
 from resprobe.claims import NO_GAIN_LEFT
+from resprobe.tables import effort_columns, error_columns, network_name, size_column
 
 if TYPE_CHECKING:
     import pandas
@@ -178,21 +179,19 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     macs = results.measurements.set_index(["shortcut", "depth"])["macs"]
     rows = []
-    for depth in sorted(results.options.depths):
-        for shortcut in ("plain", *results.options.shortcuts):
-            group = results.table.query("shortcut == @shortcut and depth == @depth")
-            rows.append(
-                {
-                    "network": f"plain-{depth}" if shortcut == "plain" else f"ResNet-{depth}, {shortcut}",
-                    "parameters": f"{group['parameters'].iloc[0]:,.0f}",
-                    "multiply-adds": f"{macs[shortcut, depth]:,}",
-                    "training error (%)": rp.mean_std(group["train_error"].tolist()),
-                    "test error (%)": rp.mean_std(group["test_error"].tolist()),
-                    "paper, 34 layers on ImageNet (%)": PAPER_ERROR.get(shortcut, "–"),
-                    "seeds": len(group),
-                    "s a run, as it was trained": f"{group['seconds'].mean():,.0f}",
-                }
-            )
+    for depth, shortcut in itertools.product(sorted(results.options.depths), ("plain", *results.options.shortcuts)):
+        own = {"shortcut": shortcut, "depth": depth}
+        plain = shortcut == "plain"
+        rows.append(
+            {
+                "network": network_name("plain", depth) if plain else f"{network_name('residual', depth)}, {shortcut}",
+                **size_column(results, **own),
+                "multiply-adds": f"{macs[shortcut, depth]:,}",
+                **error_columns(results, **own),
+                "paper, 34 layers on ImageNet (%)": PAPER_ERROR.get(shortcut, "–"),
+                **effort_columns(results, **own),
+            }
+        )
     return pandas.DataFrame(rows)
 
 

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.tables import effort_columns, error_columns, network_name, size_column
 
 if TYPE_CHECKING:
     import pandas
@@ -116,8 +117,8 @@ def _advantage(results: rp.Results, block: str, depth: int, column: str = "test_
     return rp.compare(*(results.values(column, block=block, kind=kind, depth=depth) for kind in KINDS))
 
 
-def _error(results: rp.Results, block: str, kind: str, depth: int, column: str = "test_error") -> str:
-    return rp.mean_std(results.values(column, block=block, kind=kind, depth=depth))
+def _error(results: rp.Results, block: str, kind: str, depth: int) -> str:
+    return rp.mean_std(results.values("test_error", block=block, kind=kind, depth=depth))
 
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
@@ -182,21 +183,18 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     """One row a network; the paper prints no number to put beside them."""
     import pandas
 
-    rows = []
-    for (block, depth, kind), group in results.table.groupby(["block", "depth", "kind"], sort=False):
-        rows.append(
-            {
-                "block": BLOCKS[block],
-                "network": f"{kind}-{depth}",
-                "parameters": f"{group['parameters'].iloc[0]:,.0f}",
-                "training error (%)": _error(results, block, kind, depth, "train_error"),
-                "test error (%)": _error(results, block, kind, depth),
-                "paper": "not printed",
-                "seeds": len(group),
-                "s a run": f"{group['seconds'].mean():,.0f}",
-            }
-        )
-    return pandas.DataFrame(rows)
+    networks = results.table[["block", "depth", "kind"]].drop_duplicates().to_dict("records")
+    return pandas.DataFrame(
+        {
+            "block": BLOCKS[own["block"]],
+            "network": network_name(own["kind"], own["depth"]),
+            **size_column(results, **own),
+            **error_columns(results, **own),
+            "paper": "not printed",
+            **effort_columns(results, **own),
+        }
+        for own in networks
+    )
 
 
 _QUICK = Options(preset="quick", data="digits", depths=(20, 56), seeds=(0, 1, 2), iterations=400)

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.tables import error_columns
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -226,8 +227,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
             "iterations to 90 %": _in_words(_seeds(results, start, "below_90")),
             f"to {STARTED:g} % for good": _in_words(_seeds(results, start, "for_good")),
             "iterations to 80 %": _in_words(_seeds(results, start, "below_80")),
-            "training error (%)": rp.mean_std(results.values("train_error", start=start)),
-            "test error (%)": rp.mean_std(results.values("test_error", start=start)),
+            **error_columns(results, start=start),
             "paper (%)": PAPER[start] + away.get(start, ""),
         }
         for start in (WARM, COLD)
