@@ -338,16 +338,11 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     options, on = results.options, results.options.data_name
     table = results.table[results.table["block"] == options.block]
-    figure, panels = rp.figures.new_figure(2)
-    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.error_against_depth(axis, table, column)
-        axis.set_title(f"final {title} error")
-    panels[0].set_ylabel("error (%)")
     means = table.groupby(["kind", "depth"])["train_error"].mean()
     said = ", ".join(f"{kind} {depth} layers {error:.1f} %" for (kind, depth), error in means.items())
     drawings = {
         "figure": rp.Drawing(
-            figure,
+            rp.figures.errors_against_depth(table),
             f"Error after the last iteration against depth on {on}, networks of {options.block} blocks: mean ± std over "
             "seeds, a dot for each run.",
             f"Mean final training error: {said}.",

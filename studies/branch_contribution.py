@@ -234,11 +234,9 @@ def _draw_depths(axis, results: rp.Results) -> None:
         (CONDUCTANCE, "^", "--", 0.4),
         (UNTRAINED, "s", ":", 0.6),
     ):
-        seeds, colour = table[reading].groupby("depth"), (grey, grey, grey)
-        mean, spread = seeds.mean(), seeds.std().fillna(0.0)
-        axis.errorbar(
-            mean.index, mean, yerr=spread, color=colour, marker=marker, ls=line, capsize=3, lw=2, label=reading
-        )
+        shares, colour = table[reading], (grey, grey, grey)
+        depths = shares.index.get_level_values("depth")
+        mean = rp.figures.mean_and_bars(axis, shares, depths, color=colour, marker=marker, ls=line, label=reading)
         ends.append((float(mean.iloc[-1]), reading, colour))
     axis.set_xticks(sorted(results.options.depths))
     axis.set_xlabel("depth (weighted layers)")

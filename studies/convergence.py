@@ -171,21 +171,13 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     palette = rp.figures.colours(KINDS)
     levels = _levels(results)
     for kind, marker, aside in zip(KINDS, ("o", "s"), (-0.06, 0.06), strict=True):
-        of = training[training["kind"] == kind]
-        seeds = of.groupby("error")["iterations"]
-        mean, spread = seeds.mean()[levels], seeds.std().fillna(0.0)[levels]
-        places = [place + aside for place in range(len(levels))]
-        style = {
-            "color": palette[kind],
-            "marker": marker,
-            "capsize": 3,
-            "lw": 2,
-            "label": network_name(kind, options.depth),
-        }
-        taken.errorbar(places, mean, yerr=spread, **style)
-        missed = of[~of["reached"]]
-        at = [levels.index(level) + aside for level in missed["error"]]
-        taken.plot(at, missed["iterations"], ls="", marker="^", ms=9, mfc="none", color=palette[kind])
+        rows = training[training["kind"] == kind]
+        places = rows["error"].map(levels.index) + aside
+        label = network_name(kind, options.depth)
+        rp.figures.mean_and_bars(taken, rows["iterations"], places, color=palette[kind], marker=marker, label=label)
+        missed = ~rows["reached"]
+        style = {"ls": "", "marker": "^", "ms": 9, "mfc": "none", "color": palette[kind]}
+        taken.plot(places[missed], rows["iterations"][missed], **style)
     taken.set_xticks(range(len(levels)), [f"{level:g}" for level in levels])
     taken.set_xlabel("training error reached (%)")
     taken.set_ylabel("iterations")

@@ -158,28 +158,18 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     top = rp.figures.error_limit(histories[~histories["depth"].isin(beyond)])
     at_the_edge = "; what ends beyond the axis, as Fig. 6's plain-110, is named at its edge" if beyond else ""
 
-    figure, panels = rp.figures.new_figure(2)
-    for axis, kind in zip(panels, ("plain", "residual"), strict=True):
-        rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
-        axis.set_title(f"{kind} networks")
-    panels[0].set_ylabel("error (%)")
-    rp.figures.line_key(panels[1])
+    parts = {f"{kind} networks": histories[histories["kind"] == kind] for kind in KINDS}
     drawings = {
         "figure": rp.Drawing(
-            figure,
+            rp.figures.curves_beside(parts, "depth", top=top, label="{} layers"),
             f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of each "
             f"depth; {over}. Dashed: training error; bold: test error{at_the_edge}.",
             "Error over iterations, one line a depth. " + _in_words(results.table),
         )
     }
 
-    figure, panels = rp.figures.new_figure(2)
-    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.error_against_depth(axis, results.table, column, top=top if beyond else None)
-        axis.set_title(f"final {title} error")
-    panels[0].set_ylabel("error (%)")
     drawings["figure-depth"] = rp.Drawing(
-        figure,
+        rp.figures.errors_against_depth(results.table, top=top if beyond else None),
         f"Error after the last iteration against depth on {on}: mean ± std over seeds, a dot for each run{at_the_edge}.",
         "Final error against depth for plain and residual networks. " + _in_words(results.table),
     )

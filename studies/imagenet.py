@@ -337,12 +337,9 @@ def _figure_4(results: rp.Results, on: str) -> rp.Drawing:
         histories["depth"].isin(options.depths) & histories["shortcut"].isin(["none", options.shortcuts[0]])
     ]
     top = rp.figures.error_limit(histories)
-    figure, panels = rp.figures.new_figure(2)
-    for axis, kind in zip(panels, ("plain", "residual"), strict=True):
-        rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
-        axis.set_title(f"{kind} networks")
-    panels[0].set_ylabel("top-1 error (%)")
-    rp.figures.line_key(panels[1], "validation error")
+    parts = {f"{kind} networks": histories[histories["kind"] == kind] for kind in ("plain", "residual")}
+    figure = rp.figures.curves_beside(parts, "depth", top=top, tested="validation error", label="{} layers")
+    figure.axes[0].set_ylabel("top-1 error (%)")
     over = results.over_seeds(band=True)
     return rp.Drawing(
         figure,

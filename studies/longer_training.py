@@ -111,21 +111,17 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     options, histories = results.options, results.histories
-    times = (1, options.times)
-    top = max(rp.figures.error_limit(trained) for _, trained in histories.groupby("times"))
-    figure, panels = rp.figures.new_figure(2)
-    for axis, factor in zip(panels, times, strict=True):
+    parts = {}
+    for factor in (1, options.times):
         trained = histories[histories["times"] == factor]
-        rp.figures.curves(axis, trained, "depth", top=top, label="{} layers")
-        axis.set_title(f"{factor}×: {trained['iteration'].max():,} iterations")
-    panels[0].set_ylabel("error (%)")
-    rp.figures.line_key(panels[1])
+        parts[f"{factor}×: {trained['iteration'].max():,} iterations"] = trained
+    top = max(rp.figures.error_limit(trained) for _, trained in histories.groupby("times"))
     means = results.table.groupby(["depth", "times"])["train_error"].mean()
     said = ", ".join(f"{depth} layers at {factor}× {error:.1f} %" for (depth, factor), error in means.items())
     over = results.over_seeds()
     return {
         "figure": rp.Drawing(
-            figure,
+            rp.figures.curves_beside(parts, "depth", top=top, label="{} layers"),
             f"Plain networks on {options.data_name}, trained as usual (left) and with the whole schedule "
             f"stretched {options.times} times (right); {over}. Dashed: training error; bold: test error.",
             f"Error over iterations, one line a depth. Mean final training error: {said}.",

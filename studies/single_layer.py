@@ -163,13 +163,10 @@ def _draw_claimed(results: rp.Results, depth: int) -> Figure:
     figure, (axis,) = rp.figures.new_figure(1, width=6.6)
     for kind, marker, shift in zip(KINDS, "os", (-0.12, 0.12), strict=True):
         rows = table[table["kind"] == kind]
-        seeds = rows.groupby("block")["test_error"]
-        mean, spread = seeds.mean()[blocks], seeds.std()[blocks].fillna(0.0)
-        places = [place + shift for place in range(len(blocks))]
-        style = {"ls": "", "marker": marker, "ms": 8, "capsize": 4, "lw": 2}
-        axis.errorbar(places, mean, yerr=spread, color=palette[kind], label=kind, **style)
-        dots = rows["block"].map(dict(zip(blocks, places, strict=True))) + 0.06
-        axis.plot(dots, rows["test_error"], ls="", marker=".", color="0.35")
+        places = rows["block"].map(blocks.index) + shift
+        style = {"ls": "", "marker": marker, "ms": 8, "capsize": 4, "color": palette[kind], "label": kind}
+        rp.figures.mean_and_bars(axis, rows["test_error"], places, **style)
+        axis.plot(places + 0.06, rows["test_error"], ls="", marker=".", color="0.35")
     axis.set_xticks(range(len(blocks)), [BLOCKS[block] for block in blocks])
     axis.set_xlim(-0.5, len(blocks) - 0.5)
     axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the key above the marks
