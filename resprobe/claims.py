@@ -12,7 +12,7 @@ from resprobe.errors import UsageError, not_accepted, short
 Word = Literal["holds", "fails", "inconclusive", "not tested"]
 VERDICTS = ("holds", "fails", "inconclusive", "not tested")
 LEVEL = 0.05
-"""Of the one-sided tests."""
+"""Level of the one-sided tests."""
 MARGIN = 0.5
 """Points of error below which a difference does not count as an effect. Fixed before any run."""
 LEARNED = 45.0
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def seeds(self) -> int:
-        """Of the side that has fewer."""
+        """Seeds of the side that has fewer."""
         return min(count for count in self.n if count is not None)
 
     @property
@@ -85,12 +85,12 @@ class Comparison:
 
     @property
     def reversed(self) -> bool:
-        """Whether the difference is certainly the other way round: that of `lower` is the higher."""
+        """Whether it is certain that `lower` has the higher mean."""
         return self.upper < 0
 
     @property
     def exceeds(self) -> Word:
-        """Whether `higher` is above by more than `margin`, where less would not be what the claim speaks of."""
+        """Whether `higher` is above by more than `margin`: for claims that speak of a size."""
         if self.seeds < 2:
             return "inconclusive"
         if self.lower > self.margin:
@@ -133,7 +133,8 @@ class Comparison:
         return self.said()
 
     def said(self, *, p: bool = True) -> str:
-        """In words. `p` is that of a difference above 0, and better left out where the claim is about another."""
+        """The comparison in words. `p`: whether to say the p-value, which is that of a difference above 0; another claim has
+        no use for it."""
         digits = self._decimals
         difference = f"difference {self.difference:+.{digits}f} {self.unit}"
         if self.seeds < 2:
@@ -152,7 +153,7 @@ class Comparison:
 
     @property
     def _decimals(self) -> int:
-        """Two for errors, as the paper prints them; elsewhere so many that the largest figure has three digits."""
+        """Decimals to print: two for errors, as in the paper; elsewhere as many as give the largest figure three digits."""
         largest = max(abs(each) for each in (self.difference, self.lower, self.upper) if math.isfinite(each))
         return 2 if self.unit == "points" or largest == 0 else max(0, 2 - math.floor(math.log10(largest)))
 
@@ -205,7 +206,7 @@ def compare(
 
 
 def _values(side: Sequence[float] | float) -> list[float] | float:
-    """A list of numbers, of an array or a column too, or one number."""
+    """A list of numbers, from any sequence, or one number."""
     try:
         values = [float(value) for value in side] if isinstance(side, Iterable) else float(side)
     except (TypeError, ValueError):
@@ -253,11 +254,11 @@ def one_depth(*claims: Claim) -> list[Verdict]:
 
 
 def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fails", opposite: bool = False) -> Verdict:
-    """The verdict, but "inconclusive" where it is `absent`, the word that says that there is no difference, and none of the
-    networks has learned: such networks do not differ in anything.
+    """The verdict, but "inconclusive" where no difference was seen and none of the networks has learned: such networks do not
+    differ in anything.
 
-    `training`: the training errors of each, one a seed. `opposite`: whether the word says that they certainly do differ, the
-    other way round, which it then goes on saying.
+    `training`: the training errors of each network, one a seed. `absent`: the word by which the verdict says that there is no
+    difference. `opposite`: whether there certainly is one, the other way round; the verdict then stays.
     """
     best = min(map(_mean, training))
     if verdict.verdict != absent or opposite or best <= LEARNED:
@@ -296,6 +297,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _std(values: Sequence[float]) -> float:
-    """Of a sample: with n − 1."""
+    """Standard deviation of a sample: with n − 1."""
     mean = _mean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -199,8 +199,8 @@ def errors_against_depth(table: pandas.DataFrame, *, top: float | None = None) -
 
 
 def error_against_cost(axis: Axes, table: pandas.DataFrame, column: str, *, by: str) -> None:
-    """The same over multiply-adds for one image, a column `macs`: where lines lie above each other, the lower errs less for as
-    much work."""
+    """Final error over multiply-adds for one image (column `macs`), drawn as by `error_against_depth`. Where one line lies below
+    another, it errs less for as much work."""
     table = table.assign(macs=table["macs"] / 1e6)
     _error_against(axis, "macs", table, column, by, None)
     axis.set_xlim(0, 1.08 * float(table["macs"].max()))  # the dots aside have room
@@ -351,8 +351,8 @@ def _twins() -> dict[str, str]:
 
 
 def _on_dark(colour: str) -> str:
-    """The palette's twin of a colour. Of others: greys turned round, so that they contrast as much with `DARK_PAGE` as they
-    do with white, and colours made lighter where they need it for that."""
+    """A colour for a dark page. One of the palette has its twin. Greys are turned round, so that they contrast as much with
+    `DARK_PAGE` as with white. Other colours are made lighter where they need it for that."""
     if colour in _twins():
         return _twins()[colour]
     linear, page = _linear(colour), _luminance(_linear(DARK_PAGE))

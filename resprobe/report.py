@@ -177,8 +177,8 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _departures(study: Study, results: Results, environment: dict[str, Any]) -> list[str]:
-    """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name, and what is so at one
-    depth alone that too."""
+    """What differs from the paper, a line each. A line that holds for one recipe alone begins with its name, and one that holds
+    at one depth alone also with the depth."""
     from resprobe.study import is_imagenet
 
     found = []
@@ -227,7 +227,7 @@ def _of_recipe(study: Study, recipe: Recipe, depth: int | None) -> list[str]:
 
 
 def _usual_width(network: NetworkSpec) -> object:
-    """That of the network's family; None where that is none of ours, or has no width."""
+    """The width that the network's family has by default; None for a family that is not ours, or has no width."""
     try:
         return resolve(network.name).get("width")
     except UsageError:  # it was built elsewhere
@@ -250,7 +250,7 @@ def _how_sure(results: Results) -> str:
 
 
 def _left_out(results: Results) -> str:
-    """What the figures do not have, since it diverged."""
+    """The trainings that diverged, and are in no figure."""
     seeds = "; ".join(f"{name}, seeds {' '.join(map(str, left))}" for name, left in results.left_out.items())
     return f"Left out are trainings that diverged ({seeds}): all figures are of those that did not." if seeds else ""
 

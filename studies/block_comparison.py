@@ -110,7 +110,7 @@ def plan(options: Options) -> list[rp.Planned]:
 
 
 def _matched_width(options: Options, block: str, name: str, usual: int) -> int:
-    """The width of the block's network that brings its cost nearest to that of the network of the usual width that is matched."""
+    """The width at which the block's network costs about as much as the network that is matched has at its usual width."""
     from plugins import flops
 
     def cost(block: str, width: int) -> int:
@@ -118,7 +118,7 @@ def _matched_width(options: Options, block: str, name: str, usual: int) -> int:
         return int(flops.of_named(name, (3, 32, 32), **chosen)[options.match])
 
     def nearest_to(width: float) -> Iterator[tuple[int, int]]:
-        """Widths, the nearest first, and costs; of some widths a block cannot be, with channels in groups say."""
+        """Widths and costs, the nearest width first. A block may not have every width, with channels in groups say."""
         for other in sorted(range(1, 4 * usual + 1), key=lambda other: abs(other - width)):
             with contextlib.suppress(rp.UsageError):
                 yield other, cost(block, other)
@@ -165,7 +165,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 
 def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator[str]:
-    """What is told of the block beside another, on whose test error at the deepest it errs less or not."""
+    """What is told of the block beside another. `lower` compares their test errors at the greatest depth."""
     ours, (*shallower, deep) = results.options.block, sorted(results.options.depths)
     yield f"test error, {other} less {ours}: {lower}"
     word, reason = lower.gain()
@@ -185,7 +185,7 @@ def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator
 
 
 def _filters(results: rp.Results, block: str, depth: int) -> str:
-    """How wide a network is, where that is not all networks' width."""
+    """How wide a network is, where widths differ."""
     if results.options.match == "depth":
         return ""
     (width,) = set(results.values("width", block=block, depth=depth))
@@ -204,7 +204,7 @@ def _left_out(results: rp.Results, other: str, depth: int) -> str:
 
 
 def _compare(results: rp.Results, column: str, other: str, depth: int) -> rp.Comparison:
-    """Is the error of a block that the one in question is set against the higher one?"""
+    """Whether the other block's error is above that of the block in question."""
     ours, theirs = (results.values(column, block=block, depth=depth) for block in (results.options.block, other))
     return rp.compare(theirs, ours)
 

@@ -45,13 +45,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WIDTH, PIXELS, IMAGES = 64, 56, 4
-"""Of the blocks that are measured: Fig. 5's, in the place they have in Table 1 (conv2_x); images at a time."""
+"""Width and pixels of the blocks that are measured, which are Fig. 5's at their place in Table 1 (conv2_x); images at a time."""
 NETWORK_PIXELS, NETWORK_IMAGES = 32, 8
 PASSES = 3
-"""Timed in each round, of which the fastest counts: other work on a machine can only slow a pass."""
+"""Passes timed in each round. The fastest counts: other work on a machine can only slow a pass."""
 DOUBLED = 1.5
-"""Times the weights, and the multiply-adds, from which on a block counts as doubled, as in the study of complexity; the
-paper's comes to 1.94 in both."""
+"""A block counts as doubled from this many times the weights and multiply-adds on, as in the study of complexity. The paper's
+block comes to 1.94 in both."""
 SLOWER = 10.0
 """Percent of time from which on a block counts as slower. Fixed before any run."""
 COSTS = {
@@ -204,7 +204,7 @@ class _Passes:
             return self.module(self.images)
 
     def forward(self) -> None:
-        """As at test time."""
+        """A pass as at test time."""
         import torch
 
         self.module.eval()
@@ -212,7 +212,7 @@ class _Passes:
             self()
 
     def step(self) -> None:
-        """As in training: forward and backward."""
+        """A forward and a backward pass, as in training."""
         import torch
 
         from resprobe.recompute import calling

@@ -48,8 +48,8 @@ PAPER_PARAMETERS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6, 
 THIN_AND_DEEP = {"FitNet-19": 2.5e6, "Highway-19": 2.3e6, "Highway-32": 1.25e6}
 """Parameters of other methods' networks, as Table 6 quotes them."""
 TOLERANCE = 0.1e9
-"""Of a printed figure: 3.858e9 is printed as 3.8e9, while the stride in the 3×3 convolution (4.09e9) would not pass.
-VGG-16's 15.3e9 leaves out the fully connected layers."""
+"""How far a count may be from a printed figure: 3.858e9 is printed as 3.8e9, while the stride in the 3×3 convolution
+(4.09e9) would not pass. VGG-16's 15.3e9 leaves out the fully connected layers."""
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 
 IDENTITY_IS_FREE = rp.Claim(
@@ -286,8 +286,8 @@ def _judge_projections(results: rp.Results) -> rp.Verdict:
 
 
 def _judge_table_6(options: Options) -> rp.Verdict:
-    """ResNet-110 of the block and shortcut asked for. The other methods' networks are not built here: their figures are the
-    paper's."""
+    """The verdict on ResNet-110, of the block and shortcut asked for. The other methods' networks are not built here: their
+    figures are the paper's."""
     chosen = {"block": options.block, "shortcut": options.shortcut}
     own = "".join(f", {value}" for name, value in chosen.items() if value != getattr(_QUICK, name))
     ours = {}

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 MEASURED_IMAGES = 256
 """Training images that the inserted normalizations take their statistics from."""
 ROUNDING = 1e-4
-"""Of the largest logit, in fp32: a hundred layers that each err by 1e-7 stay well below it."""
+"""Share of the largest logit that counts as rounding in fp32. A hundred layers that each err by 1e-7 stay well below it."""
 SCRATCH, TRAINED_ON, LAST_RATE = "scratch", "constructed", "constructed, last rate"
 """How a network's training began: from random weights, or from the constructed solution, by the whole recipe again or at
 the recipe's last learning rate throughout."""
@@ -168,7 +168,7 @@ def _at_last_rate(recipe: rp.Recipe) -> rp.Recipe:
 
 
 def _deepened(results: rp.Results) -> Iterator[tuple[dict, rp.Network, rp.Network]]:
-    """For each learned shallow network and deeper depth: labels, the network, and the constructed one."""
+    """Labels, the learned network and the constructed one, for each shallow network and deeper depth."""
     shallow = min(results.options.depths)
     images = rp.load_data(results.options.data).train.sample(MEASURED_IMAGES)
     images = images[:: max(1, len(images) // MEASURED_IMAGES)][:MEASURED_IMAGES]

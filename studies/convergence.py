@@ -125,7 +125,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 
 def _levels(results: rp.Results) -> list[float]:
-    """In the order in which a training passes them."""
+    """The levels of error, in the order in which a training passes them."""
     return sorted(results.options.errors, reverse=True)
 
 
@@ -135,7 +135,7 @@ def _rows(results: rp.Results, kind: str, curve: str, level: float) -> pandas.Da
 
 
 def _compare(results: rp.Results, curve: str, level: float) -> rp.Comparison | None:
-    """Does the plain network take longer? By less than a window does not count. None: neither gets there."""
+    """Whether the plain network takes longer, by a window or more. None: neither network gets there."""
     plain, residual = (_rows(results, kind, curve, level) for kind in KINDS)
     if not (plain["reached"].any() or residual["reached"].any()):
         return None

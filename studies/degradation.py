@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 KINDS = ("plain", "residual")
 PAPER_TEST_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.61}
-"""Residual networks on CIFAR-10, Table 6. Of 110 layers the mean of five runs; the best of them is the 6.43 of the text."""
+"""Residual networks on CIFAR-10, Table 6. At 110 layers: the mean of five runs; the best of them is the 6.43 of the text."""
 OTHERS = {
     "Maxout": ("–", 9.38),
     "NIN": ("–", 8.81),
@@ -49,8 +49,8 @@ OTHERS = {
     "Highway-19": ("2.3 M", 7.72),
     "Highway-32": ("1.25 M", 8.80),
 }
-"""Parameters and test errors of other methods' networks on CIFAR-10, as Table 6 quotes them. Of Highway-19 the mean of
-several runs; the best of them is 7.54."""
+"""Parameters and test errors of other methods' networks on CIFAR-10, as Table 6 quotes them. For Highway-19: the mean
+of several runs; the best of them is 7.54."""
 
 DRAWN = 56
 """Layers of the deepest plain network in Fig. 6, of which C1 speaks; the 110-layer one's error is told beside it."""
@@ -146,7 +146,7 @@ def _deep_plain(depths: Sequence[int]) -> int:
 
 
 def _beyond_fig_6(depths: Sequence[int]) -> list[int]:
-    """Those deeper than the plain networks that Fig. 6 shows, if at least two are not."""
+    """Depths beyond the plain networks that Fig. 6 shows, if at least two are not beyond them."""
     beyond = [depth for depth in depths if depth > DRAWN]
     return beyond if len(depths) - len(beyond) > 1 else []
 
@@ -164,14 +164,14 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
             rp.figures.curves_beside(parts, "depth", top=top, label="{} layers"),
             f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of each "
             f"depth; {over}. Dashed: training error; bold: test error{at_the_edge}.",
-            "Error over iterations, one line a depth. " + _in_words(results.table),
+            "Error over iterations, one line a depth. " + _final_errors_said(results.table),
         )
     }
 
     drawings["figure-depth"] = rp.Drawing(
         rp.figures.errors_against_depth(results.table, top=top if beyond else None),
         f"Error after the last iteration against depth on {on}: mean ± std over seeds, a dot for each run{at_the_edge}.",
-        "Final error against depth for plain and residual networks. " + _in_words(results.table),
+        "Final error against depth for plain and residual networks. " + _final_errors_said(results.table),
     )
 
     extremes = [min(options.depths), _deep_plain(options.depths)]
@@ -184,7 +184,8 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
         rp.figures.curves_apart(chosen, "depth", top=top, label="{} layers"),
         f"Plain networks of {extremes[0]} and {extremes[1]} layers on {on}, in the manner of Fig. 1: the deeper one is to be "
         f"worse on the training set (left) and so on the test set (right); {over}.",
-        f"Error over iterations of the plain networks of {extremes[0]} and {extremes[1]} layers. " + _in_words(ends),
+        f"Error over iterations of the plain networks of {extremes[0]} and {extremes[1]} layers. "
+        + _final_errors_said(ends),
     )
     return drawings
 
@@ -220,8 +221,8 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     return pandas.concat([table, pandas.DataFrame(quoted)], ignore_index=True) if on_cifar10 else table
 
 
-def _in_words(table: pandas.DataFrame) -> str:
-    """A figure's content for those who cannot see it."""
+def _final_errors_said(table: pandas.DataFrame) -> str:
+    """Final training errors, for those who cannot see a figure."""
     errors = table.groupby(["kind", "depth"])["train_error"].mean()
     said = [f"{kind} {depth} layers {error:.1f} %" for (kind, depth), error in errors.items()]
     return "Mean final training error: " + ", ".join(said) + "."

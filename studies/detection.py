@@ -215,7 +215,7 @@ def _read(name: str) -> DetectionData:
 
 
 def _pretraining(recipe: rp.Recipe) -> rp.Recipe:
-    """Of the small crops half the mini-batch and rate, which do as well in half the time; of ImageNet the paper's."""
+    """The paper's recipe for ImageNet. For the small crops half the mini-batch and rate, which do as well in half the time."""
     if recipe.name == rp.recipes.imagenet_paper().name:
         return recipe
     return replace(recipe, name=f"{recipe.name}, batch 64, rate 0.05", batch_size=64, learning_rate=0.05, pad=2)
@@ -231,7 +231,7 @@ def recipe_of(options: Options) -> DetectionRecipe:
 
 
 def shape_of(options: Options) -> dict[str, Any]:
-    """The detector's options: of the paper for real images, smaller for the shapes; sizes in proportion to `side`."""
+    """The detector's options: the paper's for real images, smaller ones for the shapes; sizes are in proportion to `side`."""
     side = options.side
     if options.detection == "shapes":
         anchors = tuple(size * side / SHAPES_SIDE for size in SHAPES_ANCHORS)
@@ -464,8 +464,8 @@ def _gain(results: rp.Results, claim: rp.Claim, column: str) -> rp.Verdict:
 
 
 def _beside_paper(results: rp.Results) -> dict[str, list[tuple[list[float], float]]]:
-    """By backbone, each figure of Table 7 or 8: ours over seeds, and the paper's. None of them where images, networks or
-    trainings are not the paper's own, but for what `departs` says of any."""
+    """Each figure of Table 7 or 8 by backbone: ours over seeds, and the paper's. Empty where images, networks or trainings are
+    not the paper's own, but for what `departs` says of any."""
     options, usual = results.options, study.presets["paper"]
     kind = options.detection.partition(":")[0]
     columns = MEASURED_AS.get((kind, options.detection.rpartition("@")[2]), ())
@@ -670,7 +670,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         columns = {"mAP": "mAP (%)", "mAP all-point": "all-point (%)", "COCO AP50": "COCO AP50", "COCO AP": "COCO AP"}
         row |= {text: rp.mean_std(group[column].tolist()) for column, text in columns.items()}
         row |= {f"AP {label}": rp.mean_std(group[f"AP {label}"].tolist(), 1) for label in _classes(group)}
-        # Of the steps at test time the passes depend on what is found.
+        # In the steps at test time the number of passes depends on what is found.
         row["10⁹ multiply-adds an image"] = f"{group['macs'].iloc[0] / 1e9:.2f}" if step == STEPS[0] else "–"
         row["kept for backward (MiB)"] = rp.mean_std(group["kept_mib"].tolist(), 1)
         row["ms an image"] = rp.mean_std((1000 * group["seconds"]).tolist(), 0)

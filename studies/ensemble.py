@@ -6,10 +6,10 @@ Claim C17 (Table 5), in a small form of ours.
     python -m studies.ensemble --preset paper --data cifar10     # the paper's recipe, for a GPU
 
 Table 5: six models of different depth, two of them of 152 layers, together reach 3.57 % top-5 error on the ImageNet test set,
-after 4.49 % of the best single model on the validation set
-(Table 4). These numbers are quoted only: the six models are not rebuilt. The small form takes residual networks of
-§4.2 in several depths and seeds and averages their softmax scores: over depths for each seed, which the verdict rests
-on, over seeds for each depth, and over all. What would refute it stands with the claim below.
+where the best single model has 4.49 % on the validation set (Table 4). These numbers are quoted only: the six models are not
+rebuilt. The small form takes residual networks of §4.2 in several depths and seeds and averages their softmax scores: over
+depths for each seed, which the verdict rests on, over seeds for each depth, and over all. What would refute it stands with
+the claim below.
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16; record in docs/measurements/):
 - quick, digits, n = 3: test error of ensembles of four depths 1.11 ± 0.28 %, of their members on average 1.81 ± 0.18 %
@@ -43,7 +43,7 @@ ENSEMBLE_GAINS = rp.Claim(
 OVER = {"depths": "over depths, one seed", "seeds": "over seeds, one depth", "all": "over depths and seeds"}
 """What an ensemble's members differ in."""
 MOST = 200
-"""Ensembles of one size, of networks that share a depth or a seed, beyond which no more are looked at. Of n there are 2ⁿ."""
+"""At most so many ensembles of one size are looked at, among networks that share a depth or a seed. n networks have 2ⁿ."""
 
 
 def plan(options: rp.Options) -> list[rp.Planned]:

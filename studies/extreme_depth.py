@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import pandas
 
 PAPER_TEST_ERROR = {110: 6.61, 1202: 7.93}
-"""Table 6, CIFAR-10. Of 110 layers the mean of five runs; the best of them is 6.43."""
+"""Table 6, CIFAR-10. At 110 layers: the mean of five runs; the best of them is 6.43."""
 OTHERS_TEST_ERROR = {110: "6.32, 6.73", 1202: "6.18, 7.3 at epoch 85"}
 """Published reproductions on CIFAR-10: akamaster's and, at 110 layers, gcr's, at 1202 fb.resnet.torch's (issue 20)."""
 TRAINED = 0.1
@@ -61,10 +61,11 @@ OVERFITS = rp.Claim(
 
 
 def plan(options: rp.Options) -> list[rp.Planned]:
-    of = {"block": options.block, "shortcut": options.shortcut}
+    chosen = {"block": options.block, "shortcut": options.shortcut}
     warmed = {depth: rp.recipes.with_warm_up for depth in options.depths if depth >= rp.recipes.WARM_UP_FROM}
     return [
-        rp.Planned({"depth": depth}, f"cifar/resnet-{depth}", of, recipe=warmed.get(depth)) for depth in options.depths
+        rp.Planned({"depth": depth}, f"cifar/resnet-{depth}", chosen, recipe=warmed.get(depth))
+        for depth in options.depths
     ]
 
 

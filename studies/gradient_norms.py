@@ -126,7 +126,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     import torch
 
     options, data = results.options, rp.load_data(results.options.data)
-    # As the networks are trained, all of them alike; those at initialization too.
+    # All networks are looked at as they are trained, those at initialization too.
     recipe, normalize = results.runs[0].config.recipe, results.runs[0].network.normalization
     device = torch.device("cpu" if results.device.startswith("mps") else results.device)  # MPS has no float64
     rows = []
@@ -206,7 +206,7 @@ def _rows(table: pandas.DataFrame, **labels: object) -> pandas.DataFrame:
 
 
 def _over_seeds(readings: pandas.DataFrame, reduce: str = "median") -> list[float]:
-    """One value a seed: of its readings the median, the lowest ("min") or the highest ("max")."""
+    """One value a seed: the median, the lowest ("min") or the highest ("max") of its readings."""
     return readings.groupby("seed")["decades"].agg(reduce).dropna().tolist()
 
 
@@ -305,7 +305,8 @@ BOUNDS = {_stays_above: "above a thousandth of", _stays_below: "below a thousand
 
 
 def _smallest_forward_std(results: rp.Results) -> list[float]:
-    """Of all layers of the paper's plain networks, at initialization and after training, one value a seed."""
+    """The smallest standard deviation of a layer's responses in the paper's plain networks, at initialization or after training.
+    One value a seed."""
     ours = _rows(results.measurements, kind="plain", norm=PAPERS[0], init=PAPERS[1])
     return ours.groupby("seed")["forward_std"].min().tolist()
 

@@ -76,7 +76,7 @@ PAPER_MULTI_SCALE = {
     "ResNet-101 B": "19.87 / 4.60",
     "ResNet-152 B": "19.38 / 4.49",
 }
-"""The same at five scales, Table 4."""
+"""Top-1 / top-5 error at five scales, Table 4."""
 PAPER_ERRORS = {"ten-crop": PAPER_TEN_CROP, "multi-scale": PAPER_MULTI_SCALE}
 
 PLAIN_DEGRADE = rp.Claim(
@@ -240,7 +240,7 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
             above, below = network_name(kind, higher), network_name(kind, lower)
             said = f"{part} error, {above} above {below}: {comparison}"
-            # Of plain networks alone, or residual ones alone: the one kind may have learned, and the other not.
+            # One kind of network may have learned, and the other not.
             found = rp.if_learned(rp.Verdict(PLAIN_DEGRADE, word, "", said), *trained, opposite=comparison.reversed)
             parts.append(found.verdict)
             evidence += filter(None, [found.evidence, reason])
@@ -296,7 +296,8 @@ def _errors(
 ) -> list[float]:
     """Errors, one a seed: a `column` of the trainings, or validation errors under the protocol of the verdicts.
 
-    Of several shortcuts the study's first; with `option_b` option B, the deeper networks', where it is there.
+    Where there are several shortcuts, those of the study's first; with `option_b` those of option B, which deeper networks
+    have, if it is there.
     """
     table = results.measurements
     rows = table[(table["kind"] == kind) & (table["depth"] == depth) & (table["protocol"] == _protocol(results))]
@@ -326,7 +327,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     drawings["figure-depth"] = rp.Drawing(
         figure,
         f"Top-1 error of the finished networks against depth on {on}: mean ± std, a dot for each network.",
-        "Error against depth, a panel for each way of testing. " + _in_words(results),
+        "Error against depth, a panel for each way of testing. " + _final_errors_said(results),
     )
     return drawings
 
@@ -345,7 +346,7 @@ def _figure_4(results: rp.Results, on: str) -> rp.Drawing:
         figure,
         f"Training on {on}, in the manner of Fig. 4: plain networks (left) and residual networks (right); {over}. Dashed: "
         "training error; bold: validation error of the centre crop (of images in memory, the whole image).",
-        "Error over iterations, one line a depth. " + _in_words(results),
+        "Error over iterations, one line a depth. " + _final_errors_said(results),
     )
 
 
@@ -376,8 +377,8 @@ def _name(kind: str, shortcut: str, depth: int) -> str:
     return network_name(kind, depth) + (f" {shortcut}" if kind == "residual" else "")
 
 
-def _in_words(results: rp.Results) -> str:
-    """The figure's content for those who cannot see it."""
+def _final_errors_said(results: rp.Results) -> str:
+    """Final validation errors, for those who cannot see a figure."""
     table, protocol = results.measurements, _protocol(results)
     means = table[table["protocol"] == protocol].groupby(["kind", "shortcut", "depth"], sort=False)["error"].mean()
     said = [f"{_name(*key)} {error:.1f} %" for key, error in means.items()]

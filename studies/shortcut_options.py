@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 PAPER_ERROR = {"plain": 28.54, "A": 25.03, "B": 24.52, "C": 24.19}
 """34 layers on ImageNet, top-1 validation error by 10-crop, Table 3."""
 SHARE = 0.5
-"""Of the gap to plain: a larger spread is no small difference. Fixed before any run; the paper's is 0.24."""
+"""Share of the gap to plain that the spread among options must stay below. Fixed before any run; in the paper it is 0.24."""
 
 OPTIONS_HARDLY_DIFFER = rp.Claim(
     id="C9",
@@ -122,7 +122,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 
 def _errors(results: rp.Results, column: str, depth: int) -> dict[str, list[float]]:
-    """Errors over seeds: of the plain network, then of each shortcut."""
+    """Errors over seeds, of the plain network and then of each shortcut."""
     names = ("plain", *results.options.shortcuts)
     return {name: results.values(column, shortcut=name, depth=depth) for name in names}
 

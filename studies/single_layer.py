@@ -14,9 +14,8 @@ too: that one layer has no advantage says little where two have none.
 
 A claim of no advantage turns the test round. Is the plain network's test error above the residual one's? If it is, the
 claim fails; if an advantage of 0.5 points or more is excluded, where two layers certainly have one, it holds; else it is
-inconclusive. The verdict is on the
-shallowest networks, by default of ResNet-20's size. Deeper ones are shown as beyond the claim: there shortcuts also ease
-optimization, which is another matter (§4.1).
+inconclusive. The verdict is on the shallowest networks, by default of ResNet-20's size. Deeper ones are shown as beyond the
+claim: there shortcuts also ease optimization, which is another matter (§4.1).
 
 Measured (2026-11-27, two cores of an AMD EPYC, torch 2.14.1, bf16; record in docs/measurements/):
 - quick, digits, n = 3: test error at 20 layers 2.13 ± 0.58 (plain) and 2.04 ± 0.64 % (residual) with the ReLU, 1.57 ± 0.80
@@ -62,7 +61,7 @@ class Options(rp.Options):
 
 
 def plan(options: Options) -> list[rp.Planned]:
-    """At every depth a plain and a residual network of each block; of two-layer blocks where the depth is 6n+2."""
+    """At every depth a plain and a residual network of each block; two-layer blocks need a depth of 6n+2."""
     planned = []
     for block in BLOCKS:
         for depth in options.depths:
@@ -113,7 +112,7 @@ def _blocks(results: rp.Results, depth: int) -> list[str]:
 
 
 def _advantage(results: rp.Results, block: str, depth: int, column: str = "test_error") -> rp.Comparison:
-    """Is the plain network's error above the residual one's?"""
+    """Whether the plain network's error is above the residual one's."""
     return rp.compare(*(results.values(column, block=block, kind=kind, depth=depth) for kind in KINDS))
 
 

@@ -90,9 +90,9 @@ def without_warm_up(recipe: Recipe) -> Recipe:
 
 def plan(options: Options) -> list[rp.Planned]:
     """The same network under both recipes; from one seed, the same initial weights and order of images."""
-    network, of = f"cifar/resnet-{options.depth}", {"block": options.block, "shortcut": options.shortcut}
+    network, chosen = f"cifar/resnet-{options.depth}", {"block": options.block, "shortcut": options.shortcut}
     starts = {WARM: rp.recipes.with_warm_up, COLD: without_warm_up}
-    return [rp.Planned({"start": start}, network, of, recipe=recipe) for start, recipe in starts.items()]
+    return [rp.Planned({"start": start}, network, chosen, recipe=recipe) for start, recipe in starts.items()]
 
 
 def measure(results: rp.Results) -> pandas.DataFrame:
@@ -116,7 +116,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 def _starts_late(results: rp.Results) -> rp.Verdict:
     warm, cold = (_seeds(results, start, "for_good_epochs") for start in (WARM, COLD))
     measured = f"ResNet-{results.options.depth}, iterations until below {STARTED:g} % for good: " + ", ".join(
-        f"{_in_words(_seeds(results, start, 'for_good'))} {start}" for start in (COLD, WARM)
+        f"{_iterations_said(_seeds(results, start, 'for_good'))} {start}" for start in (COLD, WARM)
     )
     if _never(cold) or _never(warm):
         word = "fails" if _never(cold) == len(cold) > 1 else "inconclusive"
@@ -133,7 +133,7 @@ def _starts_late(results: rp.Results) -> rp.Verdict:
 
 def _is_short(results: rp.Results) -> rp.Verdict:
     lasted = _seeds(results, WARM, "below_80")
-    measured = f"ResNet-{results.options.depth}, iterations until below 80 %: {_in_words(lasted)}"
+    measured = f"ResNet-{results.options.depth}, iterations until below 80 %: {_iterations_said(lasted)}"
     if results.options.data_name != "cifar10":
         reason = "the paper's number is of CIFAR-10 and says nothing of other data"
         return rp.Verdict(WARM_UP_IS_SHORT, "not tested", measured, reason)
@@ -170,11 +170,11 @@ def _seeds(results: rp.Results, start: str, column: str) -> list[float]:
 
 
 def _never(seeds: Sequence[float]) -> int:
-    """How many seeds did not get there, which are NaN."""
+    """How many seeds did not get there. Those are NaN."""
     return sum(value != value for value in seeds)
 
 
-def _in_words(seeds: Sequence[float]) -> str:
+def _iterations_said(seeds: Sequence[float]) -> str:
     """Mean ± std over the seeds that got there, and how many did not."""
     never = _never(seeds)
     if never == len(seeds):
@@ -224,9 +224,9 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     return pandas.DataFrame(
         {
             f"ResNet-{results.options.depth}": start,
-            "iterations to 90 %": _in_words(_seeds(results, start, "below_90")),
-            f"to {STARTED:g} % for good": _in_words(_seeds(results, start, "for_good")),
-            "iterations to 80 %": _in_words(_seeds(results, start, "below_80")),
+            "iterations to 90 %": _iterations_said(_seeds(results, start, "below_90")),
+            f"to {STARTED:g} % for good": _iterations_said(_seeds(results, start, "for_good")),
+            "iterations to 80 %": _iterations_said(_seeds(results, start, "below_80")),
             **error_columns(results, start=start),
             "paper (%)": PAPER[start] + away.get(start, ""),
         }
