@@ -12,7 +12,7 @@ from resprobe.errors import UsageError, not_accepted, short
 Word = Literal["holds", "fails", "inconclusive", "not tested"]
 VERDICTS = ("holds", "fails", "inconclusive", "not tested")
 LEVEL = 0.05
-"""Of the one-sided tests."""
+"""Level of the one-sided tests."""
 MARGIN = 0.5
 """Points of error below which a difference does not count as an effect. Fixed before any run."""
 LEARNED = 45.0
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def seeds(self) -> int:
-        """Of the side that has fewer."""
+        """Seeds of the side that has fewer."""
         return min(count for count in self.n if count is not None)
 
     @property
@@ -85,12 +85,12 @@ class Comparison:
 
     @property
     def reversed(self) -> bool:
-        """Whether the difference is certainly the other way round: that of `lower` is the higher."""
+        """Whether it is certain that `lower` has the higher mean."""
         return self.upper < 0
 
     @property
     def exceeds(self) -> Word:
-        """Whether `higher` is above by more than `margin`, where less would not be what the claim speaks of."""
+        """Whether `higher` is above by more than `margin`: for claims that speak of a size."""
         if self.seeds < 2:
             return "inconclusive"
         if self.lower > self.margin:
@@ -107,13 +107,9 @@ class Comparison:
             return "holds"
         return "fails" if self.lower > self.margin or self.upper < -self.margin else "inconclusive"
 
-    def gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> Word:
-        """Whether something errs less than what it is to improve on, whose error is the `higher`: `verdict`, but "not tested"
-        where there is nothing to gain, and none is shown (`nothing_to_gain`)."""
-        return "not tested" if self.nothing_to_gain(before, after) else self.verdict
-
-    def nothing_to_gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> str:
-        """Why a gain that is not shown is not refuted either; nothing if it is shown or could be.
+    def gain(self, before: Sequence[float] = (), after: Sequence[float] = ()) -> tuple[Word, str]:
+        """Whether something errs less than what it is to improve on, whose error is the `higher`: the word of `verdict`, and no
+        reason. Where no gain is shown, and none is to be had, the word is "not tested", and the reason says why.
 
         `higher` may be below `margin`, where no gain can reach that. `before` and `after`: training errors of a network and of
         a deeper one, one a seed. Where the one fits every training image, and the other all but `MARGIN` percent, depth, which
@@ -121,22 +117,24 @@ class Comparison:
         110, for overfitting (§4.2). A deeper network that does not fit them has degraded.
         """
         if self.verdict == "holds":
-            return ""
-        worse = ", though the deeper certainly errs more" if self.reversed else ""
+            return "holds", ""
         if len(before) > 0 and not any(before) and len(after) > 0 and _mean(after) < MARGIN:
-            return (
+            worse = ", though the deeper certainly errs more" if self.reversed else ""
+            return "not tested", (
                 "the shallower network fits every training image, and the deeper nearly all, so that a gain cannot be refuted "
                 f"here{worse}"
             )
         if self.seeds > 1 and self.higher < self.margin and not self.reversed:
-            return f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
-        return ""
+            left = f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
+            return "not tested", left
+        return self.verdict, ""
 
     def __str__(self) -> str:
         return self.said()
 
     def said(self, *, p: bool = True) -> str:
-        """In words. `p` is that of a difference above 0, and better left out where the claim is about another."""
+        """The comparison in words. `p`: whether to say the p-value, which is that of a difference above 0; another claim has
+        no use for it."""
         digits = self._decimals
         difference = f"difference {self.difference:+.{digits}f} {self.unit}"
         if self.seeds < 2:
@@ -155,7 +153,7 @@ class Comparison:
 
     @property
     def _decimals(self) -> int:
-        """Two for errors, as the paper prints them; elsewhere so many that the largest figure has three digits."""
+        """Decimals to print: two for errors, as in the paper; elsewhere as many as give the largest figure three digits."""
         largest = max(abs(each) for each in (self.difference, self.lower, self.upper) if math.isfinite(each))
         return 2 if self.unit == "points" or largest == 0 else max(0, 2 - math.floor(math.log10(largest)))
 
@@ -208,7 +206,7 @@ def compare(
 
 
 def _values(side: Sequence[float] | float) -> list[float] | float:
-    """A list of numbers, of an array or a column too, or one number."""
+    """A list of numbers, from any sequence, or one number."""
     try:
         values = [float(value) for value in side] if isinstance(side, Iterable) else float(side)
     except (TypeError, ValueError):
@@ -216,6 +214,29 @@ def _values(side: Sequence[float] | float) -> list[float] | float:
     if not all(map(math.isfinite, values if isinstance(values, list) else [values])):
         raise UsageError(f"compare needs finite numbers, one a seed, not {short(side)}")
     return values
+
+
+# -- the rules in words, as reports state them -----------------------------------------------------------------------
+
+NO_GAIN_LEFT = "A gain that is not shown is not tested where what it would improve on errs by less than the margin."
+"""What `Comparison.gain` adds to the rule of order."""
+NO_GAIN_FROM_DEPTH = (
+    "A gain that is not shown is not tested where what it would improve on errs by less than the margin, or where the shallower "
+    f"network fits every training image, and the deeper all but {MARGIN} percent."
+)
+"""The same for a gain from depth."""
+
+
+def rule_of_order(test: str = "one-sided Welch test over seeds") -> str:
+    """The rule of `Comparison.verdict` in words. `test` decides."""
+    return (
+        f"A claim of order holds if a {test} has p < {LEVEL}; it fails if the same test at the same level excludes a difference "
+        f"of the margin or more, {MARGIN} points unless another is named here; else it is inconclusive. Level and margin were "
+        "fixed beforehand."
+    )
+
+
+# -- verdicts of several parts, and on networks that have not learned ------------------------------------------------
 
 
 def all_of(words: Iterable[Word]) -> Word:
@@ -227,18 +248,26 @@ def all_of(words: Iterable[Word]) -> Word:
     return "holds" if parts == {"holds"} else "inconclusive" if parts - {"not tested"} else "not tested"
 
 
-def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fails", opposite: bool = False) -> Verdict:
-    """The verdict, but "inconclusive" where it is `absent`, the word that says that there is no difference, and none of the
-    networks has learned: such networks do not differ in anything.
+def one_depth(*claims: Claim) -> list[Verdict]:
+    """Verdicts on claims that compare depths, where there is but one."""
+    return [Verdict(claim, "not tested", "one depth only", "two depths are needed to compare") for claim in claims]
 
-    `training`: the training errors of each, one a seed. `opposite`: whether the word says that they certainly do differ, the
-    other way round, which it then goes on saying.
+
+def if_learned(verdict: Verdict, *training: Sequence[float], absent: Word = "fails", opposite: bool = False) -> Verdict:
+    """The verdict, but "inconclusive" where no difference was seen and none of the networks has learned: such networks do not
+    differ in anything.
+
+    `training`: the training errors of each network, one a seed. `absent`: the word by which the verdict says that there is no
+    difference. `opposite`: whether there certainly is one, the other way round; the verdict then stays.
     """
     best = min(map(_mean, training))
     if verdict.verdict != absent or opposite or best <= LEARNED:
         return verdict
     why = f"none of these networks has learned (training error {best:.1f} % at best): that they do not differ says nothing"
     return replace(verdict, verdict="inconclusive", evidence=f"{why}. {verdict.evidence}")
+
+
+# -- figures over seeds ----------------------------------------------------------------------------------------------
 
 
 def band(values: Sequence[float]) -> float:
@@ -268,6 +297,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _std(values: Sequence[float]) -> float:
-    """Of a sample: with n − 1."""
+    """Standard deviation of a sample: with n − 1."""
     mean = _mean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -6,7 +6,7 @@ import functools
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -85,11 +85,23 @@ _ROOM = 26
 def mean_and_band(axis: Axes, values: pandas.Series, at: pandas.Series | pandas.Index, **style: Any) -> pandas.Series:
     """A line through the mean over seeds of the `values` that are `at` one place of the x axis, with a band of a standard
     deviation. `style` is the line's. Gives the mean."""
-    seeds = values.groupby(at)
-    mean, spread = seeds.mean(), seeds.std().fillna(0.0)
+    mean, spread = _mean_and_std(values.groupby(at))
     axis.plot(mean.index, mean, **style)
     axis.fill_between(mean.index, mean - spread, mean + spread, color=style["color"], alpha=0.15, lw=0)
     return mean
+
+
+def mean_and_bars(axis: Axes, values: pandas.Series, at: pandas.Series | pandas.Index, **style: Any) -> pandas.Series:
+    """Marks at the means over seeds, grouped as by `mean_and_band`, with bars of a standard deviation. `style` is the marks'.
+    Gives the mean."""
+    mean, spread = _mean_and_std(values.groupby(at))
+    axis.errorbar(mean.index, mean, yerr=spread, **({"capsize": 3, "lw": 2} | style))
+    return mean
+
+
+def _mean_and_std(seeds: Any) -> tuple[pandas.Series, pandas.Series]:
+    """The mean of each group of seeds, and their standard deviation: 0 where there is one seed."""
+    return seeds.mean(), seeds.std().fillna(0.0)
 
 
 def curves(
@@ -124,6 +136,20 @@ def curves(
     axis.set_ylim(0, top)
     _error_ticks(axis)
     label_ends(axis, ends)
+
+
+def curves_beside(
+    parts: Mapping[str, pandas.DataFrame], by: str, *, top: float, tested: str = "test error", **chosen: Any
+) -> Figure:
+    """`curves` of several parts of the histories, a panel each, on one scale. `parts`: by the panels' titles. `tested`: what the
+    key calls the test error. `chosen`: further arguments of `curves`."""
+    figure, panels = new_figure(len(parts))
+    for axis, (title, histories) in zip(panels, parts.items(), strict=True):
+        curves(axis, histories, by, top=top, **chosen)
+        axis.set_title(title)
+    panels[0].set_ylabel("error (%)")
+    line_key(panels[-1], tested)
+    return figure
 
 
 def curves_apart(histories: pandas.DataFrame, by: str, *, top: float, **chosen: Any) -> Figure:
@@ -162,9 +188,19 @@ def error_against_depth(
     label_ends(axis, ends)
 
 
+def errors_against_depth(table: pandas.DataFrame, *, top: float | None = None) -> Figure:
+    """`error_against_depth` of plain and residual networks: training error on the left, test error on the right."""
+    figure, panels = new_figure(2)
+    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
+        error_against_depth(axis, table, column, top=top)
+        axis.set_title(f"final {title} error")
+    panels[0].set_ylabel("error (%)")
+    return figure
+
+
 def error_against_cost(axis: Axes, table: pandas.DataFrame, column: str, *, by: str) -> None:
-    """The same over multiply-adds for one image, a column `macs`: where lines lie above each other, the lower errs less for as
-    much work."""
+    """Final error over multiply-adds for one image (column `macs`), drawn as by `error_against_depth`. Where one line lies below
+    another, it errs less for as much work."""
     table = table.assign(macs=table["macs"] / 1e6)
     _error_against(axis, "macs", table, column, by, None)
     axis.set_xlim(0, 1.08 * float(table["macs"].max()))  # the dots aside have room
@@ -183,9 +219,9 @@ def _error_against(
     for (value, group), marker in zip(table.groupby(by, sort=False), markers, strict=False):
         # By network: those of two depths may cost the same.
         networks, colour = group.groupby("depth"), palette[value]
-        places, mean, spread = networks[at].first(), networks[column].mean(), networks[column].std().fillna(0.0)
+        mean, spread = _mean_and_std(networks[column])
         style = {"color": colour, "marker": marker, "capsize": 3, "lw": 2, "elinewidth": 1.2}
-        axis.errorbar(places, mean, yerr=spread, label=_shortened(value), **style)
+        axis.errorbar(networks[at].first(), mean, yerr=spread, label=_shortened(value), **style)
         axis.plot(group[at], group[column], ls="", marker=".", ms=5, color=_text(colour), transform=aside)
         ends.append((float(mean.iloc[-1]), str(value), colour))
     # Over all panels that share the axis, since the next one's errors may be larger; room for the marker of an error of 0.
@@ -315,8 +351,8 @@ def _twins() -> dict[str, str]:
 
 
 def _on_dark(colour: str) -> str:
-    """The palette's twin of a colour. Of others: greys turned round, so that they contrast as much with `DARK_PAGE` as they
-    do with white, and colours made lighter where they need it for that."""
+    """A colour for a dark page. One of the palette has its twin. Greys are turned round, so that they contrast as much with
+    `DARK_PAGE` as with white. Other colours are made lighter where they need it for that."""
     if colour in _twins():
         return _twins()[colour]
     linear, page = _linear(colour), _luminance(_linear(DARK_PAGE))

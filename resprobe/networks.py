@@ -25,6 +25,7 @@ from resprobe.layers import Layers
 from resprobe.normalization import NORMALIZATIONS
 from resprobe.registry import Registry
 from resprobe.shortcuts import SHORTCUTS
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     from resprobe.data import Data
@@ -90,6 +91,11 @@ class NetworkSpec:
         name = self.family.rpartition("/")[2]
         known = {"plain": "plain", "resnet": "residual", "vgg": "VGG"}
         return "plain" if self.get("shortcut") == "none" else known.get(name, name)
+
+    @property
+    def label(self) -> str:
+        """The name by which people know it: "ResNet-20", "plain-20", "VGG-16"."""
+        return network_name(self.kind, self.depth)
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resprobe.claims import LEVEL, MARGIN, Verdict
+from resprobe.claims import LEVEL, Verdict, rule_of_order
 from resprobe.errors import UsageError
 from resprobe.figures import render, render_for_page
 from resprobe.files import write_atomically
@@ -177,8 +177,8 @@ def _made(record: dict[str, Any]) -> dict[str, str]:
 
 
 def _departures(study: Study, results: Results, environment: dict[str, Any]) -> list[str]:
-    """What is not as in the paper, each once: data, recipe. What is one recipe's alone carries its name, and what is so at one
-    depth alone that too."""
+    """What differs from the paper, a line each. A line that holds for one recipe alone begins with its name, and one that holds
+    at one depth alone also with the depth."""
     from resprobe.study import is_imagenet
 
     found = []
@@ -227,7 +227,7 @@ def _of_recipe(study: Study, recipe: Recipe, depth: int | None) -> list[str]:
 
 
 def _usual_width(network: NetworkSpec) -> object:
-    """That of the network's family; None where that is none of ours, or has no width."""
+    """The width that the network's family has by default; None for a family that is not ours, or has no width."""
     try:
         return resolve(network.name).get("width")
     except UsageError:  # it was built elsewhere
@@ -244,16 +244,13 @@ def _how_sure(results: Results) -> str:
     seeds = len(results.options.seeds)
     runs = f"{seeds} seed{'s' if seeds != 1 else ''} a network"
     if seeds < 2:
-        return f"{runs}: there is no spread to judge by, so no verdict beyond “inconclusive” is possible."
-    return (
-        f"{runs}; figures are mean ± standard deviation over seeds of the last iteration, never the best one. A claim "
-        f"of order holds if a one-sided Welch test over seeds has p < {LEVEL}; it fails if the same test at the same level "
-        f"excludes a difference of {MARGIN} points or more; else it is inconclusive. Both numbers were fixed beforehand."
-    )
+        return f"{runs}: there is no spread to judge by, so every comparison over seeds is inconclusive."
+    figures = "figures are mean ± standard deviation over seeds of the last iteration, never the best one"
+    return f"{runs}; {figures}. {rule_of_order()}"
 
 
 def _left_out(results: Results) -> str:
-    """What the figures do not have, since it diverged."""
+    """The trainings that diverged, and are in no figure."""
     seeds = "; ".join(f"{name}, seeds {' '.join(map(str, left))}" for name, left in results.left_out.items())
     return f"Left out are trainings that diverged ({seeds}): all figures are of those that did not." if seeds else ""
 

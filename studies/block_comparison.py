@@ -41,6 +41,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import resprobe as rp
+from resprobe.claims import NO_GAIN_LEFT
+from resprobe.tables import error_columns, network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -108,7 +110,7 @@ def plan(options: Options) -> list[rp.Planned]:
 
 
 def _matched_width(options: Options, block: str, name: str, usual: int) -> int:
-    """The width of the block's network that brings its cost nearest to that of the network of the usual width that is matched."""
+    """The width at which the block's network costs about as much as the network that is matched has at its usual width."""
     from plugins import flops
 
     def cost(block: str, width: int) -> int:
@@ -116,7 +118,7 @@ def _matched_width(options: Options, block: str, name: str, usual: int) -> int:
         return int(flops.of_named(name, (3, 32, 32), **chosen)[options.match])
 
     def nearest_to(width: float) -> Iterator[tuple[int, int]]:
-        """Widths, the nearest first, and costs; of some widths a block cannot be, with channels in groups say."""
+        """Widths and costs, the nearest width first. A block may not have every width, with channels in groups say."""
         for other in sorted(range(1, 4 * usual + 1), key=lambda other: abs(other - width)):
             with contextlib.suppress(rp.UsageError):
                 yield other, cost(block, other)
@@ -156,19 +158,20 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     if len(options.against) > 1:
         statement = statement.replace("another", "each of several others")
     claim = dataclasses.replace(ERRS_LESS, statement=statement)
-    word = rp.all_of(found.gain() for found in lower.values())
+    word = rp.all_of(found.gain()[0] for found in lower.values())
     verdict = rp.Verdict(claim, word, f"test error at {deep} layers: {errors}", "; ".join(evidence))
     trained = [results.values("train_error", block=block, depth=deep) for block in _blocks(options)]
     return [rp.if_learned(verdict, *trained, opposite=any(found.reversed for found in lower.values()))]
 
 
 def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator[str]:
-    """What is told of the block beside another, on whose test error at the deepest it errs less or not."""
+    """What is told of the block beside another. `lower` compares their test errors at the greatest depth."""
     ours, (*shallower, deep) = results.options.block, sorted(results.options.depths)
     yield f"test error, {other} less {ours}: {lower}"
-    if reason := lower.nothing_to_gain():
+    word, reason = lower.gain()
+    if reason:
         yield reason
-    elif lower.verdict == "fails":  # p is that of an advantage, and says neither
+    elif word == "fails":  # p is that of an advantage, and says neither
         excluded = f"that {ours} errs by 0.5 points less than {other} is excluded"
         yield f"{ours} certainly errs more than {other}" if lower.reversed else excluded
     yield f"training error, {other} less {ours}: {_compare(results, 'train_error', other, deep)}"
@@ -182,7 +185,7 @@ def _evidence(results: rp.Results, other: str, lower: rp.Comparison) -> Iterator
 
 
 def _filters(results: rp.Results, block: str, depth: int) -> str:
-    """How wide a network is, where that is not all networks' width."""
+    """How wide a network is, where widths differ."""
     if results.options.match == "depth":
         return ""
     (width,) = set(results.values("width", block=block, depth=depth))
@@ -201,7 +204,7 @@ def _left_out(results: rp.Results, other: str, depth: int) -> str:
 
 
 def _compare(results: rp.Results, column: str, other: str, depth: int) -> rp.Comparison:
-    """Is the error of a block that the one in question is set against the higher one?"""
+    """Whether the other block's error is above that of the block in question."""
     ours, theirs = (results.values(column, block=block, depth=depth) for block in (results.options.block, other))
     return rp.compare(theirs, ours)
 
@@ -258,10 +261,9 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     return pandas.DataFrame(
         {
-            "network": f"ResNet-{depth}, {block}{_filters(results, block, depth)}",
+            "network": f"{network_name('residual', depth)}, {block}{_filters(results, block, depth)}",
             **{title: f"{_cost(results, column, block, depth):,}" for column, title in COSTS.items()},
-            "training error (%)": _error(results, "train_error", block, depth),
-            "test error (%)": _error(results, "test_error", block, depth),
+            **error_columns(results, block=block, depth=depth),
             "seeds": len(results.values("seed", block=block, depth=depth)),
         }
         for depth in sorted(results.options.depths)
@@ -285,8 +287,7 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
-    rules="Where the other block errs on less than 0.5 percent, a gain that is not shown is not tested. Beside several the "
-    "claim holds if it holds against each, and fails if it fails against one.",
+    rules=f"{NO_GAIN_LEFT} Beside several blocks the claim holds if it holds against each, and fails if it fails against one.",
 )
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import LEVEL, one_depth
+from resprobe.tables import error_columns
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -46,13 +48,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WIDTH, PIXELS, IMAGES = 64, 56, 4
-"""Of the blocks that are measured: Fig. 5's, in the place they have in Table 1 (conv2_x); images at a time."""
+"""Width and pixels of the blocks that are measured, which are Fig. 5's at their place in Table 1 (conv2_x); images at a time."""
 NETWORK_PIXELS, NETWORK_IMAGES = 32, 8
 PASSES = 3
-"""Timed in each round, of which the fastest counts: other work on a machine can only slow a pass."""
+"""Passes timed in each round. The fastest counts: other work on a machine can only slow a pass."""
 DOUBLED = 1.5
-"""Times the weights, and the multiply-adds, from which on a block counts as doubled, as in the study of complexity; the
-paper's comes to 1.94 in both."""
+"""A block counts as doubled from this many times the weights and multiply-adds on, as in the study of complexity. The paper's
+block comes to 1.94 in both."""
 SLOWER = 10.0
 """Percent of time from which on a block counts as slower. Fixed before any run."""
 COSTS = {
@@ -208,7 +210,7 @@ class _Passes:
             return self.module(self.images)
 
     def forward(self) -> None:
-        """As at test time."""
+        """A pass as at test time."""
         import torch
 
         self.module.eval()
@@ -216,7 +218,7 @@ class _Passes:
             self()
 
     def step(self) -> None:
-        """As in training: forward and backward."""
+        """A forward and a backward pass, as in training."""
         import torch
 
         self.module.train()
@@ -300,7 +302,7 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
     options = results.options
     shallow, deep = min(options.depths), max(options.depths)
     if shallow == deep:
-        return rp.Verdict(PLAIN_BOTTLENECKS_DEGRADE, "not tested", "one depth only", "two depths are needed to compare")
+        return one_depth(PLAIN_BOTTLENECKS_DEGRADE)[0]
 
     def rise(kind: str, column: str) -> rp.Comparison:
         return rp.compare(
@@ -330,16 +332,11 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     options, on = results.options, results.options.data_name
     table = results.table[results.table["block"] == options.block]
-    figure, panels = rp.figures.new_figure(2)
-    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.error_against_depth(axis, table, column)
-        axis.set_title(f"final {title} error")
-    panels[0].set_ylabel("error (%)")
     means = table.groupby(["kind", "depth"])["train_error"].mean()
     said = ", ".join(f"{kind} {depth} layers {error:.1f} %" for (kind, depth), error in means.items())
     drawings = {
         "figure": rp.Drawing(
-            figure,
+            rp.figures.errors_against_depth(table),
             f"Error after the last iteration against depth on {on}, networks of {options.block} blocks: mean ± std over "
             "seeds, a dot for each run.",
             f"Mean final training error: {said}.",
@@ -401,19 +398,13 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         }
         if depth and role != "projection":
             labels = _pair(options, depth)[role == "bottleneck"]
-            row |= _errors(results, kind="residual", **labels) | {
-                "paper, ImageNet (%)": PAPER.get(labels["block"], "–")
-            }
+            row |= error_columns(results, kind="residual", **labels)
+            row["paper, ImageNet (%)"] = PAPER.get(labels["block"], "–")
         rows.append(row)
     for depth in sorted(options.depths):
-        errors = _errors(results, kind="plain", block=options.block, depth=depth)
-        rows.append({"what": f"{options.block}-{depth}, plain", "paper, ImageNet (%)": "not printed"} | errors)
+        own = error_columns(results, kind="plain", block=options.block, depth=depth)
+        rows.append({"what": f"{options.block}-{depth}, plain", "paper, ImageNet (%)": "not printed"} | own)
     return pandas.DataFrame(rows).fillna("–")
-
-
-def _errors(results: rp.Results, **labels: str | int) -> dict[str, str]:
-    columns = {"training error (%)": "train_error", "test error (%)": "test_error"}
-    return {title: rp.mean_std(results.values(column, **labels)) for title, column in columns.items()}
 
 
 _QUICK = Options(preset="quick", data="digits", depths=(20, 56), seeds=(0, 1, 2), iterations=400)
@@ -433,12 +424,10 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "C12 rests on no seed: weights and multiply-adds are counted, and must grow by half at least; the time of a training "
-        f"step is taken round by round, and must be longer by more than {SLOWER:.0f} % in a one-sided t-test over rounds at "
-        "the level 0.05. It fails if either is excluded. C23 rests on seeds: it holds if a one-sided Welch test over seeds "
-        "has p < 0.05, fails if the same test excludes a difference of 0.5 points or more, and else is inconclusive, as is "
-        "one seed. Errors are those of the last iteration, mean ± standard deviation. These numbers were fixed beforehand."
+    rules=(
+        "C12 rests on no seed. Weights and multiply-adds are counted, and must be at least "
+        f"{DOUBLED} times as many. The time of a training step is taken round by round, and must be longer by more than "
+        f"{SLOWER:.0f} % in a one-sided t-test over rounds at the level {LEVEL}. C12 fails if either is excluded."
     ),
 )
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import one_depth
 
 if TYPE_CHECKING:
     import pandas
@@ -155,7 +156,7 @@ def _judge_depth(results: rp.Results) -> rp.Verdict:
     depths = sorted(results.options.depths)
     shallow, deep = depths[0], depths[-1]
     if shallow == deep:
-        return rp.Verdict(SMALLER_WITH_DEPTH, "not tested", "one depth only", "two depths are needed to compare")
+        return one_depth(SMALLER_WITH_DEPTH)[0]
 
     def fall(reading: str, column: str = "branch_share") -> rp.Comparison:
         return _compare(_shares(results, shallow, reading, column), _shares(results, deep, reading, column))
@@ -233,11 +234,9 @@ def _draw_depths(axis, results: rp.Results) -> None:
         (CONDUCTANCE, "^", "--", 0.4),
         (UNTRAINED, "s", ":", 0.6),
     ):
-        seeds, colour = table[reading].groupby("depth"), (grey, grey, grey)
-        mean, spread = seeds.mean(), seeds.std().fillna(0.0)
-        axis.errorbar(
-            mean.index, mean, yerr=spread, color=colour, marker=marker, ls=line, capsize=3, lw=2, label=reading
-        )
+        shares, colour = table[reading], (grey, grey, grey)
+        depths = shares.index.get_level_values("depth")
+        mean = rp.figures.mean_and_bars(axis, shares, depths, color=colour, marker=marker, ls=line, label=reading)
         ends.append((float(mean.iloc[-1]), reading, colour))
     axis.set_xticks(sorted(results.options.depths))
     axis.set_xlabel("depth (weighted layers)")
@@ -302,10 +301,9 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "A claim of order holds if a one-sided Welch test over seeds has p < 0.05; it fails if the same test excludes a "
-        f"difference of {MARGIN:g} percentage point or more; else it is inconclusive. One seed is always inconclusive. Verdicts "
-        "rest on gradient × activation; the other readings stand beside it."
+    rules=(
+        f"The margin of R1 and R2 is {MARGIN:g} percentage point. Verdicts rest on gradient × activation; the other readings "
+        "stand beside it."
     ),
 )
 

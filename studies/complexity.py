@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 import resprobe as rp
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -46,8 +47,8 @@ PAPER_PARAMETERS = {20: 0.27e6, 32: 0.46e6, 44: 0.66e6, 56: 0.85e6, 110: 1.7e6, 
 THIN_AND_DEEP = {"FitNet-19": 2.5e6, "Highway-19": 2.3e6, "Highway-32": 1.25e6}
 """Parameters of other methods' networks, as Table 6 quotes them."""
 TOLERANCE = 0.1e9
-"""Of a printed figure: 3.858e9 is printed as 3.8e9, while the stride in the 3×3 convolution (4.09e9) would not pass.
-VGG-16's 15.3e9 leaves out the fully connected layers."""
+"""How far a count may be from a printed figure: 3.858e9 is printed as 3.8e9, while the stride in the 3×3 convolution
+(4.09e9) would not pass. VGG-16's 15.3e9 leaves out the fully connected layers."""
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 
 IDENTITY_IS_FREE = rp.Claim(
@@ -209,7 +210,7 @@ def _judge_table_1(results: rp.Results) -> rp.Verdict:
     ours = {name: _printed(results, name) for name in PAPER_MACS}
     off = [name for name, macs in ours.items() if abs(macs - PAPER_MACS[name]) > TOLERANCE]
     cheaper = ours["imagenet/resnet-152"] < ours["imagenet/vgg-16"]
-    figures = ", ".join(f"{name.partition('/')[2]} {macs / 1e9:.2f}" for name, macs in ours.items())
+    figures = ", ".join(f"{rp.networks.resolve(name).label} {macs / 1e9:.2f}" for name, macs in ours.items())
     return rp.Verdict(
         DEEP_IS_CHEAP,
         "holds" if cheaper and not off else "fails",
@@ -253,8 +254,8 @@ def _judge_projections(results: rp.Results) -> rp.Verdict:
 
 
 def _judge_table_6(options: Options) -> rp.Verdict:
-    """ResNet-110 of the block and shortcut asked for. The other methods' networks are not built here: their figures are the
-    paper's."""
+    """The verdict on ResNet-110, of the block and shortcut asked for. The other methods' networks are not built here: their
+    figures are the paper's."""
     chosen = {"block": options.block, "shortcut": options.shortcut}
     own = "".join(f", {value}" for name, value in chosen.items() if value != getattr(_QUICK, name))
     ours = {}
@@ -330,7 +331,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     rows = []
     for row in results.measurements.itertuples():
-        family, _, short = row.network.partition("/")
+        family = row.network.partition("/")[0]
         paper_macs = paper_parameters = ""
         if row.network in PAPER_MACS and (row.kind == "VGG" or row.shortcut == _table_1_option(row.depth)):
             paper_macs = f"{PAPER_MACS[row.network] / 1e9:.1f} × 10⁹"
@@ -340,7 +341,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         shortcut = [row.shortcut] if isinstance(row.shortcut, str) else []
         rows.append(
             {
-                "network": ", ".join([f"{short} ({family})", *own, *shortcut]),
+                "network": ", ".join([f"{network_name(row.kind, row.depth)} ({family})", *own, *shortcut]),
                 "parameters": f"{row.parameters:,}",
                 "paper's parameters": paper_parameters,
                 "multiply-adds": f"{row.macs:,}",

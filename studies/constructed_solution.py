@@ -33,6 +33,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import one_depth
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 MEASURED_IMAGES = 256
 """Training images that the inserted normalizations take their statistics from."""
 ROUNDING = 1e-4
-"""Of the largest logit, in fp32: a hundred layers that each err by 1e-7 stay well below it."""
+"""Share of the largest logit that counts as rounding in fp32. A hundred layers that each err by 1e-7 stay well below it."""
 SCRATCH, TRAINED_ON, LAST_RATE = "scratch", "constructed", "constructed, last rate"
 """How a network's training began: from random weights, or from the constructed solution, by the whole recipe again or at
 the recipe's last learning rate throughout."""
@@ -166,7 +168,7 @@ def _at_last_rate(recipe: rp.Recipe) -> rp.Recipe:
 
 
 def _deepened(results: rp.Results) -> Iterator[tuple[dict, rp.Network, rp.Network]]:
-    """For each learned shallow network and deeper depth: labels, the network, and the constructed one."""
+    """Labels, the learned network and the constructed one, for each shallow network and deeper depth."""
     shallow = min(results.options.depths)
     images = rp.load_data(results.options.data).train.sample(MEASURED_IMAGES)
     images = images[:: max(1, len(images) // MEASURED_IMAGES)][:MEASURED_IMAGES]
@@ -218,8 +220,7 @@ def _compare_outputs(network, deeper, images: rp.ImageSet | rp.FolderSet, device
 def judge(results: rp.Results) -> list[rp.Verdict]:
     shallow, deep = min(results.options.depths), max(results.options.depths)
     if shallow == deep:
-        reason = "two depths are needed: one to learn and one to construct"
-        return [rp.Verdict(claim, "not tested", "one depth only", reason) for claim in (SOLUTION_EXISTS, SGD_KEEPS_IT)]
+        return one_depth(SOLUTION_EXISTS, SGD_KEEPS_IT)
     return [_judge_outputs(results.measurements), _judge_training(results, shallow, deep)]
 
 
@@ -252,7 +253,9 @@ def _judge_training(results: rp.Results, shallow: int, deep: int) -> rp.Verdict:
         word = "fails" if rise.lower > 0 else "inconclusive"
     gap = rp.compare(errors("plain", deep, SCRATCH), errors("plain", deep, TRAINED_ON))
     trained = errors("plain", shallow, SCRATCH), errors("plain", deep, TRAINED_ON)
-    ways = "; ".join(f"{kind}-{deep} {_way(results, kind, deep, TRAINED_ON)}" for kind in ("plain", "residual"))
+    ways = "; ".join(
+        f"{network_name(kind, deep)} {_way(results, kind, deep, TRAINED_ON)}" for kind in ("plain", "residual")
+    )
     verdict = rp.Verdict(
         SGD_KEEPS_IT,
         word,
@@ -328,22 +331,21 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     shallow, rows = min(results.options.depths), []
 
-    def row(network: str, origin: str, training: str, test: list[float], expected: str) -> None:
+    def row(kind: str, depth: int, origin: str, training: str, test: list[float], expected: str) -> None:
         names = ("network", "from", "training error: first → highest → end (%)", "test error (%)", "§1 says", "seeds")
-        rows.append(dict(zip(names, (network, origin, training, rp.mean_std(test), expected, len(test)), strict=True)))
+        said = (network_name(kind, depth), origin, training, rp.mean_std(test), expected, len(test))
+        rows.append(dict(zip(names, said, strict=True)))
 
     if results.measurements is not None and len(results.measurements):
         for (kind, depth), group in results.measurements.groupby(["kind", "depth"], sort=False):
             training = f"{rp.mean_std(group['train_error_after'].tolist())} (one view)"
-            expected = "no higher"
-            row(f"{kind}-{depth}", "constructed, untrained", training, group["test_error_after"].tolist(), expected)
+            row(kind, depth, "constructed, untrained", training, group["test_error_after"].tolist(), "no higher")
     for (kind, depth, start), group in results.table.groupby(["kind", "depth", "start"], sort=False):
         first, highest, _ = _first_highest_last(results, kind, depth, start)
         training = f"{first:.2f} → {highest:.2f} → {rp.mean_std(group['train_error'].tolist())}"
         degrades = kind == "plain" and depth > shallow and start == SCRATCH
-        expected = "higher" if degrades else "–"
         origin = "random weights" if start == SCRATCH else start
-        row(f"{kind}-{depth}", origin, training, group["test_error"].tolist(), expected)
+        row(kind, depth, origin, training, group["test_error"].tolist(), "higher" if degrades else "–")
     return pandas.DataFrame(rows)
 
 
@@ -365,11 +367,10 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "C13 rests on no seed: every output is compared, on all images, and one that differs by more than rounding refutes "
-        "it. C13b rests on seeds: it holds if a one-sided Welch test at the level 0.05 excludes a rise of 0.5 points or "
-        "more, fails if the same test shows a rise and cannot exclude that, and is inconclusive otherwise. Figures are "
-        "mean ± standard deviation over seeds; both numbers were fixed beforehand."
+    rules=(
+        "C13 rests on no seed: every output is compared, on all images, and one that differs by more than rounding refutes it. "
+        "C13b says that there is no difference. So it holds if a rise of the margin or more is excluded. It fails if a "
+        "rise is certain, and one of the margin is not excluded."
     ),
 )
 

@@ -25,18 +25,22 @@ Measured (2026-11-21 and -22, two cores of an AMD EPYC, torch 2.15.0, bf16; reco
 
 from __future__ import annotations
 
+import itertools
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import NO_GAIN_FROM_DEPTH, one_depth
+from resprobe.tables import effort_columns, error_columns, network_name, size_column
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas
 
+KINDS = ("plain", "residual")
 PAPER_TEST_ERROR = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.61}
-"""Residual networks on CIFAR-10, Table 6. Of 110 layers the mean of five runs; the best of them is the 6.43 of the text."""
+"""Residual networks on CIFAR-10, Table 6. At 110 layers: the mean of five runs; the best of them is the 6.43 of the text."""
 OTHERS = {
     "Maxout": ("–", 9.38),
     "NIN": ("–", 8.81),
@@ -45,8 +49,8 @@ OTHERS = {
     "Highway-19": ("2.3 M", 7.72),
     "Highway-32": ("1.25 M", 8.80),
 }
-"""Parameters and test errors of other methods' networks on CIFAR-10, as Table 6 quotes them. Of Highway-19 the mean of
-several runs; the best of them is 7.54."""
+"""Parameters and test errors of other methods' networks on CIFAR-10, as Table 6 quotes them. For Highway-19: the mean
+of several runs; the best of them is 7.54."""
 
 DRAWN = 56
 """Layers of the deepest plain network in Fig. 6, of which C1 speaks; the 110-layer one's error is told beside it."""
@@ -83,11 +87,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     every = sorted(results.options.depths)
     shallow, deep = every[0], every[-1]
     if shallow == deep:
-        reason = "two depths are needed to compare"
-        return [
-            rp.Verdict(claim, "not tested", "one depth only", reason)
-            for claim in (DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS)
-        ]
+        return one_depth(DEEPER_PLAIN_IS_WORSE, RESIDUAL_GAINS)
 
     def path(kind: str, column: str) -> str:
         means = (rp.mean_std(results.values(column, kind=kind, depth=depth)) for depth in every)
@@ -114,10 +114,8 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         for depth in every[1:]
         if depth in (DRAWN, deep)
     }
-    fits = {depth: (unfitted(shallow), unfitted(depth)) for depth in falls}
-    gains = [fall.gain(*fits[depth]) for depth, fall in falls.items()]
-    evidence = [fall.nothing_to_gain(*fits[depth]) for depth, fall in falls.items()]
-    evidence = list(dict.fromkeys(filter(None, evidence)))
+    words, reasons = zip(*(fall.gain(unfitted(shallow), unfitted(depth)) for depth, fall in falls.items()), strict=True)
+    evidence = list(dict.fromkeys(filter(None, reasons)))
     evidence += [f"test error, ResNet-{shallow} against ResNet-{depth}: {fall}" for depth, fall in falls.items()]
     if study.beside_paper(results.options) and (printed := [depth for depth in every if depth in PAPER_TEST_ERROR]):
         errors = {depth: results.values("test_error", kind="residual", depth=depth) for depth in printed}
@@ -132,7 +130,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     )
     residual = rp.Verdict(
         RESIDUAL_GAINS,
-        rp.all_of(gains),
+        rp.all_of(words),
         f"test error of residual networks {path('residual', 'test_error')} at {depths} layers",
         ". ".join(evidence),
     )
@@ -148,7 +146,7 @@ def _deep_plain(depths: Sequence[int]) -> int:
 
 
 def _beyond_fig_6(depths: Sequence[int]) -> list[int]:
-    """Those deeper than the plain networks that Fig. 6 shows, if at least two are not."""
+    """Depths beyond the plain networks that Fig. 6 shows, if at least two are not beyond them."""
     beyond = [depth for depth in depths if depth > DRAWN]
     return beyond if len(depths) - len(beyond) > 1 else []
 
@@ -160,30 +158,20 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     top = rp.figures.error_limit(histories[~histories["depth"].isin(beyond)])
     at_the_edge = "; what ends beyond the axis, as Fig. 6's plain-110, is named at its edge" if beyond else ""
 
-    figure, panels = rp.figures.new_figure(2)
-    for axis, kind in zip(panels, ("plain", "residual"), strict=True):
-        rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
-        axis.set_title(f"{kind} networks")
-    panels[0].set_ylabel("error (%)")
-    rp.figures.line_key(panels[1])
+    parts = {f"{kind} networks": histories[histories["kind"] == kind] for kind in KINDS}
     drawings = {
         "figure": rp.Drawing(
-            figure,
+            rp.figures.curves_beside(parts, "depth", top=top, label="{} layers"),
             f"Training on {on}, in the manner of Fig. 6: plain networks (left) and residual networks (right) of each "
             f"depth; {over}. Dashed: training error; bold: test error{at_the_edge}.",
-            "Error over iterations, one line a depth. " + _in_words(results.table),
+            "Error over iterations, one line a depth. " + _final_errors_said(results.table),
         )
     }
 
-    figure, panels = rp.figures.new_figure(2)
-    for axis, column, title in zip(panels, ("train_error", "test_error"), ("training", "test"), strict=True):
-        rp.figures.error_against_depth(axis, results.table, column, top=top if beyond else None)
-        axis.set_title(f"final {title} error")
-    panels[0].set_ylabel("error (%)")
     drawings["figure-depth"] = rp.Drawing(
-        figure,
+        rp.figures.errors_against_depth(results.table, top=top if beyond else None),
         f"Error after the last iteration against depth on {on}: mean ± std over seeds, a dot for each run{at_the_edge}.",
-        "Final error against depth for plain and residual networks. " + _in_words(results.table),
+        "Final error against depth for plain and residual networks. " + _final_errors_said(results.table),
     )
 
     extremes = [min(options.depths), _deep_plain(options.depths)]
@@ -196,7 +184,8 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
         rp.figures.curves_apart(chosen, "depth", top=top, label="{} layers"),
         f"Plain networks of {extremes[0]} and {extremes[1]} layers on {on}, in the manner of Fig. 1: the deeper one is to be "
         f"worse on the training set (left) and so on the test set (right); {over}.",
-        f"Error over iterations of the plain networks of {extremes[0]} and {extremes[1]} layers. " + _in_words(ends),
+        f"Error over iterations of the plain networks of {extremes[0]} and {extremes[1]} layers. "
+        + _final_errors_said(ends),
     )
     return drawings
 
@@ -207,25 +196,23 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     rows = []
     on_cifar10 = results.options.data_name == "cifar10"
-    for (kind, depth), group in results.table.groupby(["kind", "depth"], sort=False):
+    for kind, depth in itertools.product(KINDS, sorted(results.options.depths)):
+        own = {"kind": kind, "depth": depth}
         of_the_paper = kind == "residual" and not study.built_of(results.options)
         paper = PAPER_TEST_ERROR.get(depth) if of_the_paper else None
-        away = study.from_paper(results.options, group["test_error"].tolist(), paper) if paper else ""
+        away = study.from_paper(results.options, results.values("test_error", **own), paper) if paper else ""
         note = away or ("" if on_cifar10 else " (CIFAR-10)")
+        beside = f"{paper:.2f}{note}" if paper else "not printed" if kind == "plain" else "–"
         rows.append(
             {
-                "network": f"{kind}-{depth}",
-                "parameters": f"{group['parameters'].iloc[0]:,.0f}",
-                "training error (%)": rp.mean_std(group["train_error"].tolist()),
-                "test error (%)": rp.mean_std(group["test_error"].tolist()),
-                "paper's test error (%)": f"{paper:.2f}{note}" if paper else "not printed" if kind == "plain" else "–",
-                "seeds": len(group),
-                "s a run": f"{group['seconds'].mean():,.0f}",
+                "network": network_name(kind, depth),
+                **size_column(results, **own),
+                **error_columns(results, **own),
+                "paper's test error (%)": beside,
+                **effort_columns(results, **own),
             }
         )
-    table = pandas.DataFrame(rows).sort_values(
-        "network", key=lambda names: names.str.startswith("residual"), kind="stable"
-    )
+    table = pandas.DataFrame(rows)
     quoted = [
         dict.fromkeys(table, "–")
         | {"network": f"{name} (quoted)", "parameters": size, "paper's test error (%)": f"{error:.2f}"}
@@ -234,8 +221,8 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     return pandas.concat([table, pandas.DataFrame(quoted)], ignore_index=True) if on_cifar10 else table
 
 
-def _in_words(table: pandas.DataFrame) -> str:
-    """A figure's content for those who cannot see it."""
+def _final_errors_said(table: pandas.DataFrame) -> str:
+    """Final training errors, for those who cannot see a figure."""
     errors = table.groupby(["kind", "depth"])["train_error"].mean()
     said = [f"{kind} {depth} layers {error:.1f} %" for (kind, depth), error in errors.items()]
     return "Mean final training error: " + ", ".join(said) + "."
@@ -258,8 +245,7 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    rules="C2 is not tested where no gain is shown, and the shallower residual network fits every training image, and the deeper "
-    "all but 0.5 percent of them, or errs on less than 0.5 percent of the test images.",
+    rules=NO_GAIN_FROM_DEPTH,
 )
 
 if __name__ == "__main__":

@@ -28,7 +28,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -42,6 +41,7 @@ import tyro
 import resprobe as rp
 from plugins import detection as rcnn
 from plugins.detection.recipes import DetectionRecipe, coco_paper, shapes_quick, voc_paper
+from resprobe.claims import rule_of_order
 
 if TYPE_CHECKING:
     import pandas
@@ -215,8 +215,7 @@ def _read(name: str) -> DetectionData:
 
 
 def _pretraining(recipe: rp.Recipe) -> rp.Recipe:
-    """The recipe of the backbones: the paper's for ImageNet; for small crops half the mini-batch and rate, which do as well in
-    half the time."""
+    """The paper's recipe for ImageNet. For the small crops half the mini-batch and rate, which do as well in half the time."""
     if recipe.name == rp.recipes.imagenet_paper().name:
         return recipe
     return replace(recipe, name=f"{recipe.name}, batch 64, rate 0.05", batch_size=64, learning_rate=0.05, pad=2)
@@ -232,7 +231,7 @@ def recipe_of(options: Options) -> DetectionRecipe:
 
 
 def shape_of(options: Options) -> dict[str, Any]:
-    """The detector's options: the paper's for real images, smaller ones for the shapes; sizes in proportion to `side`."""
+    """The detector's options: the paper's for real images, smaller ones for the shapes; sizes are in proportion to `side`."""
     side = options.side
     if options.detection == "shapes":
         anchors = tuple(size * side / SHAPES_SIDE for size in SHAPES_ANCHORS)
@@ -465,8 +464,8 @@ def _gain(results: rp.Results, claim: rp.Claim, column: str) -> rp.Verdict:
 
 
 def _beside_paper(results: rp.Results) -> dict[str, list[tuple[list[float], float]]]:
-    """By backbone, each figure of Table 7 or 8: ours over seeds, and the paper's. None of them where images, networks or
-    trainings are not the paper's own, but for what `departs` says of any."""
+    """Each figure of Table 7 or 8 by backbone: ours over seeds, and the paper's. Empty where images, networks or trainings are
+    not the paper's own, but for what `departs` says of any."""
     options, usual = results.options, study.presets["paper"]
     kind = options.detection.partition(":")[0]
     columns = MEASURED_AS.get((kind, options.detection.rpartition("@")[2]), ())
@@ -654,7 +653,7 @@ def _label_place(
 
 
 def _short(name: str) -> str:
-    return re.sub(r"^\w+/", "", name)
+    return rp.networks.resolve(name).label
 
 
 def _classes(table: pandas.DataFrame) -> list[str]:
@@ -671,7 +670,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         columns = {"mAP": "mAP (%)", "mAP all-point": "all-point (%)", "COCO AP50": "COCO AP50", "COCO AP": "COCO AP"}
         row |= {text: rp.mean_std(group[column].tolist()) for column, text in columns.items()}
         row |= {f"AP {label}": rp.mean_std(group[f"AP {label}"].tolist(), 1) for label in _classes(group)}
-        # How many passes the steps at test time take depends on what is found.
+        # In the steps at test time the number of passes depends on what is found.
         row["10⁹ multiply-adds an image"] = f"{group['macs'].iloc[0] / 1e9:.2f}" if step == STEPS[0] else "–"
         row["kept for backward (MiB)"] = rp.mean_std(group["kept_mib"].tolist(), 1)
         row["ms an image"] = rp.mean_std((1000 * group["seconds"]).tolist(), 0)
@@ -714,14 +713,13 @@ study = rp.Study(
     ahead=ahead,
     how_sure=(
         "Figures are mean ± standard deviation over seeds, of detectors after their last iteration; with --weights seeds are "
-        "those of the detectors alone. C18, C19 and C24b are one-sided Welch tests over seeds at the level 0.05. So is, of "
-        "C20, the step to detectors with context, which are trained anew; box refinement and multi-scale testing have the same "
-        "detectors before and after, so their gains are taken seed by seed, in Student's test for pairs at the same level. Each "
-        "holds if p < 0.05, fails if a gain of 0.5 points or more is excluded, and else is inconclusive, as is one seed. C20 "
-        "holds if all three steps do, and fails if one does; without all three it can only fail, or is not tested. C24 rests on "
-        "no test: bytes are counted, and it holds if fixed layers keep less at every seed than trained ones at any. Level and "
-        "points were fixed beforehand. That C20 rests on mAP@.5, not on mAP@[.5, .95] as at first, and on pairs, was decided "
-        "after results on the drawn shapes had been seen, by which it fails in each of these ways."
+        f"those of the detectors alone. {rule_of_order()} C18, C19 and C24b are such claims, and so is each step of C20. "
+        "Detectors with context are trained anew; box refinement and multi-scale testing have the same detectors before and "
+        "after, so their gains are taken seed by seed, in Student's test for pairs at the same level. C20 holds if all three "
+        "steps do, and fails if one does; without all three it can only fail, or is not tested. C24 rests on no test: bytes "
+        "are counted, and it holds if fixed layers keep less at every seed than trained ones at any. One seed is always "
+        "inconclusive but for C24. That C20 rests on mAP@.5, not on mAP@[.5, .95] as at first, and on pairs, was decided after "
+        "results on the drawn shapes had been seen, by which it fails in each of these ways."
     ),
 )
 

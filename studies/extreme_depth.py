@@ -28,12 +28,14 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import one_depth
+from resprobe.tables import effort_columns, error_columns, size_column
 
 if TYPE_CHECKING:
     import pandas
 
 PAPER_TEST_ERROR = {110: 6.61, 1202: 7.93}
-"""Table 6, CIFAR-10. Of 110 layers the mean of five runs; the best of them is 6.43."""
+"""Table 6, CIFAR-10. At 110 layers: the mean of five runs; the best of them is 6.43."""
 OTHERS_TEST_ERROR = {110: "6.32, 6.73", 1202: "6.18, 7.3 at epoch 85"}
 """Published reproductions on CIFAR-10: akamaster's and, at 110 layers, gcr's, at 1202 fb.resnet.torch's (issue 20)."""
 TRAINED = 0.1
@@ -59,10 +61,11 @@ OVERFITS = rp.Claim(
 
 
 def plan(options: rp.Options) -> list[rp.Planned]:
-    of = {"block": options.block, "shortcut": options.shortcut}
+    chosen = {"block": options.block, "shortcut": options.shortcut}
     warmed = {depth: rp.recipes.with_warm_up for depth in options.depths if depth >= rp.recipes.WARM_UP_FROM}
     return [
-        rp.Planned({"depth": depth}, f"cifar/resnet-{depth}", of, recipe=warmed.get(depth)) for depth in options.depths
+        rp.Planned({"depth": depth}, f"cifar/resnet-{depth}", chosen, recipe=warmed.get(depth))
+        for depth in options.depths
     ]
 
 
@@ -88,8 +91,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     measured = f"training error {rp.mean_std(training[deep])} % at {deep} layers"
     verdicts = [rp.Verdict(TRAINS, word, measured, evidence)]
     if shallow == deep:
-        reason = "two depths are needed to compare"
-        return [*verdicts, rp.Verdict(OVERFITS, "not tested", "one depth only", reason)]
+        return [*verdicts, *one_depth(OVERFITS)]
     worse = rp.compare(tested[deep], tested[shallow])
     harder = rp.compare(training[deep], training[shallow])
     word, why = worse.verdict, ""
@@ -135,22 +137,20 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
     """One row a network, in the manner of Table 6."""
     import pandas
 
-    def beside(depth: int, errors: list[float]) -> str:
-        paper = PAPER_TEST_ERROR.get(depth)
-        return f"{paper:.2f}{study.from_paper(results.options, errors, paper)}" if paper else "–"
+    def beside(depth: int) -> str:
+        paper, ours = PAPER_TEST_ERROR.get(depth), results.values("test_error", depth=depth)
+        return f"{paper:.2f}{study.from_paper(results.options, ours, paper)}" if paper else "–"
 
     return pandas.DataFrame(
         {
             "network": f"ResNet-{depth}",
-            "parameters": f"{group['parameters'].iloc[0]:,.0f}",
-            "training error (%)": rp.mean_std(group["train_error"].tolist()),
-            "test error (%)": rp.mean_std(group["test_error"].tolist()),
-            "paper, CIFAR-10 (%)": beside(depth, group["test_error"].tolist()),
+            **size_column(results, depth=depth),
+            **error_columns(results, depth=depth),
+            "paper, CIFAR-10 (%)": beside(depth),
             "others, CIFAR-10 (%)": OTHERS_TEST_ERROR.get(depth, "–"),
-            "seeds": len(group),
-            "s a run": f"{group['seconds'].mean():,.0f}",
+            **effort_columns(results, depth=depth),
         }
-        for depth, group in results.table.groupby("depth")
+        for depth in sorted(results.options.depths)
     )
 
 
@@ -170,14 +170,12 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "Figures are mean ± standard deviation over seeds; errors are those of the last iteration. C4a is a one-sided t "
-        f"test over seeds, at the level 0.05, of the training error against {TRAINED} %. C4b holds if Welch's has the "
-        "deeper network's test error above the shallower one's; it fails if a difference of 0.5 points or more is excluded, "
-        "or if its training error is certainly above the other's by more than 0.5 points, which is no overfitting; where that is "
-        "neither certain nor excluded, a higher test error is inconclusive. Where the shallower network is not trained either, "
-        "C4a does not fail and C4b is inconclusive; where the deeper one diverged from further "
-        "seeds, C4a does not hold; one seed is always inconclusive. These numbers were fixed beforehand."
+    rules=(
+        f"C4a is a one-sided t test over seeds of the training error against {TRAINED} %, without a margin. C4b also fails if "
+        "the deeper network's training error is certainly above the other's by more than the margin, which is no overfitting; "
+        "where that is neither certain nor excluded, a higher test error is inconclusive. Where the shallower network is not "
+        "trained either, C4a does not fail and C4b is inconclusive. Where the deeper one diverged from further seeds, C4a does "
+        "not hold."
     ),
 )
 

@@ -42,6 +42,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.claims import one_depth
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -124,7 +126,7 @@ def measure(results: rp.Results) -> pandas.DataFrame:
     import torch
 
     options, data = results.options, rp.load_data(results.options.data)
-    # As the networks are trained, all of them alike; those at initialization too.
+    # All networks are looked at as they are trained, those at initialization too.
     recipe, normalize = results.runs[0].config.recipe, results.runs[0].network.normalization
     device = torch.device("cpu" if results.device.startswith("mps") else results.device)  # MPS has no float64
     rows = []
@@ -204,7 +206,7 @@ def _rows(table: pandas.DataFrame, **labels: object) -> pandas.DataFrame:
 
 
 def _over_seeds(readings: pandas.DataFrame, reduce: str = "median") -> list[float]:
-    """One value a seed: of its readings the median, the lowest ("min") or the highest ("max")."""
+    """One value a seed: the median, the lowest ("min") or the highest ("max") of its readings."""
     return readings.groupby("seed")["decades"].agg(reduce).dropna().tolist()
 
 
@@ -224,8 +226,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     table, options = ratios(results), results.options
     depths, trained = sorted({*options.depths, options.depth}), sorted(options.depths)
     if len(depths) == 1:
-        reason = "two depths are needed to compare"
-        return [rp.Verdict(claim, "not tested", "one depth only", reason) for claim in (DO_NOT_VANISH, DO_NOT_EXPLODE)]
+        return one_depth(DO_NOT_VANISH, DO_NOT_EXPLODE)
 
     def readings(moment: str, depth: int, condition: tuple[str, str]) -> pandas.DataFrame:
         return _rows(table, moment=moment, **_labels("plain", depth, condition))
@@ -304,7 +305,8 @@ BOUNDS = {_stays_above: "above a thousandth of", _stays_below: "below a thousand
 
 
 def _smallest_forward_std(results: rp.Results) -> list[float]:
-    """Of all layers of the paper's plain networks, at initialization and after training, one value a seed."""
+    """The smallest standard deviation of a layer's responses in the paper's plain networks, at initialization or after training.
+    One value a seed."""
     ours = _rows(results.measurements, kind="plain", norm=PAPERS[0], init=PAPERS[1])
     return ours.groupby("seed")["forward_std"].min().tolist()
 
@@ -352,7 +354,7 @@ def _problem_one(results: rp.Results, kind: str) -> rp.Drawing:
     for axis in panels:
         _decades_axis(axis)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    name = f"{kind}-{deep}" if kind == "plain" else f"ResNet-{deep}"
+    name = network_name(kind, deep)
     on = results.options.data_name
     return rp.Drawing(
         figure,
@@ -380,10 +382,10 @@ def _problem_two(results: rp.Results) -> rp.Drawing:
             _rows(frame, **labels).pivot(index="iteration", columns="seed", values=value)
             for frame, value in ((training, "decades"), (results.histories, "train_error"))
         )
-        name = f"plain-{depth}" if kind == "plain" else f"ResNet-{depth}"
+        name = network_name(kind, depth)
         style = {"color": palette[depth], "ls": (0, (4, 2)) if kind == "plain" else "-"}
         if condition == CONTROL:
-            name, style = f"plain-{depth}, {CONDITIONS[CONTROL]}", {"color": "0.25", "ls": ":"}
+            name, style = f"{name}, {CONDITIONS[CONTROL]}", {"color": "0.25", "ls": ":"}
         # A mean with a bound in it is a bound: a line through it would show a gradient that comes back.
         bound = _rows(training, **labels).groupby("iteration")["at_most"].any()
         decades = decades.set_axis(decades.index + 1)
@@ -453,7 +455,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
         errors = results.values("train_error", **labels)
         rows.append(
             {
-                "network": f"{kind}-{depth}",
+                "network": network_name(kind, depth),
                 "condition": CONDITIONS[tuple(condition)],
                 "smallest forward std": f"{start['forward_std'].min():.2g}",
                 "‖∇W‖, first; last layer": f"{norms.first().mean():.2g}; {norms.last().mean():.2g}",
@@ -483,13 +485,13 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    how_sure=(
-        "Figures are mean ± standard deviation over seeds: of the initial weights, the images measured with, and the training. A "
-        "part of a claim (at initialization; along training) holds if a one-sided Welch test over seeds has p < 0.05 that "
-        "the ratio of gradients changes with depth by less than a factor of 1,000; it fails if the same test says by more; else "
-        "it is inconclusive, as is one seed. The factor was fixed beforehand. That the median along training decides, and not "
-        "the lowest reading, was decided after a quick run of which the lowest said otherwise. A claim holds if all of its "
-        "parts do, and fails if one of them does; C6 can hold only if the control without batch normalization is seen to vanish."
+    rules=(
+        "A seed decides the initial weights, the images measured with, and the training. A part of a claim (at initialization; "
+        "along training) holds if the ratio of gradients certainly changes with depth by less than a factor of "
+        f"{10**LIMIT:,.0f}, and fails if it certainly changes by more; this factor was fixed beforehand. That the median along "
+        "training decides, and not the lowest reading, was decided after a quick run of which the lowest said otherwise. A "
+        "claim holds if all of its parts do, and fails if one of them does; C6 can hold only if the control without batch "
+        "normalization is seen to vanish."
     ),
 )
 

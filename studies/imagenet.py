@@ -38,6 +38,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.claims import NO_GAIN_FROM_DEPTH
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -74,7 +76,7 @@ PAPER_MULTI_SCALE = {
     "ResNet-101 B": "19.87 / 4.60",
     "ResNet-152 B": "19.38 / 4.49",
 }
-"""The same at five scales, Table 4."""
+"""Top-1 / top-5 error at five scales, Table 4."""
 PAPER_ERRORS = {"ten-crop": PAPER_TEN_CROP, "multi-scale": PAPER_MULTI_SCALE}
 
 PLAIN_DEGRADE = rp.Claim(
@@ -234,16 +236,14 @@ def _judge_degradation(results: rp.Results) -> rp.Verdict:
         for part, column in (("training", "train_error"), ("validation", None)):
             errors = {depth: _errors(results, kind, depth, column) for depth in (shallow, deep)}
             comparison = rp.compare(errors[higher], errors[lower])
-            word = comparison.verdict if kind == "plain" else comparison.gain(*unfitted)
+            word, reason = (comparison.verdict, "") if kind == "plain" else comparison.gain(*unfitted)
             measured.append(f"{kind} {part} {rp.mean_std(errors[shallow])} → {rp.mean_std(errors[deep])} %")
-            name = "plain" if kind == "plain" else "ResNet"
-            said = f"{part} error, {name}-{higher} above {name}-{lower}: {comparison}"
-            # Of plain networks alone, or residual ones alone: the one kind may have learned, and the other not.
+            above, below = network_name(kind, higher), network_name(kind, lower)
+            said = f"{part} error, {above} above {below}: {comparison}"
+            # One kind of network may have learned, and the other not.
             found = rp.if_learned(rp.Verdict(PLAIN_DEGRADE, word, "", said), *trained, opposite=comparison.reversed)
             parts.append(found.verdict)
-            evidence.append(found.evidence)
-            if kind == "residual" and (reason := comparison.nothing_to_gain(*unfitted)):
-                evidence.append(reason)
+            evidence += filter(None, [found.evidence, reason])
     return rp.Verdict(
         PLAIN_DEGRADE,
         rp.all_of(parts),
@@ -264,9 +264,8 @@ def _judge_gain(results: rp.Results) -> rp.Verdict:
     parts, evidence = [], []
     for shallow, deep in itertools.pairwise(depths):
         comparison = rp.compare(errors[shallow], errors[deep], margin=SMALLEST_STEP)
-        fits = unfitted.get(shallow, []), unfitted.get(deep, [])
-        parts.append(comparison.gain(*fits))
-        reason = comparison.nothing_to_gain(*fits)
+        word, reason = comparison.gain(unfitted.get(shallow, []), unfitted.get(deep, []))
+        parts.append(word)
         evidence.append(f"ResNet-{shallow} above ResNet-{deep}: {comparison}" + (f" ({reason})" if reason else ""))
     if missing := [str(depth) for depth in (34, *DEPTHS[3]) if depth not in depths]:
         parts.append("inconclusive")
@@ -297,7 +296,8 @@ def _errors(
 ) -> list[float]:
     """Errors, one a seed: a `column` of the trainings, or validation errors under the protocol of the verdicts.
 
-    Of several shortcuts the study's first; with `option_b` option B, the deeper networks', where it is there.
+    Where there are several shortcuts, those of the study's first; with `option_b` those of option B, which deeper networks
+    have, if it is there.
     """
     table = results.measurements
     rows = table[(table["kind"] == kind) & (table["depth"] == depth) & (table["protocol"] == _protocol(results))]
@@ -327,7 +327,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     drawings["figure-depth"] = rp.Drawing(
         figure,
         f"Top-1 error of the finished networks against depth on {on}: mean ± std, a dot for each network.",
-        "Error against depth, a panel for each way of testing. " + _in_words(results),
+        "Error against depth, a panel for each way of testing. " + _final_errors_said(results),
     )
     return drawings
 
@@ -338,18 +338,15 @@ def _figure_4(results: rp.Results, on: str) -> rp.Drawing:
         histories["depth"].isin(options.depths) & histories["shortcut"].isin(["none", options.shortcuts[0]])
     ]
     top = rp.figures.error_limit(histories)
-    figure, panels = rp.figures.new_figure(2)
-    for axis, kind in zip(panels, ("plain", "residual"), strict=True):
-        rp.figures.curves(axis, histories[histories["kind"] == kind], "depth", top=top, label="{} layers")
-        axis.set_title(f"{kind} networks")
-    panels[0].set_ylabel("top-1 error (%)")
-    rp.figures.line_key(panels[1], "validation error")
+    parts = {f"{kind} networks": histories[histories["kind"] == kind] for kind in ("plain", "residual")}
+    figure = rp.figures.curves_beside(parts, "depth", top=top, tested="validation error", label="{} layers")
+    figure.axes[0].set_ylabel("top-1 error (%)")
     over = results.over_seeds(band=True)
     return rp.Drawing(
         figure,
         f"Training on {on}, in the manner of Fig. 4: plain networks (left) and residual networks (right); {over}. Dashed: "
         "training error; bold: validation error of the centre crop (of images in memory, the whole image).",
-        "Error over iterations, one line a depth. " + _in_words(results),
+        "Error over iterations, one line a depth. " + _final_errors_said(results),
     )
 
 
@@ -377,11 +374,11 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
 
 def _name(kind: str, shortcut: str, depth: int) -> str:
-    return f"ResNet-{depth} {shortcut}" if kind == "residual" else f"{kind}-{depth}"
+    return network_name(kind, depth) + (f" {shortcut}" if kind == "residual" else "")
 
 
-def _in_words(results: rp.Results) -> str:
-    """The figure's content for those who cannot see it."""
+def _final_errors_said(results: rp.Results) -> str:
+    """Final validation errors, for those who cannot see a figure."""
     table, protocol = results.measurements, _protocol(results)
     means = table[table["protocol"] == protocol].groupby(["kind", "shortcut", "depth"], sort=False)["error"].mean()
     said = [f"{_name(*key)} {error:.1f} %" for key, error in means.items()]
@@ -423,10 +420,8 @@ study = rp.Study(
     leaves_open=rp.lacks_depths,
     paper_data="ImageNet",
     rules=(
-        f"C15's margin is {SMALLEST_STEP} points, below the paper's own smallest gain. A gain from depth that is not shown is "
-        "not tested where the shallower network fits every training image, and the deeper all but 0.5 percent, or where it errs "
-        "by less than the margin. A claim of "
-        "several parts holds if all of them do, and fails if one does."
+        f"C15's margin is {SMALLEST_STEP} points, below the paper's own smallest gain. {NO_GAIN_FROM_DEPTH} A claim of several "
+        "parts holds if all of them do, and fails if one does."
     ),
 )
 

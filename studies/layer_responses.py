@@ -41,6 +41,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import resprobe as rp
+from resprobe.tables import network_name
 
 if TYPE_CHECKING:
     import pandas
@@ -181,7 +182,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     networks = results.measurements[["kind", "depth"]].drop_duplicates().sort_values(["kind", "depth"])
     have = {kind: sorted(group["depth"]) for kind, group in networks.groupby("kind")}
     measured = "mean std over layers: " + ", ".join(
-        f"{_name(row.kind, row.depth)} {rp.mean_std(_means(results, row.kind, row.depth), 3)}"
+        f"{network_name(row.kind, row.depth)} {rp.mean_std(_means(results, row.kind, row.depth), 3)}"
         for row in networks.itertuples()
     )
     parts, evidence = [], []
@@ -209,7 +210,9 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         error = statistics.mean(results.values("train_error", kind=kind, depth=depth))
         if error > LEARNED:
             word = "inconclusive" if word in ("holds", "fails") else word
-            evidence.append(f"{_name(kind, depth)} ends at {error:.1f} % training error: it learned too little to tell")
+            evidence.append(
+                f"{network_name(kind, depth)} ends at {error:.1f} % training error: it learned too little to tell"
+            )
     return [rp.Verdict(RESPONSES_ARE_SMALL, word, measured, "; ".join(evidence))]
 
 
@@ -222,17 +225,13 @@ def _compare(results: rp.Results, higher: tuple[str, int], lower: tuple[str, int
             margin = MARGIN * sum(above) / len(above)
             found[reading] = rp.compare(above, below, margin=margin, unit="in mean std")
     if not {"test", "train"} <= set(found):
-        return "inconclusive", f"{_name(*higher)} or {_name(*lower)} has responses that are no numbers"
+        return "inconclusive", f"{network_name(*higher)} or {network_name(*lower)} has responses that are no numbers"
     words = {found["test"].verdict, found["train"].verdict}
     others = ", ".join(
         f"{READINGS[name]} {found[name].difference:+.2f}" for name in ("train", "closed") if name in found
     )
-    said = f"{_name(*higher)} above {_name(*lower)}: {found['test']} on {READINGS['test']} ({others})"
+    said = f"{network_name(*higher)} above {network_name(*lower)}: {found['test']} on {READINGS['test']} ({others})"
     return words.pop() if len(words) == 1 else "inconclusive", said
-
-
-def _name(kind: str, depth: int) -> str:
-    return f"{'ResNet' if kind == 'residual' else kind}-{depth}"
 
 
 def _share_smaller(results: rp.Results, depth: int) -> float:
@@ -257,7 +256,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
             if by_size:
                 seeds = seeds.apply(lambda column: column.sort_values(ascending=False).to_numpy())
             style = {"ls": (0, (4, 2)), "lw": 1.3} if kind == "plain" else {"ls": "-", "lw": 2.2}
-            axis.plot(seeds.index, seeds.mean(axis=1), color=palette[depth], label=_name(kind, depth), **style)
+            axis.plot(seeds.index, seeds.mean(axis=1), color=palette[depth], label=network_name(kind, depth), **style)
             # On a logarithmic axis mean − std can lie below 0; from the smallest to the largest seed cannot.
             axis.fill_between(seeds.index, seeds.min(axis=1), seeds.max(axis=1), color=palette[depth], alpha=0.15, lw=0)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -270,7 +269,7 @@ def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     on = results.options.data_name
     said = "; ".join(
-        f"{_name(kind, depth)} mean {rp.mean_std(_means(results, kind, depth), 3)}" for kind, depth in networks
+        f"{network_name(kind, depth)} mean {rp.mean_std(_means(results, kind, depth), 3)}" for kind, depth in networks
     )
     return {
         "figure": rp.Drawing(
@@ -288,13 +287,16 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
 
     rows = []
     for (kind, depth), group in results.measurements.groupby(["kind", "depth"]):
-        readings = {
-            f"mean std, {text}": rp.mean_std(_means(results, kind, depth, name), 3) for name, text in READINGS.items()
+        row = {
+            "network": network_name(kind, depth),
+            "3×3 layers": group["order"].max(),
+            "seeds": group["seed"].nunique(),
         }
-        network = {"network": _name(kind, depth), "3×3 layers": group["order"].max(), "seeds": group["seed"].nunique()}
+        for name, text in READINGS.items():
+            row[f"mean std, {text}"] = rp.mean_std(_means(results, kind, depth, name), 3)
         if len(results.table):  # responses of a network that has not trained say little of what networks learn
-            readings["training error (%)"] = rp.mean_std(results.values("train_error", kind=kind, depth=depth))
-        rows.append(network | readings)
+            row["training error (%)"] = rp.mean_std(results.values("train_error", kind=kind, depth=depth))
+        rows.append(row)
     return pandas.DataFrame(rows)
 
 
@@ -335,11 +337,10 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     departs=departs,
-    how_sure=(
-        "A claim of order holds if a one-sided Welch test over seeds has p < 0.05; it fails if the same test excludes a "
-        f"difference of {MARGIN:.0%} of the larger mean; else it is inconclusive, as is a comparison on which test images and "
-        "training mode disagree. One network of each depth is always inconclusive, and so is the claim where a network that it "
-        f"compares ends with more than {LEARNED:.0f} % training error. The claim needs both of its halves."
+    rules=(
+        f"C5's margin is {MARGIN:.0%} of the larger mean. A comparison on which test images and training mode disagree is "
+        f"inconclusive, and so is the claim where a network that it compares ends with more than {LEARNED:.0f} % training error. "
+        "The claim needs both of its halves."
     ),
 )
 

@@ -32,6 +32,8 @@ from typing import TYPE_CHECKING
 import tyro
 
 import resprobe as rp
+from resprobe.claims import one_depth
+from resprobe.tables import effort_columns, error_columns
 
 if TYPE_CHECKING:
     import pandas
@@ -76,8 +78,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     times = results.options.times
     shallow, deep = min(results.options.depths), max(results.options.depths)
     if shallow == deep:
-        reason = "two depths are needed to compare"
-        return [rp.Verdict(LONGER_DOES_NOT_CURE, "not tested", "one depth only", reason)]
+        return one_depth(LONGER_DOES_NOT_CURE)
 
     def errors(depth: int, times: int, column: str = "train_error") -> list[float]:
         return results.values(column, depth=depth, times=times)
@@ -110,21 +111,17 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 
 def draw(results: rp.Results) -> dict[str, rp.Drawing]:
     options, histories = results.options, results.histories
-    times = (1, options.times)
-    top = max(rp.figures.error_limit(trained) for _, trained in histories.groupby("times"))
-    figure, panels = rp.figures.new_figure(2)
-    for axis, factor in zip(panels, times, strict=True):
+    parts = {}
+    for factor in (1, options.times):
         trained = histories[histories["times"] == factor]
-        rp.figures.curves(axis, trained, "depth", top=top, label="{} layers")
-        axis.set_title(f"{factor}×: {trained['iteration'].max():,} iterations")
-    panels[0].set_ylabel("error (%)")
-    rp.figures.line_key(panels[1])
+        parts[f"{factor}×: {trained['iteration'].max():,} iterations"] = trained
+    top = max(rp.figures.error_limit(trained) for _, trained in histories.groupby("times"))
     means = results.table.groupby(["depth", "times"])["train_error"].mean()
     said = ", ".join(f"{depth} layers at {factor}× {error:.1f} %" for (depth, factor), error in means.items())
     over = results.over_seeds()
     return {
         "figure": rp.Drawing(
-            figure,
+            rp.figures.curves_beside(parts, "depth", top=top, label="{} layers"),
             f"Plain networks on {options.data_name}, trained as usual (left) and with the whole schedule "
             f"stretched {options.times} times (right); {over}. Dashed: training error; bold: test error.",
             f"Error over iterations, one line a depth. Mean final training error: {said}.",
@@ -141,11 +138,9 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
             "network": f"plain-{depth}",
             "trained": f"{times}×",
             "iterations": f"{group['iterations'].iloc[0]:,.0f}",
-            "training error (%)": rp.mean_std(group["train_error"].tolist()),
-            "test error (%)": rp.mean_std(group["test_error"].tolist()),
+            **error_columns(results, depth=depth, times=times),
             "paper": "not printed",
-            "seeds": len(group),
-            "s a run": f"{group['seconds'].mean():,.0f}",
+            **effort_columns(results, depth=depth, times=times),
         }
         for (depth, times), group in results.table.groupby(["depth", "times"])
     )

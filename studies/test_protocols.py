@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 import resprobe as rp
-from resprobe.claims import MARGIN
+from resprobe.claims import MARGIN, rule_of_order
 
 if TYPE_CHECKING:
     import pandas
@@ -53,6 +53,9 @@ CROP = 224
 """Side of the crops (§3.4)."""
 PARTS = 20
 """Parts of the test images, every twentieth image each, over which differences between protocols are compared."""
+ENOUGH = 300 / MARGIN
+"""Test images from which on a gain of the margin can be excluded. Where none of n images is another's error, a share of 3 in n
+is left open, at the level 0.05."""
 
 MORE_VIEWS_HELP = rp.Claim(
     id="C16",
@@ -175,9 +178,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     tested = [protocol for protocol in VIEWS if protocol in set(measured["protocol"])]
     gaps = {pair: _gap(measured, *pair) for pair in zip(tested, tested[1:], strict=False)}
     images = int(measured[measured["protocol"] == tested[0]].groupby("network")["images"].sum().min())
-    # Where none of n images is another's error, a share of 3 in n is left open, at the level 0.05.
-    few = 300 / images > MARGIN
-    left_open = [few and gap.verdict == "fails" and not gap.reversed for gap in gaps.values()]
+    left_open = [images < ENOUGH and gap.verdict == "fails" and not gap.reversed for gap in gaps.values()]
     words = ["inconclusive" if left else gap.verdict for left, gap in zip(left_open, gaps.values(), strict=True)]
     if "multi-scale" not in tested:
         words.append("not tested")
@@ -308,13 +309,12 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     how_sure=(
-        "The same weights see the same images under each protocol, so differences are paired: in each of "
-        f"{PARTS} parts of the test images (every twentieth image), averaged over networks where there are several. Each of the "
-        "two gaps holds if a one-sided paired t-test over parts has p < 0.05, fails if the same test excludes a gap of 0.5 "
-        "points or more (over 600 images at least, or if more views certainly err more), and else is "
-        "inconclusive; the claim holds if both do. This says how sure the order is for these "
-        "weights on other images; how much it differs from one training to another is the spread in the table, if there are "
-        "several networks."
+        f"The same weights see the same images under each protocol, so differences are paired: in each of {PARTS} parts of the "
+        "test images (every twentieth image), averaged over networks where there are several. "
+        f"{rule_of_order('one-sided paired t-test over parts')} Each of the two gaps is such a claim; fewer than {ENOUGH:.0f} "
+        "test images cannot refute it, unless more views certainly err more. C16 holds if both gaps do. This says how sure the "
+        "order is for these weights on other images; how much it differs from one training to another is the spread in the "
+        "table, if there are several networks."
     ),
 )
 

@@ -101,10 +101,10 @@ def test_a_block_that_makes_no_110_layers_is_not_tested(results, clean_registrie
 
 def test_table_and_figure(results):
     table = study.tabulate(results)
-    fifty = table[table["network"] == "resnet-50 (imagenet), B"].iloc[0]
+    fifty = table[table["network"] == "ResNet-50 (imagenet), B"].iloc[0]
     assert fifty["multiply-adds"] == "3,857,973,248"
     assert fifty["paper's FLOPs"] == "3.8 × 10⁹"
-    assert table[table["network"] == "resnet-20 (cifar), A"].iloc[0]["paper's parameters"] == "0.27 M"
+    assert table[table["network"] == "ResNet-20 (cifar), A"].iloc[0]["paper's parameters"] == "0.27 M"
     cost, _ = study.draw(results)["figure"].figure.axes
     plain, option_a = cost.lines[0], cost.lines[1]
     assert plain.get_ydata().tolist() == option_a.get_ydata().tolist()

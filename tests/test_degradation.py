@@ -181,7 +181,7 @@ def test_figures_and_table_from_the_results():
     bold = [line for line in left.lines if line.get_linewidth() > 2]
     assert [line.get_ydata()[-1] for line in bold] == pytest.approx([15.0, 19.0])
     table = study.tabulate(ours)
-    assert table["network"].tolist() == ["plain-20", "plain-56", "residual-20", "residual-56"]
+    assert table["network"].tolist() == ["plain-20", "plain-56", "ResNet-20", "ResNet-56"]
     assert table["paper's test error (%)"].tolist() == [
         "not printed",
         "not printed",
@@ -438,7 +438,7 @@ def test_a_strangers_block_gets_the_same_study(tmp_path):
     assert "[2/2]" in process.stdout
     assert "holds the report of" not in process.stderr
     report = (tmp_path / "results/degradation/report.md").read_text()
-    assert "| residual-8 |" in report
+    assert "| ResNet-8 |" in report
     assert "- block: wide-middle instead of basic" in report and "; data: digits; block: wide-middle. After" in report
     # An edited block is another block: its runs are not taken for the old one's.
     (tmp_path / "my_block.py").write_text(STRANGER.replace("nn.ReLU()", "nn.ELU()"))

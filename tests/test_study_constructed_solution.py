@@ -197,7 +197,7 @@ def test_one_depth_is_not_tested():
     assert {verdict.verdict for verdict in judge(alone)} == {"not tested"}
     axis = study.draw(alone)["figure"].figure.axes[0]
     assert [line.get_label() for line in axis.lines] == ["20 layers from random weights", "20 layers, learned"]
-    assert study.tabulate(alone)["network"].tolist() == ["plain-20", "residual-20"]
+    assert study.tabulate(alone)["network"].tolist() == ["plain-20", "ResNet-20"]
 
 
 # -- plan, figure, table ---------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_the_table_has_the_constructed_networks_before_and_after():
     training = table["training error: first → highest → end (%)"]
     assert training[("plain-56", "constructed, untrained")] == "9.00 ± 0.00 (one view)"
     assert training[("plain-56", TRAINED_ON)] == "1.00 → 30.00 → 9.50 ± 0.10"
-    assert training[("residual-56", LAST_RATE)] == "1.00 → 30.00 → 8.03 ± 0.06"
+    assert training[("ResNet-56", LAST_RATE)] == "1.00 → 30.00 → 8.03 ± 0.06"
     assert table.loc[("plain-56", "constructed, untrained"), "§1 says"] == "no higher"
     assert table.loc[("plain-56", "random weights"), "§1 says"] == "higher"
     assert table.loc[("plain-56", "random weights"), "test error (%)"] == "14.50 ± 0.10"

@@ -251,12 +251,12 @@ def test_the_figures_show_what_was_measured(tmp_path):
     drawings = study.draw(results(TABLE_7, runs=str(tmp_path)))
     left, right = drawings["figure"].figure.axes
     lines = {line.get_label(): line for line in left.lines}
-    assert list(lines) == ["plain-20, BN frozen", "resnet-20, BN frozen"]
-    assert lines["resnet-20, BN frozen"].get_xdata().tolist() == [0, 100, 300]
-    assert lines["resnet-20, BN frozen"].get_ydata() == pytest.approx([0, 53.5 / 3, 53.5])
+    assert list(lines) == ["plain-20, BN frozen", "ResNet-20, BN frozen"]
+    assert lines["ResNet-20, BN frozen"].get_xdata().tolist() == [0, 100, 300]
+    assert lines["ResNet-20, BN frozen"].get_ydata() == pytest.approx([0, 53.5 / 3, 53.5])
     assert [bar.get_height() for bar in right.patches] == pytest.approx([55.3, 45.3, 58.5, 48.5])
     assert [text.get_text() for text in right.get_xticklabels()] == ["disc", "star"]
-    assert "resnet-20 53.50 ± 0.28 %" in drawings["figure"].alt
+    assert "ResNet-20 53.50 ± 0.28 %" in drawings["figure"].alt
     axes = drawings["figure-pictures"].figure.axes
     assert len(axes) == 8
     assert len(axes[0].patches) == len(target["labels"])

@@ -116,9 +116,9 @@ def test_figures():
 
 def test_the_table_has_every_network():
     table = study.tabulate(results(NO_ADVANTAGE))
-    assert table["network"].tolist() == ["plain-20", "residual-20", "plain-56", "residual-56"] + 2 * [
+    assert table["network"].tolist() == ["plain-20", "ResNet-20", "plain-56", "ResNet-56"] + 2 * [
         "plain-20",
-        "residual-20",
+        "ResNet-20",
     ]
     assert table["test error (%)"].tolist()[:2] == ["9.00 ± 0.10", "9.07 ± 0.06"]
     assert table["training error (%)"].tolist()[0] == "8.00 ± 0.10"
