@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -53,11 +55,18 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.in_channels, self.out_channels, self.stride = in_channels, width * self.expansion, stride
-        branch = self.make_branch(in_channels, width, stride, layers)
-        if not isinstance(branch, nn.Module):
-            raise UsageError(f"{type(self).__name__}: make_branch must return a torch.nn.Module, not {short(branch)}")
-        self.branch = branch
-        self.shortcut = SHORTCUTS[shortcut](in_channels, self.out_channels, stride, layers)
+        called, strategy = f"{type(self).__name__}: make_branch", SHORTCUTS[shortcut]
+        _check_takes(called, self.make_branch, "(in_channels, width, stride, layers)")
+        self.branch = self.make_branch(in_channels, width, stride, layers)
+        if not isinstance(self.branch, nn.Module):
+            raise UsageError(f"{called} must return a torch.nn.Module, not {short(self.branch)}")
+        called = f"shortcut {shortcut!r}"
+        _check_takes(called, strategy, "(in_channels, out_channels, stride, layers)")
+        self.shortcut = strategy(in_channels, self.out_channels, stride, layers)
+        if not isinstance(
+            self.shortcut, nn.Module | None
+        ):  # what it learned would be neither counted, trained nor kept
+            raise UsageError(f"{called} must return a torch.nn.Module, or None, not {short(self.shortcut)}")
         # A gated shortcut scales the branch too; it says so here, and the sum below stays the sum.
         gate_branch = getattr(self.shortcut, "gate_branch", None)
         if gate_branch is not None:
@@ -139,6 +148,13 @@ class Block(nn.Module):
         ours = all(type(part).__module__.startswith(("torch.nn.", "resprobe.")) for part in parts)
         if ours and not any(list(part.children()) for part in parts) and weighted not in (0, self.weighted_layers):
             _note_depth(type(self), weighted)
+
+
+def _check_takes(called: str, make: Callable[..., object], arguments: str) -> None:
+    try:
+        inspect.signature(make).bind(*arguments.split(","))
+    except TypeError:
+        raise UsageError(f"{called} must take {arguments}, and takes {inspect.signature(make)}") from None
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from resprobe.distributed import team
 from resprobe.keeping import traceback_file
+from resprobe.recipes import Recipe
 from resprobe.runs import RunConfig, RunStore, errors_in_words
 from resprobe.training import Progress
 
@@ -17,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """A run's key → what its network is called: its name, and where networks of one name differ, how: options, the recipe's
-    name, and whether they were trained before."""
+    """A run's key → what its network is called: its name, and where networks of one name differ, how: options, recipe, and
+    whether they were trained before."""
     of_one_name: dict[str, list[RunConfig]] = {}
     for config in configs:
         of_one_name.setdefault(config.network.name, []).append(config)
@@ -28,12 +30,20 @@ def names_of(configs: Sequence[RunConfig]) -> dict[str, str]:
         options = [dict(other.network.options) for other in others]
         differ = [name for name, value in config.network.options if any(other.get(name) != value for other in options)]
         marks = "".join(f", {name} {config.network.get(name)}" for name in differ)
-        if len({other.recipe.name for other in others}) > 1:
-            marks += f", {config.recipe.name}"
+        marks += _recipe_mark(config.recipe, {other.recipe for other in others})
         if config.start is not None and any(other.start is None for other in others):
             marks += ", trained on"
         names[config.key] = f"{config.network.name}{marks}"
     return names
+
+
+def _recipe_mark(recipe: Recipe, recipes: set[Recipe]) -> str:
+    """What tells a recipe from the others: its name, if each has another, else the fields that differ."""
+    if len({each.name for each in recipes}) == len(recipes):
+        return f", {recipe.name}" if len(recipes) > 1 else ""
+    names = (field.name for field in dataclasses.fields(recipe) if field.name != "name")
+    differ = [name for name in names if len({getattr(each, name) for each in recipes}) > 1]
+    return "".join(f", {name} {getattr(recipe, name)}" for name in differ)
 
 
 class Board:

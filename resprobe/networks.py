@@ -151,6 +151,11 @@ def build(network: str | NetworkSpec, **options: Option) -> Network:
                 block.check_shapes()
             except UsageError as error:
                 raise UsageError(f"{spec.name}, {name}: {error}") from error.__cause__
+    shortcut = spec.get("shortcut", "none")
+    if shortcut != "none" and (blocks := result.blocks()) and all(block.shortcut is None for _, block in blocks):
+        raise UsageError(
+            f"shortcut (={shortcut!r}) returns none in any block of {spec.name}, which would be a plain network"
+        )
     if spec.get("init") is not None:  # a stranger's family without that option initializes its networks itself
         with blamed(f"{spec} cannot be initialized"):  # a stranger's module may do so itself
             initialize(result, str(spec["init"]))

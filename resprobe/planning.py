@@ -14,13 +14,13 @@ from torch import nn
 
 from resprobe.blocks import BLOCKS
 from resprobe.data import DATASETS, Data
-from resprobe.errors import UsageError, not_accepted
+from resprobe.errors import UsageError, not_accepted, short
 from resprobe.networks import build, check_family, resolve
 from resprobe.options import Options, as_argument, offered
 from resprobe.probes import PROBES, check_watches, make_probe
 from resprobe.recipes import Recipe, parse_changes
 from resprobe.registry import OF_YOURS
-from resprobe.runs import check_seed, configure, default_recipe
+from resprobe.runs import RunConfig, check_seed, configure, default_recipe
 from resprobe.shortcuts import SHORTCUTS
 from resprobe.sweep import Job
 from resprobe.weights import check_weights_there
@@ -39,7 +39,8 @@ def plan(study: Study, options: Options) -> tuple[Sequence[Planned], dict[str, A
     for name in ("depths", "seeds"):
         values = getattr(options, name)
         if not values or len(set(values)) < len(values):
-            raise UsageError(f"{name} (={as_argument(values)}) must be given, each once")
+            given = f" (={as_argument(values)})" if values else ""
+            raise UsageError(f"{name}{given} must be given, each once")
     for seed in options.seeds:
         check_seed(seed)
     for name in options.probe:
@@ -49,7 +50,7 @@ def plan(study: Study, options: Options) -> tuple[Sequence[Planned], dict[str, A
             residual = [name for name in SHORTCUTS.names() if name != "none"]
             raise not_accepted("shortcut", shortcut, residual, OF_YOURS)
     changes = parse_changes(options.recipe)
-    planned = study.plan(options)
+    planned = study.part("plan", options)
     if options.probe and not planned:
         raise UsageError(f"probe (={options.probe[0]!r}) watches a training, and nothing is trained here")
     if changes and not planned:
@@ -98,6 +99,7 @@ def jobs_of(
     """
     jobs: list[tuple[Labels, Job]] = []
     for one in planned:
+        _check_planned(one)
         built = one.network if isinstance(one.network, nn.Module) else None
         probes = tuple(dict.fromkeys((*one.probes, *options.probe)))
         for seed in options.seeds if one.seeds is None else one.seeds:
@@ -107,12 +109,34 @@ def jobs_of(
             config = dataclasses.replace(config, data=options.data, recipe=recipe)
             labels = dict(one.labels) | {"seed": seed}
             if any(labels == other for other, _ in jobs):  # it would count as one more seed
-                said = ", ".join(f"{name} {value}" for name, value in one.labels.items())
-                raise UsageError(f"the network of {said} is asked for twice; name it once")
+                raise UsageError(f"the network of {_told(one.labels)} is asked for twice; name it once")
+            for other, job in jobs:
+                if job.config.key == config.key:
+                    raise UsageError(
+                        f"{_told(labels)} and {_told(other)} are one and the same run, which says nothing of a difference"
+                    )
             jobs.append((labels, Job(config, probes, built, options.recompute, options.step)))
     if jobs and not later:
         _check_changes([job.config.recipe for _, job in jobs], changes)
     return jobs
+
+
+_COLUMNS = {"seed", "network", "run", *RunConfig.metrics}
+"""Columns of the table of runs that are no labels."""
+
+
+def _check_planned(one: Planned) -> None:
+    if taken := sorted(_COLUMNS.intersection(one.labels)):
+        raise UsageError(f"label (={taken[0]!r}) is the name of a column that every study has; call it something else")
+    if one.recipe is not None and not callable(one.recipe):
+        raise UsageError(
+            f"recipe (={short(one.recipe)}) of a Planned must be a function of the usual recipe, such as "
+            "lambda usual: dataclasses.replace(usual, learning_rate=0.05)"
+        )
+
+
+def _told(labels: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in labels.items())
 
 
 def _recipe(one: Planned, usual: Recipe, changes: Mapping[str, Any], *, check: bool) -> Recipe:

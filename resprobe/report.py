@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,12 @@ from resprobe.recipes import Recipe, cifar_paper, departures, imagenet_paper
 from resprobe.words import duration
 
 if TYPE_CHECKING:
-    from resprobe.study import Results, Study
+    import pandas
 
+    from resprobe.study import Drawing, Results, Study
+
+FIGURES = ("png", "svg", "pdf")
+"""What each figure is written as, beside the page."""
 SYMBOLS = {"holds": "✓", "fails": "✗", "inconclusive": "?", "not tested": "–"}
 SETTINGS = {
     "quick": "quick setting: minutes on a laptop, not the paper's data or recipe",
@@ -40,30 +44,12 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes everything into `results.options.out`, prints where it is, and returns what `verdict.json` holds."""
     out = Path(results.options.out)
-    drawings = study.draw(results)
-    table = study.tabulate(results)
-    # Where nothing was trained, what was measured is the result.
-    measured = {"results": results.table if len(results.table) else results.measurements}
-    measured["measurements"] = results.measurements
-    tables = {name: content for name, content in measured.items() if content is not None and len(content)}
-    tables |= {f"probe-{name}": content for name, content in results.probed.items()}
+    drawings, table = study.part("draw", results), study.part("tabulate", results)
+    tables = {"table": table, **_tables(results)}
     record = {
         "study": study.name,
         "setting": setting,
-        "claims": [
-            {
-                "id": verdict.claim.id,
-                "statement": verdict.claim.statement,
-                "section": verdict.claim.section,
-                "paper": verdict.claim.paper,
-                "measured": verdict.measured,
-                "verdict": verdict.verdict,
-                "evidence": verdict.evidence,
-                "falsifier": verdict.claim.falsifier,
-                "beyond": verdict.claim.beyond,
-            }
-            for verdict in verdicts
-        ],
+        "claims": [_judged(verdict) for verdict in verdicts],
         "config": {
             "command": command,
             "options": dataclasses.asdict(results.options),
@@ -80,23 +66,6 @@ def write_report(
         "figures": {name: drawing.alt for name, drawing in drawings.items()},
         "tables": list(tables),
     }
-    # What the report that this one replaces had beside it, and this one has not; its verdict first of all, since a verdict
-    # that is there has its report beside it.
-    figures_before, tables_before = (_written_before(out, kind) for kind in ("figures", "tables"))
-    (out / "verdict.json").unlink(missing_ok=True)
-    for name in figures_before - set(drawings):
-        for kind in ("png", "svg"):
-            (out / f"{name}.{kind}").unlink(missing_ok=True)
-    for name in (tables_before | set(measured)) - set(tables):
-        (out / f"{name}.csv").unlink(missing_ok=True)
-    images = {}
-    for name, drawing in drawings.items():
-        write_atomically(out / f"{name}.png", render(drawing.figure, "png"))
-        write_atomically(out / f"{name}.svg", render(drawing.figure, "svg"))
-        light, dark = map(base64.b64encode, render_for_page(drawing.figure))
-        images[name] = {"light": light.decode(), "dark": dark.decode()}
-    for name, content in tables.items():
-        write_atomically(out / f"{name}.csv", content.to_csv(index=False, lineterminator="\n").encode())
     page = {
         "study": study,
         "record": record,
@@ -107,12 +76,18 @@ def write_report(
         "table": table,
         "beside": any("paper" in str(text) for text in (*table.columns, *table.to_numpy().flat)),
         "drawings": drawings,
-        "images": images,
+        "images": {name: _for_page(drawing) for name, drawing in drawings.items()},
         "summary": summary(study, verdicts, setting, results),
         "followed": "the paper's data and recipe" if results.runs else "nothing was trained",
         "how_sure": " ".join(filter(None, [study.how_sure or _how_sure(results), study.rules, _left_out(results)])),
         "made": _made(record),
     }
+    _remove_report(out, but=(drawings, tables))
+    for name, drawing in drawings.items():
+        for kind in FIGURES:
+            write_atomically(out / f"{name}.{kind}", render(drawing.figure, kind))
+    for name, content in tables.items():
+        write_atomically(out / f"{name}.csv", content.to_csv(index=False, lineterminator="\n").encode())
     write_atomically(out / "report.md", render_template("report.md", page).encode())
     write_atomically(out / "report.html", render_template("report.html", page).encode())
     write_atomically(out / "verdict.json", (json.dumps(record, indent=1, default=str) + "\n").encode())
@@ -122,6 +97,49 @@ def write_report(
         + "".join(f"\nprobe:   {out}/probe-{name}.csv" for name in results.probed)
     )
     return record
+
+
+def _tables(results: Results) -> dict[str, pandas.DataFrame]:
+    """What is told of every run and measurement, beside the report's own table."""
+    # Where nothing was trained, what was measured is the result.
+    tables = {"results": results.table if len(results.table) else results.measurements}
+    tables |= {"measurements": results.measurements}
+    tables |= {f"probe-{name}": content for name, content in results.probed.items()}
+    return {name: content for name, content in tables.items() if content is not None and len(content)}
+
+
+def _judged(verdict: Verdict) -> dict[str, Any]:
+    claim = verdict.claim
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "section": claim.section,
+        "paper": claim.paper,
+        "measured": verdict.measured,
+        "verdict": verdict.verdict,
+        "evidence": verdict.evidence,
+        "falsifier": claim.falsifier,
+        "beyond": claim.beyond,
+    }
+
+
+def _for_page(drawing: Drawing) -> dict[str, str]:
+    light, dark = map(base64.b64encode, render_for_page(drawing.figure))
+    return {"light": light.decode(), "dark": dark.decode()}
+
+
+def _remove_report(out: Path, *, but: tuple[Collection[str], Collection[str]]) -> None:
+    """Removes what a report that is there already has beside it, but for the names of the figures and tables that are going to be
+    replaced. Its verdict goes first of all, since a verdict that is there has its report beside it."""
+    figures, tables = (
+        _written_before(out, kind).difference(kept) for kind, kept in zip(("figures", "tables"), but, strict=True)
+    )
+    (out / "verdict.json").unlink(missing_ok=True)
+    for name in figures:
+        for kind in FIGURES:
+            (out / f"{name}.{kind}").unlink(missing_ok=True)
+    for name in tables:
+        (out / f"{name}.csv").unlink(missing_ok=True)
 
 
 def _written_before(out: Path, kind: str) -> set[str]:

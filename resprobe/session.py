@@ -143,7 +143,7 @@ class Session:
         if study.ahead is not None:
             print(study.ahead(results), flush=True)
         if study.measure is not None:
-            results = dataclasses.replace(results, measurements=study.measure(results))
+            results = dataclasses.replace(results, measurements=study.part("measure", results))
         return results, made_with
 
     def _trained(self, labelled: Labelled) -> list[Run]:
@@ -171,7 +171,7 @@ class Session:
         """The jobs of the second round, which depends on what came out of the first."""
         if self.study.then is None or self.data is None:
             return []
-        planned = self.study.then(results)
+        planned = self.study.part("then", results)
         return jobs_of(planned, self.options, self.data, self.precision, self.changes, later=True)
 
     def _results(self, labelled: Labelled, runs: Sequence[Run]) -> Results:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from resprobe.claims import Claim, Verdict, from_paper
 from resprobe.commands import answer, called_as
-from resprobe.errors import UsageError, not_accepted, short
+from resprobe.errors import UsageError, not_accepted, one_line, place, short
 from resprobe.options import Options, arguments_of, as_argument, of_their_kinds, parse_options, preset_in
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Study:
         if gathered is None:  # of several processes the first alone reports
             return {}
         results, environment = gathered
-        verdicts = list(self.judge(results))
+        verdicts = list(self.part("judge", results))
         answered = {verdict.claim.id for verdict in verdicts}
         missing = [claim.id for claim in self.claims if claim.id not in answered]
         assert not missing, f"study {self.name} gives no verdict on {', '.join(missing)}"
@@ -184,6 +184,23 @@ class Study:
             command=" ".join([called_as(self.name), *map(shlex.quote, arguments)]),
             seconds=time.perf_counter() - started,
         )
+
+    def part(self, name: str, *given: Any) -> Any:
+        """What the study's `plan`, `then`, `measure`, `judge`, `draw` or `tabulate` makes of what it is given.
+
+        Raises `UsageError`, in one line with its place, for a mistake in it if it is yours, and if it gives something else than
+        it is to give.
+        """
+        try:
+            made = getattr(self, name)(*given)
+        except Exception as error:
+            if isinstance(error, UsageError) or not place(error):
+                raise
+            raise UsageError(f"{name} of study {self.name!r} fails: {one_line(error, named=True)}") from error
+        wanted, fits = _PARTS[name]
+        if not fits(made):
+            raise UsageError(f"{name} of study {self.name!r} must return {wanted}, not {short(made)}")
+        return made
 
     def survey(self, options: Options) -> list[Survey | Outlook]:
         """What is there and what is to be trained: a round each, and what `measure` trains. What follows a round to be
@@ -249,6 +266,30 @@ class Study:
             return "custom"
         folder = options.data_name == "folder"
         return "custom" if folder and not is_imagenet(options.data) else options.preset
+
+
+def _all(kind: type, things: Any) -> bool:
+    return isinstance(things, Sequence) and all(isinstance(thing, kind) for thing in things)
+
+
+def _is_table(thing: Any) -> bool:
+    import pandas
+
+    return isinstance(thing, pandas.DataFrame)
+
+
+_PARTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "plan": ("a list of rp.Planned", lambda made: _all(Planned, made)),
+    "then": ("a list of rp.Planned", lambda made: _all(Planned, made)),
+    "measure": ("a pandas.DataFrame", _is_table),
+    "judge": ("a list of rp.Verdict", lambda made: _all(Verdict, made)),
+    "draw": (
+        "a dict of names and rp.Drawing",
+        lambda made: isinstance(made, Mapping) and _all(Drawing, [*made.values()]),
+    ),
+    "tabulate": ("a pandas.DataFrame", _is_table),
+}
+"""What each part of a study is to give."""
 
 
 def is_imagenet(data: str) -> bool:

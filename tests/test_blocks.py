@@ -250,6 +250,18 @@ def test_block_without_a_branch_says_what_to_define():
     assert str(error.value) == "Bare must define make_branch(in_channels, width, stride, layers)"
 
 
+def test_make_branch_is_called_with_what_it_must_take():
+    class Short(rp.Block):
+        def make_branch(self, in_channels, width, stride):
+            return nn.Identity()
+
+    with pytest.raises(rp.UsageError) as error:
+        Short(4, 4)
+    assert str(error.value) == (
+        "Short: make_branch must take (in_channels, width, stride, layers), and takes (in_channels, width, stride)"
+    )
+
+
 @pytest.mark.parametrize("thing", [nn.ReLU, len, Promise.forward])
 def test_only_blocks_are_registered(thing):
     with pytest.raises(rp.UsageError) as error:

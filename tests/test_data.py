@@ -571,7 +571,22 @@ class TestFolder:
     def test_no_class_folders(self, tmp_path):
         (tmp_path / "train").mkdir()
         (tmp_path / "val").mkdir()
-        assert refusal(tmp_path) == f"data folder (={str(tmp_path / 'train')!r}) has no class folders"
+        assert (
+            refusal(tmp_path)
+            == f"data folder (={str(tmp_path / 'train')!r}) has no class folders; expected a folder a class"
+        )
+
+    def test_one_class_is_no_question(self, small):
+        for part in ("train", "val"):
+            shutil.rmtree(small / part / "dog")
+        assert refusal(small) == (
+            f"data folder (={str(small / 'train')!r}) has one class only, cat; expected a folder a class"
+        )
+
+    def test_a_class_without_images(self, small):
+        shutil.rmtree(small / "train" / "dog")
+        (small / "train" / "dog").mkdir()
+        assert refusal(small) == f"data folder (={str(small / 'train')!r}) holds no images of dog"
 
     def test_unknown_class(self, small):
         (small / "val" / "cow").mkdir()

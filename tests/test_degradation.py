@@ -256,8 +256,10 @@ def test_a_study_ends_with_its_verdict_and_the_paths(done):
         "report.md",
         "results.csv",
         "verdict.json",
+        "table.csv",
         "figure.png",
         "figure.svg",
+        "figure.pdf",
     }
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 

@@ -229,11 +229,12 @@ def test_figures_of_the_report_before_do_not_stay(tmp_path):
     record = json.loads((tmp_path / "verdict.json").read_text())
     record["figures"]["figure-old"] = "of other options"
     (tmp_path / "verdict.json").write_text(json.dumps(record))
-    for name in ("figure-old.png", "figure-old.svg", "figure-mine.png"):
+    for name in ("figure-old.png", "figure-old.svg", "figure-old.pdf", "figure-mine.png"):
         (tmp_path / name).touch()
     assert pages.write(tmp_path) == page
     there = {file.name for file in tmp_path.glob("figure*")}
-    assert there == {"figure.png", "figure.svg", "figure-one.png", "figure-one.svg", "figure-mine.png"}
+    ours = {f"{name}.{kind}" for name in ("figure", "figure-one") for kind in ("png", "svg", "pdf")}
+    assert there == {*ours, "figure-mine.png"}
 
 
 def test_a_study_that_trains_nothing_says_so(tmp_path):

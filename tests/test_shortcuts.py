@@ -122,3 +122,24 @@ def test_plain_has_no_shortcut():
 
 def test_padding_describes_itself():
     assert ZeroPadding(16, 33, 2, centred=True).extra_repr() == "stride=2, zeros_before=8, zeros_after=9"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        # What it learns would be in no count, no optimizer and no file.
+        (lambda i, o, stride, layers: lambda x: x, "shortcut 'mine' must return a torch.nn.Module, or None, not "),
+        (
+            lambda i, o: nn.Identity(),
+            "shortcut 'mine' must take (in_channels, out_channels, stride, layers), and takes (i, o)",
+        ),
+        (
+            lambda i, o, stride, layers: None,
+            "shortcut (='mine') returns none in any block of cifar/resnet-8, which would be a plain network",
+        ),
+    ],
+)
+def test_a_shortcut_that_is_none_is_refused(strategy, message):
+    with rp.SHORTCUTS.temporary("mine", strategy), pytest.raises(rp.UsageError) as error:
+        rp.build("cifar/resnet-8", shortcut="mine")
+    assert message in str(error.value)

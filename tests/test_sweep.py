@@ -545,6 +545,8 @@ def test_runs_are_told_apart_by_what_they_differ_in():
     configs += [configure("cifar/plain-8", "digits", recipe, seed=seed) for seed in (0, 1)]
     for name, rate in ("slow", 0.01), ("fast", 0.2):
         configs.append(configure("cifar/plain-14", "digits", replace(recipe, name=name, learning_rate=rate)))
+    for rate in (0.3, 0.4):
+        configs.append(configure("cifar/plain-32", "digits", replace(recipe, learning_rate=rate)))
     built = rp.build("cifar/plain-20", in_channels=1)
     configs += [configure(network, "digits", recipe) for network in ("cifar/plain-20", built)]
     assert [board.names_of(configs)[config.key] for config in configs] == [
@@ -554,6 +556,8 @@ def test_runs_are_told_apart_by_what_they_differ_in():
         "cifar/plain-8",
         "cifar/plain-14, slow",
         "cifar/plain-14, fast",
+        "cifar/plain-32, learning_rate 0.3",
+        "cifar/plain-32, learning_rate 0.4",
         "cifar/plain-20",
         "cifar/plain-20, trained on",
     ]

@@ -124,7 +124,9 @@ class FolderSet:
         for path in self.files:
             pixels = read_image(path)
             if pixels.shape[1:] != (height, width):
-                raise _NotOneTensor(f"{path} is {pixels.shape[2]}×{pixels.shape[1]}, the first image {width}×{height}")
+                raise _NotOneTensor(
+                    f"{path} is {pixels.shape[2]}×{pixels.shape[1]}, the first image {width}×{height}; small ones must be alike"
+                )
             images.append(pixels)
         return ImageSet(torch.stack(images), self.labels)
 
@@ -139,12 +141,17 @@ def open_folder(path: str | None) -> Data:
         if not part.is_dir():
             raise UsageError(f"data folder (={str(root)!r}) has no {part.name}/; expected train/ and val/ (or test/)")
     classes = tuple(sorted(entry.name for entry in _class_folders(train)))
-    if not classes:
-        raise UsageError(f"data folder (={str(train)!r}) has no class folders")
+    if len(classes) < 2:
+        there = f"has one class only, {classes[0]}" if classes else "has no class folders"
+        raise UsageError(f"data folder (={str(train)!r}) {there}; expected a folder a class")
     unknown = sorted({entry.name for entry in _class_folders(test)} - set(classes))
     if unknown:
         raise UsageError(f"{test} has classes that {train} has not: {', '.join(unknown[:5])}")
     parts = [_list_files(part, classes) for part in (train, test)]
+    if empty := set(range(len(classes))).difference(parts[0].labels.tolist()):
+        raise UsageError(
+            f"data folder (={str(train)!r}) holds no images of {', '.join(classes[label] for label in sorted(empty))}"
+        )
     train_set, test_set = parts
     if _is_small(train_set.files[0]):
         try:
