@@ -4,6 +4,7 @@ trained; `session` does the rest."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -181,7 +182,8 @@ def doubts(study: Study, options: Options, plugins: Mapping[str, str]) -> Iterat
 
 def _not_asked_for(options: Options, plugins: Mapping[str, str]) -> Iterator[str]:
     asked = {options.data_name}
-    asked.update(word for value in vars(options).values() for word in (value if isinstance(value, tuple) else (value,)))
+    given = (value if isinstance(value, tuple) else (value,) for value in vars(options).values())
+    asked.update(part for word in itertools.chain(*given) for part in str(word).split(":"))
     for plugin, module in plugins.items():
         there = [
             (registry.kind, name)

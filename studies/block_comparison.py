@@ -6,13 +6,14 @@ verdict.
     python -m studies.block_comparison                                            # bottleneck beside basic, digits
     python -m studies.block_comparison --plugin my_block.py --block my-block      # yours beside the paper's
     python -m studies.block_comparison --block my-block --against bottleneck --shortcut B --plugin my_block.py
+    python -m studies.block_comparison --plugin halved.py --block basic:halved --against basic:A basic:B   # shortcuts
     python -m studies.block_comparison --plugin my_block.py --block my-block --against basic without-norm no-last-relu
     python -m studies.block_comparison --plugin my_block.py --block my-block --match macs       # for as much work
     python -m studies.block_comparison --preset paper --data cifar10 --plugin my_block.py --block my-block
 
 Residual networks of all these blocks are trained at the same depths, in weighted layers as the paper counts them, from the
 same seeds and by the same recipe. Depths must be ones that all of them can make up: two layers a block have 6n+2, three have
-9n+2, both have 20, 38, 56, 110.
+9n+2, both have 20, 38, 56, 110. A name may say a shortcut too, behind a colon: so shortcuts stand beside each other.
 
 The verdict rests on test errors of the deepest networks. Equal depth is not equal cost: parameters and multiply-adds stand
 beside the errors, with the operators that multiply-adds leave out of one block alone, and one figure has the errors over
@@ -55,8 +56,7 @@ ERRS_LESS = rp.Claim(
     statement="Residual networks of one block err less than those of another, at the same depth",
     section="ours",
     paper="not in the paper, whose Table 3 has basic blocks beside bottlenecks at like cost",
-    falsifier="that the deepest network of the one errs less on the test set by 0.5 points or more than that of another is "
-    "excluded, over seeds",
+    falsifier="at the greatest depth, an advantage of 0.5 points or more in test error is excluded, over seeds",
     beyond=True,
 )
 MATCHED = {"depth": "", "macs": ", for as many multiply-adds", "parameters": ", of as many parameters"}
@@ -70,11 +70,12 @@ class Options(rp.Options):
     BUILT_OF = ("block", "against", "shortcut")
 
     block: str = "bottleneck"
-    """block in question: bottleneck, single, or one that a plugin registers"""
+    """the block to test: bottleneck, single, or one that a plugin registers; BLOCK:SHORTCUT for a shortcut of its own"""
     against: tuple[str, ...] = ("basic",)
-    """block that it is set against: basic, or any other, or several"""
+    """the block, or blocks, to compare it with"""
     match: Literal["depth", "macs", "parameters"] = "depth"
-    """what networks have in common: depth alone, or also multiply-adds or parameters, those of the first of --against"""
+    """depth: compare at equal depth. macs, parameters: also choose widths at which networks cost as much as the first of
+    --against"""
 
 
 def plan(options: Options) -> list[rp.Planned]:
@@ -90,7 +91,7 @@ def plan(options: Options) -> list[rp.Planned]:
         if options.against.count(block) > 1:
             raise rp.UsageError(f"against (={' '.join(options.against)!r}) must name each block once")
     blocks = _blocks(options)
-    step = rp.networks.depth_step(*blocks)
+    step = rp.networks.depth_step(*(_built_of(block, options)["block"] for block in blocks))
     for depth in options.depths:
         if depth < step + 2 or (depth - 2) % step:
             common = ", ".join(str(step * n + 2) for n in range(1, 6))
@@ -99,7 +100,7 @@ def plan(options: Options) -> list[rp.Planned]:
     planned = []
     for depth in options.depths:
         for block in blocks:
-            name, chosen = f"cifar/resnet-{depth}", {"block": block, "shortcut": options.shortcut}
+            name, chosen = f"cifar/resnet-{depth}", _built_of(block, options)
             width = rp.networks.resolve(name)["width"]
             if options.match != "depth" and block != options.against[0]:
                 width = _matched_width(options, block, name, width)
@@ -114,8 +115,7 @@ def _matched_width(options: Options, block: str, name: str, usual: int) -> int:
     from plugins import flops
 
     def cost(block: str, width: int) -> int:
-        chosen = {"block": block, "shortcut": options.shortcut, "width": width}
-        return int(flops.of_named(name, (3, 32, 32), **chosen)[options.match])
+        return int(flops.of_named(name, (3, 32, 32), **_built_of(block, options), width=width)[options.match])
 
     def nearest_to(width: float) -> Iterator[tuple[int, int]]:
         """Widths and costs, the nearest width first. A block may not have every width, with channels in groups say."""
@@ -138,6 +138,12 @@ def _blocks(options: Options) -> tuple[str, ...]:
     return options.block, *options.against
 
 
+def _built_of(block: str, options: Options) -> dict[str, str]:
+    """The options of a network of this block, whose name may say its shortcut."""
+    name, _, shortcut = block.partition(":")
+    return {"block": name, "shortcut": shortcut or options.shortcut}
+
+
 def measure(results: rp.Results) -> pandas.DataFrame:
     """One row a network: `block`, `depth`, and what it costs for one image of the data: the columns of `COSTS`, and
     `uncounted`, the operators that `macs` leaves out."""
@@ -150,16 +156,19 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
     options, deep = results.options, max(results.options.depths)
     lower = {other: _compare(results, "test_error", other, deep) for other in options.against}
     evidence = [line for other, found in lower.items() for line in _evidence(results, other, found)]
+    words = {other: found.gain()[0] for other, found in lower.items()}
     errors = ", ".join(
         f"{block}{_filters(results, block, deep)} {_error(results, 'test_error', block, deep)} %"
+        + (f" ({words[block]})" if block in words and len(words) > 1 else "")
         for block in _blocks(options)
     )
     statement = ERRS_LESS.statement + MATCHED[options.match]
     if len(options.against) > 1:
         statement = statement.replace("another", "each of several others")
     claim = dataclasses.replace(ERRS_LESS, statement=statement)
-    word = rp.all_of(found.gain()[0] for found in lower.values())
-    verdict = rp.Verdict(claim, word, f"test error at {deep} layers: {errors}", "; ".join(evidence))
+    verdict = rp.Verdict(
+        claim, rp.all_of(words.values()), f"test error at {deep} layers: {errors}", "; ".join(evidence)
+    )
     trained = [results.values("train_error", block=block, depth=deep) for block in _blocks(options)]
     return [rp.if_learned(verdict, *trained, opposite=any(found.reversed for found in lower.values()))]
 
@@ -207,6 +216,15 @@ def _compare(results: rp.Results, column: str, other: str, depth: int) -> rp.Com
     """Whether the other block's error is above that of the block in question."""
     ours, theirs = (results.values(column, block=block, depth=depth) for block in (results.options.block, other))
     return rp.compare(theirs, ours)
+
+
+def _above(results: rp.Results, block: str, depth: int) -> str:
+    """How far another block's test error is above that of the block in question, with the limits, and what that says."""
+    if block == results.options.block:
+        return "–"
+    found = _compare(results, "test_error", block, depth)
+    limits = f" ({found.lower:+.2f} to {found.upper:+.2f})" if found.seeds > 1 else ""
+    return f"{found.difference:+.2f}{limits}: {found.gain()[0]}"
 
 
 def _error(results: rp.Results, column: str, block: str, depth: int) -> str:
@@ -264,6 +282,7 @@ def tabulate(results: rp.Results) -> pandas.DataFrame:
             "network": f"{network_name('residual', depth)}, {block}{_filters(results, block, depth)}",
             **{title: f"{_cost(results, column, block, depth):,}" for column, title in COSTS.items()},
             **error_columns(results, block=block, depth=depth),
+            f"test error above {results.options.block}'s (points)": _above(results, block, depth),
             "seeds": len(results.values("seed", block=block, depth=depth)),
         }
         for depth in sorted(results.options.depths)

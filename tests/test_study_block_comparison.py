@@ -98,7 +98,9 @@ def test_beside_several_blocks_it_must_err_less_than_each():
         found.claim.statement
         == "Residual networks of one block err less than those of each of several others, at the same depth"
     )
-    assert found.measured.endswith("mine 6.00 ± 0.10 %, basic 7.00 ± 0.10 %, other 6.20 ± 0.60 %")
+    assert found.measured.endswith(
+        "mine 6.00 ± 0.10 %, basic 7.00 ± 0.10 % (holds), other 6.20 ± 0.60 % (inconclusive)"
+    )
     assert found.verdict == "inconclusive"
     told = found.evidence.split("; ")
     for other in "basic", "other":
@@ -196,6 +198,15 @@ def test_a_matched_comparison_says_so_and_how_wide_networks_are():
     ]
 
 
+def test_shortcuts_stand_beside_each_other_too():
+    planned = plan(Options(block="basic:highway", against=("basic", "bottleneck:C"), depths=(20,)))
+    assert [(one.labels["block"], one.options["block"], one.options["shortcut"]) for one in planned] == [
+        ("basic:highway", "basic", "highway"),
+        ("basic", "basic", "A"),
+        ("bottleneck:C", "bottleneck", "C"),
+    ]
+
+
 def test_figures_have_one_colour_a_block_and_the_cost_of_each_network():
     drawings = study.draw(results(BETTER))
     assert set(drawings) == {"figure", "figure-curves"}
@@ -243,8 +254,10 @@ def test_the_table_has_errors_beside_costs():
         "activations": "16,800",
         "training error (%)": "5.00 ± 0.10",
         "test error (%)": "6.00 ± 0.10",
+        "test error above mine's (points)": "–",
         "seeds": 3,
     }
+    assert table.iloc[3]["test error above mine's (points)"] == "+1.00 (+0.83 to +1.17): holds"
 
 
 # -- as a user ------------------------------------------------------------------------------------------------------
@@ -265,6 +278,11 @@ MISTAKES = [
         ("--against", "basic", "single", "--depths", "32"),
         "depths (=32) must be 18n+2, which all of bottleneck, basic and single can make up: 20, 38",
     ),
+    (
+        ("--block", "basic:C", "--against", "basic:A", "basic"),
+        "block basic, depth 20, width 16, seed 0 and block basic:A, ",
+    ),
+    (("--against", "basic:a"), "shortcut (='a') is unknown; accepted: A, A-centred, B, C, "),
     (("--against",), "against (='') must name a block, or several"),
 ]
 
