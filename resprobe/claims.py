@@ -125,8 +125,10 @@ class Comparison:
                 f"here{worse}"
             )
         if self.seeds > 1 and self.higher < self.margin and not self.reversed:
-            left = f"{self.higher:.2f} {self.unit} of error leave no gain of {self.margin:g} {self.unit} to be refuted"
-            return "not tested", left
+            return "not tested", (
+                f"the error to improve on is {self.higher:.2f} {self.unit}: a gain of {self.margin:g} is impossible, and its "
+                "absence refutes nothing"
+            )
         return self.verdict, ""
 
     def __str__(self) -> str:
@@ -218,11 +220,11 @@ def _values(side: Sequence[float] | float) -> list[float] | float:
 
 # -- the rules in words, as reports state them -----------------------------------------------------------------------
 
-NO_GAIN_LEFT = "A gain that is not shown is not tested where what it would improve on errs by less than the margin."
+NO_GAIN_LEFT = "Where the error to improve on is below the margin, a gain that is not shown is not tested."
 """What `Comparison.gain` adds to the rule of order."""
 NO_GAIN_FROM_DEPTH = (
-    "A gain that is not shown is not tested where what it would improve on errs by less than the margin, or where the shallower "
-    f"network fits every training image, and the deeper all but {MARGIN} percent."
+    "A gain from depth that is not shown is not tested in two cases: the error to improve on is below the margin, or the "
+    f"shallower network fits every training image, and the deeper all but {MARGIN} percent."
 )
 """The same for a gain from depth."""
 

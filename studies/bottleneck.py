@@ -425,9 +425,9 @@ study = rp.Study(
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
     rules=(
-        "C12 rests on no seed. Weights and multiply-adds are counted, and must be at least "
-        f"{DOUBLED} times as many. The time of a training step is taken round by round, and must be longer by more than "
-        f"{SLOWER:.0f} % in a one-sided t-test over rounds at the level {LEVEL}. C12 fails if either is excluded."
+        f"C12 needs no seeds. Weights and multiply-adds are counted, and must grow at least {DOUBLED}-fold. The training step "
+        f"must take more than {SLOWER:.0f} % longer (one-sided t-test over rounds, level {LEVEL}). C12 fails if a count falls "
+        f"short, or {SLOWER:.0f} % are excluded."
     ),
 )
 

@@ -85,13 +85,15 @@ FEWER_PARAMETERS = rp.Claim(
 class Options(rp.Options):
     """`repeats` timings of each forward pass; the options of trainings are put away."""
 
+    preset: Literal["quick", "paper"] = "quick"
+    """quick: all networks of Tables 1 and 6 but that of 1202 layers. paper: with it, and more timings. Nothing is trained."""
     repeats: int = 5
     """timed forward passes a network; the fastest is shown"""
     data: tyro.conf.Suppress[str] = "digits"
     seeds: tyro.conf.Suppress[tuple[int, ...]] = (0,)
     iterations: tyro.conf.Suppress[int] = 1
     shortcut: str = "A"
-    """one more shortcut to be counted in CIFAR's networks, beside A, B and C (highway, or one that a plugin registers)"""
+    """a shortcut to count in CIFAR's networks beside A, B and C, which always are (highway, or one that a plugin registers)"""
     concurrency: tyro.conf.Suppress[str] = "1"
     executor: tyro.conf.Suppress[str] = "local"
     address: tyro.conf.Suppress[str] = ""

@@ -74,16 +74,17 @@ DO_NOT_VANISH = rp.Claim(
     statement="In plain networks with batch normalization neither forward signals nor gradients vanish",
     section="§4.1",
     paper="forward signals have non-zero variances, gradients healthy norms (plain-34 on ImageNet; no numbers)",
-    falsifier="a forward signal without variance; or, from the shallowest to the deepest plain network, a fall of the ratio of "
-    "the first to the last block's gradient by 1e-3 or more, at initialization or in the median along training",
+    falsifier="a forward signal without variance; or, from the shallowest to the deepest plain network, the ratio of "
+    "the first to the last block's gradient falls by a factor of 1,000 or more, at initialization or in the median along "
+    "training",
 )
 DO_NOT_EXPLODE = rp.Claim(
     id="C6b",
     statement="In plain networks with batch normalization gradients do not explode with depth either",
     section="§4.1, of healthy norms",
     paper="healthy norms (plain-34 on ImageNet; no numbers); that gradients explode is not spoken of",
-    falsifier="from the shallowest to the deepest plain network, a rise of the ratio of the first to the last block's gradient "
-    "by 1e3 or more, at initialization or in the median along training",
+    falsifier="from the shallowest to the deepest plain network, the ratio of the first to the last block's gradient rises by "
+    "a factor of 1,000 or more, at initialization or in the median along training",
     beyond=True,
 )
 

@@ -338,8 +338,9 @@ study = rp.Study(
     tabulate=tabulate,
     departs=departs,
     rules=(
-        f"C5's margin is {MARGIN:.0%} of the larger mean. A comparison on which test images and training mode disagree is "
-        f"inconclusive, and so is the claim where a network that it compares ends with more than {LEARNED:.0f} % training error. "
+        f"C5's margin is {MARGIN:.0%} of the mean that is claimed to be larger. A comparison on which test images and training "
+        "mode disagree is inconclusive, and so is the claim where a network that it compares ends with more than "
+        f"{LEARNED:.0f} % training error. "
         "The claim needs both of its halves."
     ),
 )

@@ -45,8 +45,8 @@ LONGER_DOES_NOT_CURE = rp.Claim(
     statement="More training iterations do not cure the degradation of plain networks",
     section="§4.1, footnote 3",
     paper="“more training iterations (3×) and still observed the degradation problem” (ImageNet; no numbers)",
-    falsifier="the deeper plain network's training error after the longer training is above that of the shallower one neither "
-    "after the usual training nor after as long a one, over seeds",
+    falsifier="the deeper plain network, trained longer, no longer has a higher training error than the shallower one, neither "
+    "than that trained as usual nor than that trained as long, over seeds",
 )
 
 
@@ -162,8 +162,9 @@ study = rp.Study(
     draw=draw,
     tabulate=tabulate,
     leaves_open=rp.lacks_depths,
-    rules="C7 holds if the deeper network, trained longer, is above the shallower one trained as usual; it fails if it is above "
-    "it neither so nor after as long a training. Without degradation after the usual training it is not tested.",
+    rules="C7 holds if the deeper network, trained longer, has a higher training error than the shallower one trained as usual. "
+    "It fails if a rise of the margin is excluded there, and also between the two after trainings of that length; if it is "
+    "excluded there alone, C7 is inconclusive. Without degradation after the usual training it is not tested.",
 )
 
 if __name__ == "__main__":

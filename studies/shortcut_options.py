@@ -213,9 +213,9 @@ study = rp.Study(
     tabulate=tabulate,
     leaves_open=leaves_open,
     rules=(
-        "C9 needs two tests: plain is above option A, and half the worst option's gap to plain is above the spread among "
-        "options. The second is Student's, paired by seed, and fails if half the gap is certainly the smaller. C9 holds if "
-        f"both do, and fails if one does. {NO_GAIN_LEFT}"
+        "C9 needs two things. (1) Plain networks err more than option A, by the rule above. (2) Half the worst option's gap to "
+        "plain exceeds the spread among the options (Student's test, paired by seed); this fails if it is certainly below. C9 "
+        f"holds if both hold, and fails if one fails. {NO_GAIN_LEFT}"
     ),
 )
 

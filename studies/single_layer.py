@@ -208,8 +208,8 @@ study = rp.Study(
     judge=judge,
     draw=draw,
     tabulate=tabulate,
-    rules="C21 says that there is no such difference. So it holds if an advantage of the margin or more is excluded, where "
-    "networks of two-layer blocks have one, and fails if there is certainly one.",
+    rules="C21 claims no advantage, so the test is turned round: it holds if an advantage of the margin or more is excluded, "
+    "while two-layer blocks of that depth certainly have one; it fails if single layers certainly have one.",
 )
 
 if __name__ == "__main__":

@@ -81,7 +81,10 @@ def test_where_the_other_hardly_errs_there_is_nothing_to_gain():
     }
     found = verdict(hardly | {("mine", 20): [1.1, 1.2, 1.3], ("basic", 20): [1.1, 1.2, 1.3]})
     assert found.verdict == "not tested" and found.evidence.startswith("test error, basic less mine")
-    assert found.evidence.split("; ")[1] == "0.06 points of error leave no gain of 0.5 points to be refuted"
+    assert (
+        found.evidence.split("; ")[1]
+        == "the error to improve on is 0.06 points: a gain of 0.5 is impossible, and its absence refutes nothing"
+    )
 
 
 def test_networks_that_have_not_learned_refute_nothing_unless_one_is_certainly_worse():

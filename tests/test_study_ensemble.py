@@ -66,7 +66,9 @@ def test_ensembles_no_better_than_their_members_refute_it():
 def test_where_members_hardly_err_no_gain_is_no_refutation():
     found = verdict([0.28, 0.28, 0.27], singles=(0.3, 0.28, 0.26), noise=0.01)
     assert found.verdict == "not tested"
-    assert found.evidence.startswith("0.28 points of error leave no gain of 0.5 points to be refuted")
+    assert found.evidence.startswith(
+        "the error to improve on is 0.28 points: a gain of 0.5 is impossible, and its absence refutes nothing"
+    )
 
 
 def test_a_gain_below_half_a_point_is_not_denied_for_want_of_size():

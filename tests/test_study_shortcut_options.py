@@ -77,7 +77,9 @@ def test_where_plain_networks_hardly_err_there_is_nothing_to_gain():
         {key: [error / 100 for error in seeds] for key, seeds in TABLE_3.items()} | {("plain", 56): [0.3, 0.2, 0.3]}
     )
     assert found.verdict == "not tested"
-    assert found.evidence.startswith("0.27 points of error leave no gain of 0.5 points to be refuted")
+    assert found.evidence.startswith(
+        "the error to improve on is 0.27 points: a gain of 0.5 is impossible, and its absence refutes nothing"
+    )
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
