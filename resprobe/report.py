@@ -71,7 +71,7 @@ def write_report(
         "record": record,
         "verdicts": verdicts,
         "symbols": SYMBOLS,
-        "setting": SETTINGS[setting],
+        "setting": _setting(setting, results),
         "what": _what(study, results),
         "table": table,
         "beside": any("paper" in str(text) for text in (*table.columns, *table.to_numpy().flat)),
@@ -153,7 +153,13 @@ def _written_before(out: Path, kind: str) -> set[str]:
 def summary(study: Study, verdicts: Sequence[Verdict], setting: str, results: Results) -> str:
     """The verdict in one paragraph."""
     said = " ".join(f"{verdict.claim.id} {verdict.verdict}: {verdict.measured}." for verdict in verdicts)
-    return f"{study.title} ({SETTINGS[setting]}{_what(study, results)}). {said}"
+    return f"{study.title} ({_setting(setting, results)}{_what(study, results)}). {said}"
+
+
+def _setting(setting: str, results: Results) -> str:
+    """What the setting is. A count's is no recipe."""
+    nothing = not results.runs and not getattr(results.options, "weights", ())
+    return f"{setting} setting; nothing was trained" if nothing else SETTINGS[setting]
 
 
 def _what(study: Study, results: Results) -> str:

@@ -514,7 +514,7 @@ def test_a_probe_with_other_settings_measures_anew(tmp_path):
 
 def test_a_probe_that_is_made_again_finds_its_table(tmp_path, monkeypatch):
     assert counted(tmp_path, 3, schedule=rp.probes.at([1, 0])) == 6
-    monkeypatch.setattr("resprobe.runs._train_in_store", None)  # not called
+    monkeypatch.setattr("resprobe.runs._KeptTraining", None)  # not called
     assert counted(tmp_path, 3, schedule=rp.probes.at([0, 1])) == 6
     with pytest.raises(TypeError):
         counted(tmp_path, 4)
