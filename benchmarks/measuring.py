@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,17 +103,22 @@ class Memory:
         return int(status["VmHWM"].split()[0]) * 1024
 
 
+TOLD = {"clock_mhz": "clocks.sm", "power_w": "power.draw", "temperature_c": "temperature.gpu"}
+"""What a card says of itself, and nvidia-smi's names for it."""
+
+
 def telling(device: torch.device) -> dict[str, float]:
-    """Clock (MHz), power (W) and temperature (°C) of a card, where the driver's library tells torch."""
+    """Clock (MHz), power (W) and temperature (°C) of a card, as its driver's nvidia-smi tells them, which changes nothing."""
+    if device.type != "cuda":
+        return {}
     told: dict[str, float] = {}
-    if device.type == "cuda":
-        for name, ask, scale in (
-            ("clock_mhz", torch.cuda.clock_rate, 1),
-            ("power_w", torch.cuda.power_draw, 1000),
-            ("temperature_c", torch.cuda.temperature, 1),
-        ):
-            with contextlib.suppress(Exception):  # pynvml is not installed, or the driver does not say
-                told[name] = ask(device) / scale
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # it is not there, or does not answer
+        card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        asked = ["nvidia-smi", "-i", card, f"--query-gpu={','.join(TOLD.values())}", "--format=csv,noheader,nounits"]
+        line = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True).stdout
+        for name, figure in zip(TOLD, line.split(","), strict=False):
+            with contextlib.suppress(ValueError):  # [N/A]
+                told[name] = float(figure)
     return told
 
 

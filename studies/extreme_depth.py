@@ -11,9 +11,9 @@ The paper trains a 1202-layer residual network as the 110-layer one, to a traini
 Others measured the opposite: 6.18 % (akamaster's pytorch_resnet_cifar10) and 7.3 % at epoch 85 (fb.resnet.torch, issue
 20).
 
-Both networks have the warm-up of §4.2 (see warm_up.py, which shares the runs of 110 layers). With `--recompute`, which
-the paper preset turns on, activations are computed again in the backward pass, in segments: the same numbers in less
-memory. What would refute the claims stands with them below.
+Both networks have the warm-up of §4.2 (see warm_up.py, which shares the runs of 110 layers). On a card with less than some
+20 GiB, 1202 layers need `--recompute`: activations are computed again in the backward pass, in segments, to the same numbers in
+less memory, but more slowly. What would refute the claims stands with them below.
 
 Measured (2026-11-21, two cores of an AMD EPYC, torch 2.15.0, bf16, n = 3; record in
 docs/measurements/2026-11-21-extreme-depth-quick):
@@ -164,7 +164,7 @@ study = rp.Study(
         "(claim C4; §4.2, Fig. 6 right). --recompute saves memory."
     ),
     claims=(TRAINS, OVERFITS),
-    presets=rp.cifar_presets(_QUICK, depths=(110, 1202), recompute=True),
+    presets=rp.cifar_presets(_QUICK, depths=(110, 1202)),
     plan=plan,
     judge=judge,
     draw=draw,

@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.measuring import (
     markdown,
     ratios,
     seconds,
+    telling,
     write_json,
 )
 
@@ -73,3 +75,15 @@ def test_a_record_holds_dataclasses(tmp_path, capsys):
     assert record == {"spread": {"median": 1.0, "low": 0.5, "high": 2.0, "n": 3}}
     assert "written to" in capsys.readouterr().out
     assert math.isfinite(record["spread"]["median"])
+
+
+def test_a_card_tells_of_itself_by_its_drivers_program(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text('#!/bin/sh\n[ "$2" = GPU-0-1-2 ] && echo "1980, 431.5, [N/A]"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1-2"))
+    assert telling(torch.device("cuda")) == {"clock_mhz": 1980, "power_w": 431.5}
+    smi.write_text("#!/bin/sh\nexit 9\n")  # no driver
+    assert telling(torch.device("cuda")) == {}
+    assert telling(torch.device("cpu")) == {}
