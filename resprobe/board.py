@@ -46,7 +46,7 @@ def _recipe_mark(recipe: Recipe, recipes: set[Recipe]) -> str:
     return "".join(f", {name} {getattr(recipe, name)}" for name in differ)
 
 
-class Board:
+class ProgressBoard:
     """One bar over all runs, and a line for each that is finished. Without a terminal, the lines alone.
 
     `names`: what the runs are called, by their keys. `failures`: why those failed that did. Texts: an error itself would keep
@@ -65,7 +65,7 @@ class Board:
         self.done, self.lock = 0, threading.Lock()
         self.bar: Any = None
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressBoard:
         from tqdm import tqdm
 
         self.bar = tqdm(

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from resprobe.board import Board
+from resprobe.board import ProgressBoard
 from resprobe.devices import deterministic, prepare_cpu
 from resprobe.errors import StorageError, UsageError, not_accepted, one_line
 from resprobe.extensions import load_plugin
@@ -88,7 +88,7 @@ class RayCluster:
         store: RunStore,
         concurrency: int | None,
         plugins: Sequence[str],
-        board: Board,
+        board: ProgressBoard,
     ) -> None:
         """Trains `jobs` on the nodes; `board` is told of each.
 
@@ -261,7 +261,7 @@ def _marker(store: RunStore) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _listen(news: Any, board: Board) -> None:
+def _listen(news: Any, board: ProgressBoard) -> None:
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):

@@ -32,14 +32,14 @@ RESULT = "result.json"
 UNFINISHED = "history.unfinished.csv"
 """The history along a training, beside its checkpoint. A finished run that is trained anew, for a probe, keeps its own."""
 TRACEBACK = "traceback.txt"
-"""Where in the code a run failed, since the user sees one line alone. Kept until the run is begun again."""
+"""Where in the code a run failed, since the user sees one line alone. RunIdentity until the run is begun again."""
 DIVERGED = "diverged.txt"
-"""How a run diverged: so a report of other seeds knows what it leaves out. Kept until the run is begun again."""
+"""How a run diverged: so a report of other seeds knows what it leaves out. RunIdentity until the run is begun again."""
 CHECKPOINT_SECONDS = 30.0
 """At least so much time passes between two checkpoints, and at most so much is lost."""
 
 
-class Kept:
+class RunIdentity:
     """What a run is. Two runs of one identity are one run."""
 
     recipe: Any
@@ -66,7 +66,7 @@ class Kept:
         return "_".join("".join(c if c.isalnum() or c in "-." else "-" for c in part) for part in parts)
 
 
-class Keeper:
+class RunFolder:
     """The folder of a run while it trains. Whoever writes there holds the run's lock."""
 
     def __init__(self, path: Path):

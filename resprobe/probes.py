@@ -279,6 +279,8 @@ def check_watches(probe: Probe) -> Probe:
     """The probe; raises `UsageError` for one that cannot watch a training."""
     if lacking := probe.lacks():
         raise UsageError(f"probe (={probe.name!r}) cannot watch a training without {lacking}")
+    if type(probe).table is Probe.table:
+        raise UsageError(f"probe (={probe.name!r}) must define table(), which gives what it saw as a pandas.DataFrame")
     return probe
 
 
@@ -300,6 +302,17 @@ def make_probe(probe: str | Probe) -> Probe:
             f"probe {name}: schedule (={made.schedule!r}) must be a function of the iteration, such as every(100)"
         )
     return made
+
+
+def table_of(probe: Probe) -> pandas.DataFrame:
+    """The probe's table. Raises `UsageError` for what is none, and for what cannot be made."""
+    import pandas
+
+    with blamed(f"probe {probe.name}: table() fails"):
+        table = probe.table()
+    if not isinstance(table, pandas.DataFrame):
+        raise UsageError(f"probe {probe.name}: table() must give a pandas.DataFrame, not {short(table)}")
+    return table
 
 
 @contextmanager

@@ -48,12 +48,12 @@ from resprobe.keeping import (
     NETWORK,
     RESULT,
     UNFINISHED,
-    Keeper,
-    Kept,
+    RunFolder,
+    RunIdentity,
     failures_kept,
 )
 from resprobe.networks import NetworkSpec, Option, build, check_fit, made_of, resolve
-from resprobe.probes import PROBES, Probe, check_watches, make_probe
+from resprobe.probes import PROBES, Probe, check_watches, make_probe, table_of
 from resprobe.randomness import seeded
 from resprobe.recipes import Recipe, cifar_paper, digits_quick, imagenet_paper
 from resprobe.registry import Registry
@@ -69,7 +69,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class RunConfig(Kept):
+class RunConfig(RunIdentity):
     """What a run is. `data` says where the data are (`NAME:PATH`), `data_identity` what they are."""
 
     network: NetworkSpec
@@ -185,11 +185,11 @@ class RunStore:
         elif any(os.path.isfile(part) for part in (self.root, *self.root.absolute().parents)):
             raise UsageError(f"runs (={str(root)!r}) cannot be a folder: it is, or would be in, a file")
 
-    def folder(self, config: Kept) -> Path:
+    def folder(self, config: RunIdentity) -> Path:
         """Where a run is, or would be."""
         return self.root / config.folder_name
 
-    def find(self, config: Kept, probes: Sequence[str | Probe] = ()) -> Run | None:
+    def find(self, config: RunIdentity, probes: Sequence[str | Probe] = ()) -> Run | None:
         """The finished run, if it is there with the tables of these probes, given as objects or by their names.
 
         A table counts if it is that of a probe of the same identity; for a name that is not registered, any counts.
@@ -223,7 +223,7 @@ class RunStore:
             return None
         return Run(config, metrics, history, tables, path)
 
-    def iterations_done(self, config: Kept) -> int:
+    def iterations_done(self, config: RunIdentity) -> int:
         """How far an unfinished run has come: iterations at its last checkpoint."""
         path = self.folder(config)
         if not (path / CHECKPOINT).is_file():
@@ -245,7 +245,7 @@ class RunStore:
         return seeds
 
     @contextlib.contextmanager
-    def lock(self, config: Kept, tell: Callable[[str], None]) -> Iterator[None]:
+    def lock(self, config: RunIdentity, tell: Callable[[str], None]) -> Iterator[None]:
         """One writer a run. A second process waits; a lock whose holder was killed is free."""
         path = self.folder(config)
         try:
@@ -363,7 +363,7 @@ def train(
         with _watching(progress, config) as watch:
             training.run(lambda _, news: watch(news))
         run, _ = _finish(training, config, None)
-        run.tables |= {probe.name: _table_of(probe) for probe in made}
+        run.tables |= {probe.name: table_of(probe) for probe in made}
         return run
 
     if not isinstance(runs, str | Path | RunStore):
@@ -423,11 +423,11 @@ def train_as(
 
 def _made(probes: Sequence[str | Probe]) -> list[Probe]:
     """The probes, made where they are given by name. Raises `UsageError` unless each has a name of its own."""
-    made = [check_watches(make_probe(probe)) for probe in probes]
+    made = [make_probe(probe) for probe in probes]
     names = [probe.name for probe in made]
     if len(set(names)) < len(names) or "" in names:
         raise UsageError(f"probes ({', '.join(map(repr, names))}) must have a name each, and each its own")
-    return made
+    return [check_watches(probe) for probe in made]
 
 
 def _meant(network: object, options: Mapping[str, Option]) -> UsageError | None:
@@ -474,7 +474,7 @@ class _KeptTraining:
     def __init__(self, store: RunStore, config: RunConfig, training: Training, data_digest: str | None):
         self.store, self.config, self.training, self.data_digest = store, config, training, data_digest
         self.team, self.path = team(), store.folder(config)
-        self.keeper = Keeper(self.path)
+        self.folder = RunFolder(self.path)
         self.odd: set[str] = set()
         """Names of the probes of whose state it was said that no checkpoint keeps it."""
 
@@ -489,7 +489,7 @@ class _KeptTraining:
         with _watching(progress if self.team.first else False, self.config) as watch:
 
             def at_log_point(training: Training, news: Progress) -> None:
-                if self.team.first and self.keeper.due:
+                if self.team.first and self.folder.due:
                     self._save(training.state())
                 watch(news)
 
@@ -507,7 +507,7 @@ class _KeptTraining:
         broken: Exception | None = None
         for probe in self.training.probes:
             try:
-                run.tables[probe.name] = _table_of(probe)
+                run.tables[probe.name] = table_of(probe)
             except Exception as error:  # of a stranger's probe; what it watched must not be lost with it
                 broken = error
         self.team.broadcast(lambda: self._keep(run, running))
@@ -518,7 +518,7 @@ class _KeptTraining:
     def _resume(self) -> None:
         """Goes on from the last checkpoint, if there is one of a training with these probes."""
         training = self.training
-        kept = self.team.broadcast(self.keeper.load)
+        kept = self.team.broadcast(self.folder.load)
         if kept is None:
             return
         known = kept.get("identities", {name: training.identities.get(name) for name in kept["probes"]})
@@ -544,7 +544,7 @@ class _KeptTraining:
             "recipe_name": config.recipe.name,
         }
         self.environment = environment(self.training.device)
-        self.keeper.begin(config.identity() | asked, self.environment | {"step": self.training.how})
+        self.folder.begin(config.identity() | asked, self.environment | {"step": self.training.how})
         for digest in config._sources.values():  # a stranger's file may be edited, or lost, tomorrow
             for name, text in sources_of(digest).items():
                 write_atomically(self.path / "sources" / digest[:8] / name, text)
@@ -559,13 +559,13 @@ class _KeptTraining:
             )
         self.odd.update(odd)
         if not odd:
-            self.keeper.save(state, self.training.rows)
+            self.folder.save(state, self.training.rows)
 
     def _rescue(self) -> None:
         """Saves the last good state of a training that is broken off."""
         # A begin with other probes may be broken off at once: then an earlier checkpoint has more to keep.
         got_on = self.training.last_good["iteration"] > self.began
-        if self.team.first and (got_on or not self.keeper.checkpoint.is_file()):
+        if self.team.first and (got_on or not self.folder.checkpoint.is_file()):
             try:
                 self._save(self.training.last_good)
             except StorageError as error:  # which must not take the place of what ends the training
@@ -586,9 +586,9 @@ class _KeptTraining:
             )
             write_table(file, table)
         if self.finished is None:
-            self.keeper.finish(run.metrics, training.rows)
+            self.folder.finish(run.metrics, training.rows)
         else:
-            self.keeper.clear()
+            self.folder.clear()
 
     def _with_tables(self, finished: Run, anew: Run) -> Run:
         """The finished run with the tables of one that was trained anew. Warns where that ended otherwise."""
@@ -599,15 +599,6 @@ class _KeptTraining:
                 "earlier ones"
             )
         return replace(finished, tables=anew.tables)  # and with its weights, which are read when they are asked for
-
-
-def _table_of(probe: Probe) -> pandas.DataFrame:
-    import pandas
-
-    table = probe.table()
-    if not isinstance(table, pandas.DataFrame):
-        raise UsageError(f"probe {probe.name}: table() must give a pandas.DataFrame, not {short(table)}")
-    return table
 
 
 def _prepare(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from resprobe.board import Board
+from resprobe.board import ProgressBoard
 from resprobe.data import load_data
 from resprobe.devices import cores, cpu_threads, deterministic, prepare_cpu, usable
 from resprobe.digests import is_known, module_of, source_file, typed_in
@@ -261,7 +261,7 @@ def run_all(
     ahead = together.broadcast(lambda: survey(jobs, store, device=device, concurrency=concurrency, cluster=cluster))
     if together.first:
         print(ahead, flush=True)
-    with Board(ahead, store, jobs) as board:
+    with ProgressBoard(ahead, store, jobs) as board:
         ordered, workers = ahead.missing, ahead.workers
         if ordered and cluster is not None:
             cluster.train(ordered, store, concurrency, _needed(ordered, plugins), board)
@@ -333,7 +333,7 @@ def _train_here(
     store: RunStore,
     device: torch.device,
     threads: int,
-    board: Board,
+    board: ProgressBoard,
 ) -> Sequence[Job]:
     """Trains jobs one after the other. Gives those that are left where one leaves the device unable to go on."""
     with cpu_threads(threads):  # as each process of several would have: runs come out the same here and there
@@ -378,7 +378,7 @@ def _train_in_processes(
     workers: int,
     threads: int,
     plugins: Sequence[str],
-    board: Board,
+    board: ProgressBoard,
 ) -> None:
     with sharing(device) as variables:
         determinism_mode = torch.get_deterministic_debug_mode()

@@ -29,7 +29,7 @@ from resprobe.errors import TrainingDiverged, UsageError, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import safe_subsampling
 from resprobe.networks import check_logits
-from resprobe.probes import Probe, attach
+from resprobe.probes import Probe, attach, table_of
 from resprobe.randomness import (
     drawing_from,
     keeping_random_state,
@@ -239,6 +239,9 @@ class Training:
                     probe.after_backward(self.network, self.iteration)
             if unwatched is not None:
                 self._check_harmless(measuring, unwatched, Outcome.of(loss, self.network))
+                for probe in measuring:  # else a mistake in its table would be met after the training
+                    if type(probe).table is not Probe.table:
+                        table_of(probe)
             self._descend()
             return loss, wrong
         if self.capturing and self.captured is None:

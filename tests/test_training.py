@@ -1022,6 +1022,9 @@ def test_a_probe_sees_the_gradients_the_optimizer_will_use():
         def after_backward(self, network, iteration):
             seen.append([parameter.grad.clone() for parameter in network.parameters()])
 
+        def table(self):
+            return pandas.DataFrame()
+
     one = training(probes=[Gradients()], iterations=2, milestones=(), bn_batch=8)
     one.run()
     twin = network().train()

@@ -43,7 +43,7 @@ from resprobe.devices import fastest, resolve_device
 from resprobe.digests import network_digest
 from resprobe.environment import environment
 from resprobe.files import read_tensors, write_json, write_tensors
-from resprobe.keeping import Keeper, Kept, failures_kept
+from resprobe.keeping import RunFolder, RunIdentity, failures_kept
 from resprobe.runs import check_seed
 
 FORMAT = 1
@@ -54,7 +54,7 @@ Prediction = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class DetectorConfig(Kept):
+class DetectorConfig(RunIdentity):
     """What a detector's run is. `start` is a digest of the weights that it begins with, the new layers' among them."""
 
     network: str
@@ -224,15 +224,15 @@ def _train(
     rows: list[dict[str, float]] = []
     done, counted, before = 0, 0, 0.0
     sums = torch.zeros(len(LOSSES), device=device)  # of the losses since the last log point, on the device
-    keeper = Keeper(path) if path else None
-    kept = keeper.load() if keeper else None
+    folder = RunFolder(path) if path else None
+    kept = folder.load() if folder else None
     if kept is not None:
         model.load_state_dict(kept["model"])
         optimizer.load_state_dict(kept["optimizer"])
         rows, done, counted, before = kept["rows"], kept["done"], kept["counted"], kept["seconds"]
         sums.copy_(kept["sums"])
-    if keeper:
-        keeper.begin(config.identity() | {"network": config.network, "name": config.data}, environment(device))
+    if folder:
+        folder.begin(config.identity() | {"network": config.network, "name": config.data}, environment(device))
     measured_at = {round(recipe.iterations * k / recipe.evaluations) for k in range(recipe.evaluations)}
     started = time.monotonic() - before
 
@@ -272,22 +272,22 @@ def _train(
             sums += torch.stack([losses[name].detach() for name in LOSSES])
             counted, done = counted + 1, iteration + 1
             to_log = done in measured_at or done % recipe.window == 0 or done == recipe.iterations
-            to_save = keeper is not None and keeper.due
+            to_save = folder is not None and folder.due
             if to_log or to_save:  # between them nothing is asked of the device
                 check()
             if to_log:
                 log(measure=done in measured_at)
-            if keeper and to_save:
+            if folder and to_save:
                 state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "done": done}
-                keeper.save(state | {"sums": sums, "counted": counted, "seconds": time.monotonic() - started}, rows)
+                folder.save(state | {"sums": sums, "counted": counted, "seconds": time.monotonic() - started}, rows)
     predictions = predict(model, data.test, device)
     metrics = score(predictions, data.test)
     rows[-1]["mAP"] = metrics["mAP"]
     run = DetectorRun(config, metrics, pandas.DataFrame(rows), model.cpu().eval(), path)
-    if keeper:
-        write_tensors(keeper.path / "detector.safetensors", model.state_dict())
-        write_json(keeper.path / "detections.json", [_as_rows(each) for each in predictions])
-        keeper.finish(metrics, rows)
+    if folder:
+        write_tensors(folder.path / "detector.safetensors", model.state_dict())
+        write_json(folder.path / "detections.json", [_as_rows(each) for each in predictions])
+        folder.finish(metrics, rows)
     return run
 
 
