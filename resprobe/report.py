@@ -129,16 +129,14 @@ def _for_page(drawing: Drawing) -> dict[str, str]:
 
 
 def _remove_report(out: Path, *, but: tuple[Collection[str], Collection[str]]) -> None:
-    """Removes what a report that is there already has beside it, but for the names of the figures and tables that are going to be
-    replaced. Its verdict goes first of all, since a verdict that is there has its report beside it."""
-    figures, tables = (
-        _written_before(out, kind).difference(kept) for kind, kept in zip(("figures", "tables"), but, strict=True)
-    )
+    """Removes what a report that is there already has beside it, but for the names of the figures and tables that are going to
+    be replaced. Its verdict goes first of all, since a verdict that is there has its report beside it."""
+    figures, tables = _written_before(out, "figures"), _written_before(out, "tables") | {"results", "measurements"}
     (out / "verdict.json").unlink(missing_ok=True)
-    for name in figures:
+    for name in figures.difference(but[0]):
         for kind in FIGURES:
             (out / f"{name}.{kind}").unlink(missing_ok=True)
-    for name in tables:
+    for name in tables.difference(but[1]):
         (out / f"{name}.csv").unlink(missing_ok=True)
 
 

@@ -118,23 +118,23 @@ class Session:
     def survey(self) -> list[Survey | Outlook]:
         """What is there and what is to be trained: a round each, and what the study's `measure` trains. What follows a round
         that is still to be trained is not known yet."""
-        ahead, runs = self._surveyed(self.jobs)
-        results = self._results([], []) if runs is None else self._results(self.jobs, runs)
-        if runs is not None and (second := self._second(results)):
+        jobs = self._not_diverged(self.jobs)
+        ahead, runs = self._surveyed(jobs)
+        results = self._results([], []) if runs is None else self._results(jobs, runs)
+        if runs is not None and (second := self._not_diverged(self._second(results))):
             after, others = self._surveyed(second)
             ahead = [*ahead, *after]
-            results = (
-                self._results([], []) if others is None else self._results([*self.jobs, *second], [*runs, *others])
-            )
+            results = self._results([], []) if others is None else self._results([*jobs, *second], [*runs, *others])
         return [*ahead, self.study.ahead(results)] if self.study.ahead is not None else [*ahead]
 
     def gather(self) -> tuple[Results, dict[str, Any]] | None:
         """All results, and the environment that made them; None in a process that only helped to train."""
-        study, labelled = self.study, list(self.jobs)
-        runs = self._trained(labelled)
+        study = self.study
+        labelled, runs = self._trained(self.jobs)
         results = self._results(labelled, runs)
         if second := self._second(results):
-            labelled, runs = [*labelled, *second], [*runs, *self._trained(second)]
+            further, others = self._trained(second)
+            labelled, runs = [*labelled, *further], [*runs, *others]
             results = self._results(labelled, runs)
         made_with, first = self._made_with(runs), team().first
         leave()
@@ -146,16 +146,27 @@ class Session:
             results = dataclasses.replace(results, measurements=study.part("measure", results))
         return results, made_with
 
-    def _trained(self, labelled: Labelled) -> list[Run]:
-        """The runs, found or trained."""
+    def _trained(self, labelled: Labelled) -> tuple[Labelled, list[Run]]:
+        """The runs, found or trained, and their jobs: all, but for those that diverged where the study leaves such out."""
+        labelled = self._not_diverged(labelled)
         if self.store is None or not labelled:
-            return []
+            return labelled, []
         jobs, plugins = [job for _, job in labelled], self.options.plugin
         where = {"device": self.device, "concurrency": self.concurrency, "cluster": self.cluster}
         try:
-            return sweep.run_all(jobs, self.store, plugins=plugins, **where)
+            return labelled, sweep.run_all(jobs, self.store, plugins=plugins, **where)
         except SweepFailed as error:
+            left = self._not_diverged(labelled)
+            if left and error.keys.isdisjoint(job.config.key for _, job in left):
+                return self._trained(left)
             raise SweepFailed(f"{error}{left_without(error.keys, self.options, labelled)}", error.keys) from error
+
+    def _not_diverged(self, labelled: Labelled) -> Labelled:
+        """The jobs without those that diverged, if the study leaves such out."""
+        if self.study.diverged == "fail" or self.store is None:
+            return labelled
+        diverged = self.store.diverged([job.config for _, job in labelled])
+        return [(labels, job) for labels, job in labelled if job.config.seed not in diverged.get(job.config.key, ())]
 
     def _surveyed(self, labelled: Labelled) -> tuple[list[Survey], list[Run] | None]:
         """What is there of the runs and what is to be trained, and the runs; None if some are still to be trained."""
@@ -197,9 +208,9 @@ class Session:
         )
 
     def _left_out(self, labelled: Labelled) -> dict[str, list[int]]:
-        """Seeds that are not asked for and of which a run diverged, by network: without them a study tells of survivors."""
-        configs = [job.config for _, job in labelled]
-        names, asked, found = names_of(configs), {config.key for config in configs}, {}
+        """Seeds of which a run diverged that is not among these, by network: without them a study tells of survivors."""
+        configs = list({job.config.key: job.config for _, job in (*self.jobs, *labelled)}.values()) if labelled else []
+        names, asked, found = names_of(configs), {job.config.key for _, job in labelled}, {}
         diverged = self.store.diverged(configs) if self.store else {}
         for config in configs:
             seeds = diverged.get(config.key, ())

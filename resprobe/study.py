@@ -56,7 +56,7 @@ class Results:
     `table`: one row a run: the labels, seed, the run's metrics (errors in percent), its folder. `histories`: one row a
     log point of a run, with the same labels. `runs` are in the order of `table`. `measurements`: what the study's
     `measure` gave, if it has one. `probed`: for each probe that the user asked for, by its name, one table of all runs, with
-    the runs' labels. `left_out`: seeds that were not asked for, and of which a run diverged, by network. `device` and
+    the runs' labels. `left_out`: seeds of which a run diverged and is not among these, by network. `device` and
     `precision` are those to measure with.
     """
 
@@ -113,6 +113,8 @@ class Study:
     - `paper_data`: what the paper's experiment ran on, from which departures are told.
     - `departs`: departures that are neither in the data nor in the recipe.
     - `leaves_open`: what a claim lacks with these options.
+    - `diverged`: "fail" for no report where a training diverges; "leave out" for one of the others, where to diverge is a result,
+      as of a learning rate. `Results.left_out` then has what did.
     """
 
     name: str
@@ -132,6 +134,7 @@ class Study:
     leaves_open: Callable[[Options], Sequence[str]] | None = None
     departs: Callable[[Options], Sequence[str]] | None = None
     ahead: Callable[[Results], Outlook] | None = None
+    diverged: Literal["fail", "leave out"] = "fail"
 
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""

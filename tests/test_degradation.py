@@ -731,7 +731,7 @@ def test_any_probe_watches_any_study(tmp_path, monkeypatch, capsys, clean_regist
     pandas.testing.assert_series_equal(after["train_loss"], before["train_loss"])
     assert "probe-seen.csv" in Path("results/degradation/report.md").read_text()
     record = json.loads(Path("results/degradation/verdict.json").read_text())
-    assert record["tables"] == ["results", "probe-seen"]
+    assert record["tables"] == ["table", "results", "probe-seen"]
     assert record["setting"] == "custom"  # for the depths, not for the probe
 
     assert study.main(arguments) == 0

@@ -119,3 +119,24 @@ def test_a_mistake_in_ones_own_part_is_one_line_with_its_place(tmp_path):
     message = refused(tmp_path, judge=judge)
     assert message.startswith("judge of study 'rates' fails: KeyError: 'lr' (test_planning.py, line ")
     assert run(tmp_path)["claims"][0]["verdict"] == "holds", "what was trained is there"
+
+
+def test_where_to_diverge_is_a_result_the_others_are_reported(tmp_path, capsys):
+    def rates(options: rp.Options) -> list[rp.Planned]:
+        return [
+            dataclasses.replace(one, labels={"rate": rate}, recipe=at(rate))
+            for rate, one in zip((0.1, 1e30), plan(options), strict=False)
+        ]
+
+    def at(rate: float):
+        return lambda usual: dataclasses.replace(usual, learning_rate=rate, window=1, iterations=4, milestones=())
+
+    with pytest.raises(rp.errors.SweepFailed, match="1 of 2 runs failed: .* is not finite"):
+        run(tmp_path, plan=rates)
+    capsys.readouterr()
+    record = run(tmp_path, plan=rates, diverged="leave out")
+    assert record["config"]["left_out"] == {"cifar/resnet-8, learning_rate 1e+30": [0]}
+    assert pandas.read_csv(tmp_path / "out/table.csv")["rate"].tolist() == [0.1]
+    assert "1 run: 1 finished already" in capsys.readouterr().out, "it is not tried again"
+    again = run(tmp_path / "fresh", plan=rates, diverged="leave out")
+    assert again["config"]["left_out"] == record["config"]["left_out"]
