@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
@@ -243,6 +244,25 @@ class RunStore:
             same = [each for each in diverged if all(each.get(name) == value for name, value in wanted.items())]
             seeds[config.key] = sorted(each["seed"] for each in same)
         return seeds
+
+    def edited(self, configs: Sequence[RunConfig]) -> dict[str, int]:
+        """How many of these runs are finished but for another source of yours, by what was edited since ("block mine")."""
+        counts: Counter[str] = Counter()
+        for config in configs:
+            wanted = json.loads(json.dumps(config.identity()))
+            ours = wanted.pop("sources")
+            name = self.folder(config).name.removesuffix(config.key)
+            for file in self.root.glob(f"{name}*/{RESULT}") if ours else ():
+                there = read_json(file.with_name(CONFIG))
+                theirs = there.get("sources")
+                if (
+                    isinstance(theirs, dict)
+                    and theirs.keys() == ours.keys()
+                    and all(there.get(part) == value for part, value in wanted.items())
+                ):
+                    counts.update(what for what, digest in ours.items() if theirs[what] != digest)
+                    break
+        return dict(counts)
 
     @contextlib.contextmanager
     def lock(self, config: RunIdentity, tell: Callable[[str], None]) -> Iterator[None]:

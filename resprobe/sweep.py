@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +98,7 @@ class Survey:
 
     `missing` is in the order of training, `seconds` in that of `missing`, each as if it had its device for itself.
     `reason` says why they are not known. `one_card`: all workers train on one. `unwatched`: how many are missing for the
-    table of a probe alone.
+    table of a probe alone. `edited`: how many were trained with another source, by what was edited since ("block mine").
     """
 
     total: int
@@ -111,6 +111,7 @@ class Survey:
     reason: str = ""
     one_card: bool = False
     unwatched: int = 0
+    edited: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def found(self) -> int:
@@ -132,6 +133,7 @@ class Survey:
     def __str__(self) -> str:
         of_them = [f"{self.begun} of them begun"] if self.begun else []
         of_them += [f"{self.unwatched} of them anew, for a probe's table"] if self.unwatched else []
+        of_them += [f"{count} of them anew, as {what} was edited" for what, count in self.edited.items()]
         aside = f" ({', '.join(of_them)})" if of_them else ""
         todo = f"{len(self.missing)} to train{aside}" if self.missing else "nothing to train"
         lines = [f"{self.total} run{'s' if self.total != 1 else ''}: {self.found} finished already, {todo}"]
@@ -211,9 +213,20 @@ def survey(
         with suppress(RuntimeError):  # of a card that a step has left unable
             torch.cuda.empty_cache()  # what was timed here must not take memory from processes that train
     begun = sum(count > 0 for count in done)
-    unwatched = sum(store.find(job.config) is not None for job in ordered if job.probes)
-    one_card = cluster is None and device.type != "cpu"
-    ahead = Survey(len(asked), ordered, begun, workers, threads, name, seconds, reason, one_card, unwatched)
+    unfinished = [job.config for job in ordered if store.find(job.config) is None]
+    ahead = Survey(
+        len(asked),
+        ordered,
+        begun,
+        workers,
+        threads,
+        name,
+        seconds,
+        reason,
+        one_card=cluster is None and device.type != "cpu",
+        unwatched=len(ordered) - len(unfinished),
+        edited=store.edited(unfinished),
+    )
     automatic = cluster is None and concurrency is None and workers > 1
     if automatic and ahead.duration is not None and sum(seconds) - ahead.duration < _STARTING:
         return replace(ahead, workers=1)

@@ -19,7 +19,7 @@ import resprobe
 import studies
 from resprobe.commands import Parser, answer, called_as
 from resprobe.errors import UsageError, not_accepted
-from studies.scorecard import find_studies, gather, in_words
+from studies.scorecard import Row, find_studies, gather, in_words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,16 +62,26 @@ def _list(arguments: Sequence[str]) -> int:
         print(called_as(study.name))
         for row in rows:
             if row.study == study.name:
-                verdict = f"{row.verdict} ({row.setting})" if row.setting else row.verdict
-                start = f"    {row.claim.id:<4} {verdict:<22} "
-                text = f"{row.claim.statement} ({row.claim.section})"
-                print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start)))
+                _print_row(row, width)
+    listed = {study.name for study in found} | {""}
+    for name in dict.fromkeys(row.study for row in rows if row.study not in listed):
+        print(f"{name}, a study from elsewhere whose report is in {results}")
+        for row in rows:
+            if row.study == name:
+                _print_row(row, width)
     without = [row.claim.id for row in rows if not row.study]
     print(f"\n{in_words(rows)} (no study tests {', '.join(without)})" if without else f"\n{in_words(rows)}")
     print(f"{called_as('scorecard')} puts them on one page; with --run quick it runs every study first")
     for name, why in broken.items():
         print(f"error: studies.{name} {why}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _print_row(row: Row, width: int) -> None:
+    verdict = f"{row.verdict} ({row.setting})" if row.setting else row.verdict
+    start = f"    {row.claim.id:<4} {verdict:<22} "
+    text = f"{row.claim.statement} ({row.claim.section})"
+    print(textwrap.fill(text, width, initial_indent=start, subsequent_indent=" " * len(start)))
 
 
 if __name__ == "__main__":

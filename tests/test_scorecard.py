@@ -357,7 +357,7 @@ def test_studies_that_fail_do_not_stop_the_others(tmp_path):
     assert "1 of 4 studies done in " in done.stdout
     assert done.stderr.splitlines()[-4:] == [
         "error: studies.half does not import: SyntaxError: invalid syntax (half.py, line 1)",
-        "error: studies.bug failed: KeyError: 'depth' (bug.py, line 7)",
+        "error: studies.bug failed: judge of study 'bug' fails: KeyError: 'depth' (bug.py, line 7)",
         "error: studies.mistake failed: depth (=7) must be even",
         "error: studies.killed failed: its process was ended from outside (code 9); out of memory?",
     ]

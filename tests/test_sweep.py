@@ -645,3 +645,27 @@ def test_workers_end_with_their_parent(how, tmp_path):
     finally:
         parent.kill()
         parent.wait()
+
+
+def test_it_is_said_that_a_plugin_was_edited(tmp_path, clean_registries, monkeypatch):
+    """Else nobody knows why what was trained is trained again."""
+    monkeypatch.chdir(tmp_path)
+    file, store = tmp_path / "mine.py", rp.RunStore(tmp_path / "runs")
+    recipe = rp.default_recipe(rp.load_data("digits"), 2)
+
+    def ahead(text: str, **options: str) -> str:
+        file.write_text(text)
+        rp.load_plugin(str(file))
+        jobs = [Job(configure("cifar/resnet-8", "digits", recipe, seed=seed, width=2, block="mine")) for seed in (0, 1)]
+        said = str(sweep.survey(jobs, store, device=CPU))
+        run_all(jobs, store, device=CPU, concurrency=1)
+        return said.splitlines()[0]
+
+    text = "import resprobe as rp\n\n@rp.register_block('mine')\nclass Mine(rp.blocks.BasicBlock):\n    pass\n"
+    assert ahead(text) == "2 runs: 0 finished already, 2 to train"
+    assert ahead(text) == "2 runs: 2 finished already, nothing to train"
+    assert (
+        ahead(f"{text}# edited\n")
+        == "2 runs: 0 finished already, 2 to train (2 of them anew, as block mine was edited)"
+    )
+    assert ahead(text) == "2 runs: 2 finished already, nothing to train"
