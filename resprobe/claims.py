@@ -37,7 +37,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the measurements say of a claim: `measured` the figures, `evidence` the test that decided."""
+    """What the measurements say of a claim: `measured` the figures, `evidence` the test that decided, in lines if it is long."""
 
     claim: Claim
     verdict: Word

@@ -167,7 +167,7 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
         statement = statement.replace("another", "each of several others")
     claim = dataclasses.replace(ERRS_LESS, statement=statement)
     verdict = rp.Verdict(
-        claim, rp.all_of(words.values()), f"test error at {deep} layers: {errors}", "; ".join(evidence)
+        claim, rp.all_of(words.values()), f"test error at {deep} layers: {errors}", "\n".join(evidence)
     )
     trained = [results.values("train_error", block=block, depth=deep) for block in _blocks(options)]
     return [rp.if_learned(verdict, *trained, opposite=any(found.reversed for found in lower.values()))]

@@ -361,7 +361,7 @@ def test_studies_that_fail_do_not_stop_the_others(tmp_path):
         "error: studies.mistake failed: depth (=7) must be even",
         "error: studies.killed failed: its process was ended from outside (code 9); out of memory?",
     ]
-    assert done.stderr.count("Traceback") == 1, "of the bug alone"
+    assert "Traceback" not in done.stderr
     record = json.loads((tmp_path / "results/scorecard/scorecard.json").read_text())
     verdicts = {each["id"]: each["verdict"] for each in record["claims"]}
     assert [verdicts[id] for id in ("C1", "C2", "C3", "C4")] == ["not tested"] * 3 + ["holds"]

@@ -51,7 +51,7 @@ def test_a_block_that_errs_less_where_it_is_deepest_holds():
     found = verdict(BETTER)
     assert found.verdict == "holds"
     assert found.measured == "test error at 56 layers: mine 6.00 ± 0.10 %, basic 7.00 ± 0.10 %"
-    first, training, cost, shallow = found.evidence.split("; ")
+    first, training, cost, shallow = found.evidence.splitlines()
     left_out = "(multiply-adds leave out of mine: aten::_fft_c2c) (multiply-adds leave out of basic: aten::relu)"
     assert first.startswith("test error, basic less mine: difference +1.00 points")
     assert training.startswith("training error, basic less mine: difference +1.00 points")
@@ -64,13 +64,13 @@ def test_turned_round_it_fails():
     errors = {key: turned[key] for key in BETTER}
     found = verdict(errors)
     assert found.verdict == "fails"
-    assert found.evidence.split("; ")[1] == "mine certainly errs more than basic"
+    assert found.evidence.splitlines()[1] == "mine certainly errs more than basic"
 
 
 def test_an_advantage_too_small_to_count_is_excluded_or_left_open():
     alike = verdict(BETTER | {("mine", 56): [7.0, 7.1, 6.9]})
     assert alike.verdict == "fails"
-    assert alike.evidence.split("; ")[1] == "that mine errs by 0.5 points less than basic is excluded"
+    assert alike.evidence.splitlines()[1] == "that mine errs by 0.5 points less than basic is excluded"
     assert verdict(BETTER | {("mine", 56): [5.0, 9.0, 6.5]}).verdict == "inconclusive"
     assert verdict({key: errors[:1] for key, errors in BETTER.items()}).verdict == "inconclusive"
 
@@ -82,7 +82,7 @@ def test_where_the_other_hardly_errs_there_is_nothing_to_gain():
     found = verdict(hardly | {("mine", 20): [1.1, 1.2, 1.3], ("basic", 20): [1.1, 1.2, 1.3]})
     assert found.verdict == "not tested" and found.evidence.startswith("test error, basic less mine")
     assert (
-        found.evidence.split("; ")[1]
+        found.evidence.splitlines()[1]
         == "the error to improve on is 0.06 points: a gain of 0.5 is impossible, and its absence refutes nothing"
     )
 
@@ -105,7 +105,7 @@ def test_beside_several_blocks_it_must_err_less_than_each():
         "mine 6.00 ± 0.10 %, basic 7.00 ± 0.10 % (holds), other 6.20 ± 0.60 % (inconclusive)"
     )
     assert found.verdict == "inconclusive"
-    told = found.evidence.split("; ")
+    told = found.evidence.splitlines()
     for other in "basic", "other":
         assert [line.split(":")[0] for line in told if other in line] == [
             f"test error, {other} less mine",
