@@ -77,7 +77,8 @@ def evaluate(
     shorter side at 224, 256, 384, 480 and 640 pixels, scores averaged over scales (§3.4; image files only). Files are
     cropped to `data.cropped(size)`; for crops other than 224 pixels the scales are in proportion.
     A sequence of networks is an ensemble: their scores are averaged. Networks are left where they were, in their modes.
-    `batch_size`: images at a time; None is 250, of small images on CUDA 2,000.
+    `batch_size`: images at a time; None is 250, of small images on CUDA 2,000. `precision` is float32 whatever a network was
+    trained in, so that a run's own `test_error`, tested in bfloat16 where it was trained so, may be a few images off.
 
     Inputs are normalized by `normalization`, else as the network was trained (`network.normalization`), else by the
     per-pixel mean of the training part of `data`, with a warning if the network is not one that `rp.build` made.
