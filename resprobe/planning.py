@@ -21,7 +21,7 @@ from resprobe.options import Options, as_argument, offered
 from resprobe.probes import PROBES, check_watches, make_probe
 from resprobe.recipes import Recipe, parse_changes
 from resprobe.registry import OF_YOURS
-from resprobe.runs import RunConfig, check_seed, configure, default_recipe
+from resprobe.runs import check_seed, configure, default_recipe
 from resprobe.shortcuts import SHORTCUTS
 from resprobe.sweep import Job
 from resprobe.weights import check_weights_there
@@ -96,9 +96,10 @@ def jobs_of(
     """One job for each planned network and seed, behind the labels of its row.
 
     Raises `UsageError` for `changes` of the recipe that the study would not heed, but not `later`, when something is trained
-    already; and where one network is asked for twice.
+    already; and where one network is asked for twice, or one run has two labels.
     """
     jobs: list[tuple[Labels, Job]] = []
+    known: dict[str, Labels] = {}
     for one in planned:
         _check_planned(one)
         built = one.network if isinstance(one.network, nn.Module) else None
@@ -111,19 +112,26 @@ def jobs_of(
             labels = dict(one.labels) | {"seed": seed}
             if any(labels == other for other, _ in jobs):  # it would count as one more seed
                 raise UsageError(f"the network of {_told(one.labels)} is asked for twice; name it once")
-            for other, job in jobs:
-                if job.config.key == config.key:
-                    raise UsageError(
-                        f"{_told(labels)} and {_told(other)} are one and the same run, which says nothing of a difference"
-                    )
+            other = known.setdefault(config.key, labels)
+            if other is not labels and not later:
+                raise UsageError(
+                    f"{_told(labels)} and {_told(other)} are one and the same run, which says nothing of a difference"
+                )
             jobs.append((labels, Job(config, probes, built, options.recompute, options.step)))
     if jobs and not later:
         _check_changes([job.config.recipe for _, job in jobs], changes)
     return jobs
 
 
-_COLUMNS = {"seed", "network", "run", *RunConfig.metrics}
-"""Columns of the table of runs that are no labels."""
+_COLUMNS = frozenset(
+    (
+        *("seed", "network", "run", "parameters", "train_images", "test_images", "validation_images"),
+        *("train_error", "train_loss", "train_error_single_view", "validation_error"),
+        *("test_error", "test_loss", "test_error_running"),
+        *("iteration", "iterations", "epoch", "learning_rate", "seconds", "images_per_second"),
+    )
+)
+"""Columns that results and histories have in any case."""
 
 
 def _check_planned(one: Planned) -> None:

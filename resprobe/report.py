@@ -102,10 +102,10 @@ def write_report(
 def _tables(results: Results) -> dict[str, pandas.DataFrame]:
     """What is told of every run and measurement, beside the report's own table."""
     # Where nothing was trained, what was measured is the result.
-    tables = {"results": results.table if len(results.table) else results.measurements}
-    tables |= {"measurements": results.measurements}
-    tables |= {f"probe-{name}": content for name, content in results.probed.items()}
-    return {name: content for name, content in tables.items() if content is not None and len(content)}
+    measured = {"results": results.table if len(results.table) else results.measurements}
+    measured["measurements"] = results.measurements
+    tables = {name: content for name, content in measured.items() if content is not None and len(content)}
+    return tables | {f"probe-{name}": content for name, content in results.probed.items()}
 
 
 def _judged(verdict: Verdict) -> dict[str, Any]:

@@ -236,7 +236,9 @@ class RunStore:
 
     def diverged(self, configs: Sequence[RunConfig]) -> dict[str, list[int]]:
         """A run's key → the seeds with which the same run has diverged, for each of `configs`."""
-        diverged = [read_json(file.with_name(CONFIG)) for file in self.root.glob(f"*/{DIVERGED}")]
+        files = self.root.glob(f"*/{DIVERGED}")
+        # A finished run that was trained anew, for a probe's table, is finished all the same.
+        diverged = [read_json(file.with_name(CONFIG)) for file in files if not file.with_name(RESULT).exists()]
         seeds = {}
         for config in configs if diverged else ():
             wanted = json.loads(json.dumps(config.identity()))

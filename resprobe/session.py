@@ -121,7 +121,8 @@ class Session:
         jobs = self._not_diverged(self.jobs)
         ahead, runs = self._surveyed(jobs)
         results = self._results([], []) if runs is None else self._results(jobs, runs)
-        if runs is not None and (second := self._not_diverged(self._second(results))):
+        if runs is not None and (second := self._second(results)):
+            second = self._not_diverged(second)
             after, others = self._surveyed(second)
             ahead = [*ahead, *after]
             results = self._results([], []) if others is None else self._results([*jobs, *second], [*runs, *others])
@@ -131,11 +132,11 @@ class Session:
         """All results, and the environment that made them; None in a process that only helped to train."""
         study = self.study
         labelled, runs = self._trained(self.jobs)
-        results = self._results(labelled, runs)
+        results = self._results(labelled, runs, asked=self.jobs)
         if second := self._second(results):
             further, others = self._trained(second)
             labelled, runs = [*labelled, *further], [*runs, *others]
-            results = self._results(labelled, runs)
+            results = self._results(labelled, runs, asked=[*self.jobs, *second])
         made_with, first = self._made_with(runs), team().first
         leave()
         if not first:  # what is left to do is to measure and to write
@@ -156,17 +157,25 @@ class Session:
         try:
             return labelled, sweep.run_all(jobs, self.store, plugins=plugins, **where)
         except SweepFailed as error:
-            left = self._not_diverged(labelled)
-            if left and error.keys.isdisjoint(job.config.key for _, job in left):
-                return self._trained(left)
+            if self.study.diverged == "leave out" and error.keys <= self._diverged(labelled) < set(_keys(labelled)):
+                return self._trained(labelled)
             raise SweepFailed(f"{error}{left_without(error.keys, self.options, labelled)}", error.keys) from error
 
     def _not_diverged(self, labelled: Labelled) -> Labelled:
-        """The jobs without those that diverged, if the study leaves such out."""
-        if self.study.diverged == "fail" or self.store is None:
-            return labelled
-        diverged = self.store.diverged([job.config for _, job in labelled])
-        return [(labels, job) for labels, job in labelled if job.config.seed not in diverged.get(job.config.key, ())]
+        """The jobs without those that diverged, if the study leaves such out. Raises `SweepFailed` where it would all."""
+        diverged = self._diverged(labelled) if self.study.diverged == "leave out" else set()
+        if diverged and diverged == set(_keys(labelled)):
+            raise SweepFailed(
+                "all of these trainings have diverged, and would again, but not by another --recipe", diverged
+            )
+        return [(labels, job) for labels, job in labelled if job.config.key not in diverged]
+
+    def _diverged(self, labelled: Labelled) -> set[str]:
+        """The keys of the jobs whose training has diverged."""
+        configs = [job.config for _, job in labelled]
+        # Asked by the first: on another machine the folders need not be there.
+        seeds = team().broadcast(lambda: self.store.diverged(configs) if self.store else {})
+        return {config.key for config in configs if config.seed in seeds.get(config.key, ())}
 
     def _surveyed(self, labelled: Labelled) -> tuple[list[Survey], list[Run] | None]:
         """What is there of the runs and what is to be trained, and the runs; None if some are still to be trained."""
@@ -185,8 +194,8 @@ class Session:
         planned = self.study.part("then", results)
         return jobs_of(planned, self.options, self.data, self.precision, self.changes, later=True)
 
-    def _results(self, labelled: Labelled, runs: Sequence[Run]) -> Results:
-        """The runs in tables."""
+    def _results(self, labelled: Labelled, runs: Sequence[Run], *, asked: Labelled = ()) -> Results:
+        """The runs in tables. `asked`: the jobs of those that diverged too."""
         rows, histories = [], [pandas.DataFrame()]
         probes = dict.fromkeys(make_probe(name).name for name in self.options.probe)
         probed: dict[str, list[pandas.DataFrame]] = {name: [] for name in probes}
@@ -202,21 +211,21 @@ class Session:
             pandas.concat(histories, ignore_index=True),
             tuple(runs),
             probed={name: pandas.concat(tables, ignore_index=True) for name, tables in probed.items() if tables},
-            left_out=self._left_out(labelled),
+            left_out=self._left_out(labelled, asked),
             device=str(self.here),
             precision=self.precision,
         )
 
-    def _left_out(self, labelled: Labelled) -> dict[str, list[int]]:
+    def _left_out(self, labelled: Labelled, asked: Labelled) -> dict[str, list[int]]:
         """Seeds of which a run diverged that is not among these, by network: without them a study tells of survivors."""
-        configs = list({job.config.key: job.config for _, job in (*self.jobs, *labelled)}.values()) if labelled else []
-        names, asked, found = names_of(configs), {job.config.key for _, job in labelled}, {}
+        configs = [job.config for _, job in asked or labelled]
+        names, there, left_out = names_of(configs), set(_keys(labelled)), {}
         diverged = self.store.diverged(configs) if self.store else {}
         for config in configs:
             seeds = diverged.get(config.key, ())
-            if left := [seed for seed in seeds if dataclasses.replace(config, seed=seed).key not in asked]:
-                found[names[config.key]] = left
-        return found
+            if left := [seed for seed in seeds if dataclasses.replace(config, seed=seed).key not in there]:
+                left_out[names[config.key]] = left
+        return left_out
 
     def _made_with(self, runs: Sequence[Run]) -> dict[str, Any]:
         """The machine, versions and commit of this process, or of those that trained the runs: on another day, perhaps, and on
@@ -226,6 +235,10 @@ class Session:
             parts = [run.environment or ours for run in runs] + ([ours] if self.study.measure else [])
             ours = pooled(parts) | {"date": ours["date"]}
         return ours | {"precision": self.precision}
+
+
+def _keys(labelled: Labelled) -> list[str]:
+    return [job.config.key for _, job in labelled]
 
 
 def _with_labels(table: pandas.DataFrame, labels: Mapping[str, Any]) -> pandas.DataFrame:

@@ -11,12 +11,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from resprobe.claims import Claim, Verdict, from_paper
-from resprobe.commands import answer, called_as
+from resprobe.commands import EXPECTED, answer, called_as
 from resprobe.errors import UsageError, not_accepted, one_line, place, short
 from resprobe.options import Options, arguments_of, as_argument, of_their_kinds, parse_options, preset_in
 
@@ -196,8 +196,9 @@ class Study:
         """
         try:
             made = getattr(self, name)(*given)
+            made = list(made) if isinstance(made, Iterator) else made
         except Exception as error:
-            if isinstance(error, UsageError) or not place(error):
+            if isinstance(error, EXPECTED) or not place(error):
                 raise
             raise UsageError(f"{name} of study {self.name!r} fails: {one_line(error, named=True)}") from error
         wanted, fits = _PARTS[name]

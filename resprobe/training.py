@@ -239,9 +239,7 @@ class Training:
                     probe.after_backward(self.network, self.iteration)
             if unwatched is not None:
                 self._check_harmless(measuring, unwatched, Outcome.of(loss, self.network))
-                for probe in measuring:  # else a mistake in its table would be met after the training
-                    if type(probe).table is not Probe.table:
-                        table_of(probe)
+                self._try_tables(measuring)
             self._descend()
             return loss, wrong
         if self.capturing and self.captured is None:
@@ -278,6 +276,24 @@ class Training:
                 "nothing in place, and draw no random numbers"
             )
         self.harmless |= {probe.name for probe in probes}
+
+    def _try_tables(self, probes: Sequence[Probe]) -> None:
+        """Warns of a table that cannot be made of a first measurement: after the training it would be late. A copy is asked,
+        since to make a table may empty the probe."""
+        for probe in probes:
+            if getattr(probe.table, "__func__", None) is Probe.table:  # it has none
+                continue
+            try:
+                twin = copy.deepcopy(probe)
+            except Exception:  # of a stranger's probe
+                continue
+            try:
+                with keeping_random_state(self.network):
+                    table_of(twin)
+            except Exception as error:
+                warnings.warn(
+                    f"probe {probe.name}: table() fails after its first measurement: {one_line(error, named=True)}"
+                )
 
     def _update(self, *drawn: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self.batches.make(*drawn)

@@ -117,25 +117,19 @@ def load_network(weights: str | Path) -> Network:
     torchvision's ResNets and VGGs, or in the common CIFAR layout, names and shapes say it. Of resprobe's own layout they do
     not say whether there are shortcuts that hold no weights, so the file's name must: plain-56.pth, resnet-56.pth.
 
-    It is in evaluation mode, as that of a `Run`. Raises `UsageError` for what is neither, and for a file whose network is not
-    known.
+    It is in training mode, as a new one: passes of your own want `.eval()` first. `Run.network` is in evaluation mode. Raises
+    `UsageError` for what is neither, and for a file whose network is not known.
     """
     if not isinstance(weights, str | Path):
         raise UsageError(f"weights (={short(weights)}) must be a file or a run's folder; that of a Run is its .network")
     path = Path(weights)
-    network, state = _network_of(path)
-    return load_weights(network, state).eval()
-
-
-def _network_of(path: Path) -> tuple[Network, Path | dict[str, Tensor]]:
-    """The network that weights are of, still without them, and where they are."""
     if path.is_dir() or path.name == NETWORK:
         spec = _run_spec(path)
         if spec is None:
             raise UsageError(f"weights (={str(path)!r}) must be the folder of a finished run, with {CONFIG} in it")
-        return build(spec), path
+        return load_weights(build(spec), path)
     given = _unwrap(_read(path))
-    return build(_spec_of(given, path)), given
+    return load_weights(build(_spec_of(given, path)), given)
 
 
 def _spec_of(given: Mapping[str, Tensor], path: Path) -> NetworkSpec:

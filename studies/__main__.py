@@ -63,7 +63,7 @@ def _list(arguments: Sequence[str]) -> int:
         for row in rows:
             if row.study == study.name:
                 _print_row(row, width)
-    listed = {study.name for study in found} | {""}
+    listed = {study.name for study in found} | {"", *broken}
     for name in dict.fromkeys(row.study for row in rows if row.study not in listed):
         print(f"{name}, a study from elsewhere whose report is in {results}")
         for row in rows:

@@ -76,7 +76,7 @@ def test_one_run_behind_two_labels_is_refused(tmp_path):
     )
 
 
-@pytest.mark.parametrize("label", ["seed", "test_error", "network", "run"])
+@pytest.mark.parametrize("label", ["seed", "test_error", "network", "learning_rate"])
 def test_columns_of_every_study_are_no_labels(label, tmp_path):
     def own(options: rp.Options) -> list[rp.Planned]:
         return [rp.Planned({label: 1}, "cifar/resnet-8")]
@@ -140,3 +140,47 @@ def test_where_to_diverge_is_a_result_the_others_are_reported(tmp_path, capsys):
     assert "1 run: 1 finished already" in capsys.readouterr().out, "it is not tried again"
     again = run(tmp_path / "fresh", plan=rates, diverged="leave out")
     assert again["config"]["left_out"] == record["config"]["left_out"]
+
+
+def test_where_all_diverged_there_is_no_report(tmp_path):
+    def at(rate: float):
+        return lambda usual: dataclasses.replace(usual, learning_rate=rate, window=1, iterations=4, milestones=())
+
+    def rates(options: rp.Options) -> list[rp.Planned]:
+        return [dataclasses.replace(one, recipe=at(1e30)) for one in plan(options)[:1]]
+
+    for said in "1 of 1 runs failed: .* is not finite", "^all of these trainings have diverged, and would again":
+        with pytest.raises(rp.errors.SweepFailed, match=said):
+            run(tmp_path, plan=rates, diverged="leave out")
+    assert not (tmp_path / "out/verdict.json").exists()
+
+
+def test_what_diverged_in_a_second_round_is_told_too(tmp_path):
+    def then(results: rp.Results) -> list[rp.Planned]:
+        def at(rate: float):
+            return lambda usual: dataclasses.replace(usual, learning_rate=rate, window=1, iterations=4, milestones=())
+
+        return [rp.Planned({"rate": rate}, "cifar/plain-8", {"width": 2}, recipe=at(rate)) for rate in (0.1, 1e30)]
+
+    record = run(tmp_path, then=then, diverged="leave out")
+    assert record["config"]["left_out"] == {"cifar/plain-8, learning_rate 1e+30": [0]}
+    assert pandas.read_csv(tmp_path / "out/table.csv")["rate"].tolist() == [0.01, 0.1, 0.1]
+
+
+def test_no_label_takes_the_place_of_a_column(tmp_path):
+    from resprobe.planning import _COLUMNS
+
+    run(tmp_path)
+    columns = set(pandas.read_csv(tmp_path / "out/results.csv"))
+    history = set(pandas.read_csv(next(tmp_path.glob("runs/*/history.csv"))))
+    assert (columns - {"rate"}) | history <= _COLUMNS
+
+
+def test_an_expected_error_of_ones_own_part_stays_what_it_is(tmp_path):
+    def measure(results: rp.Results) -> pandas.DataFrame:
+        raise rp.errors.TrainingDiverged("the loss is not finite")
+
+    with pytest.raises(rp.errors.TrainingDiverged):
+        run(tmp_path, measure=measure)
+    yielded = run(tmp_path, judge=lambda results: (verdict for verdict in STUDY.judge(results)))
+    assert yielded["claims"][0]["verdict"] == "holds"

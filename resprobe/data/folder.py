@@ -141,9 +141,8 @@ def open_folder(path: str | None) -> Data:
         if not part.is_dir():
             raise UsageError(f"data folder (={str(root)!r}) has no {part.name}/; expected train/ and val/ (or test/)")
     classes = tuple(sorted(entry.name for entry in _class_folders(train)))
-    if len(classes) < 2:
-        there = f"has one class only, {classes[0]}" if classes else "has no class folders"
-        raise UsageError(f"data folder (={str(train)!r}) {there}; expected a folder a class")
+    if not classes:
+        raise UsageError(f"data folder (={str(train)!r}) has no class folders; expected a folder a class")
     unknown = sorted({entry.name for entry in _class_folders(test)} - set(classes))
     if unknown:
         raise UsageError(f"{test} has classes that {train} has not: {', '.join(unknown[:5])}")
