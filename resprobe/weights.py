@@ -127,7 +127,13 @@ def load_network(weights: str | Path) -> Network:
         spec = _run_spec(path)
         if spec is None:
             raise UsageError(f"weights (={str(path)!r}) must be the folder of a finished run, with {CONFIG} in it")
-        return load_weights(build(spec), path)
+        try:
+            network = build(spec)
+        except UsageError as error:
+            if (sources := _config_of(path).with_name("sources")).is_dir():
+                raise UsageError(f"{error}; what this run was trained with is kept in {sources}") from error
+            raise
+        return load_weights(network, path)
     given = _unwrap(_read(path))
     return load_weights(build(_spec_of(given, path)), given)
 

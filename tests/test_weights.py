@@ -451,6 +451,11 @@ class TestRuns:
                 rp.load_network(file)
         with pytest.warns(UserWarning, match=said):
             rp.load_weights(rp.build("cifar/resnet-8", block="acts", width=4, in_channels=1), run.path)
+        del rp.BLOCKS._things["acts"]
+        with pytest.raises(rp.UsageError) as error:
+            rp.load_network(run.path)
+        assert str(error.value).startswith("block (='acts') is unknown")
+        assert str(error.value).endswith(f"; what this run was trained with is kept in {run.path / 'sources'}")
 
     def test_a_run_itself_is_no_file(self, tmp_path):
         recipe = rp.recipes.digits_quick(iterations=1)
