@@ -134,11 +134,15 @@ def plan(options: Options) -> list[rp.Planned]:
 
 
 def _of_cifar(options: Options) -> Iterator[tuple[str, dict[str, str]]]:
-    """At every depth the plain network and the residual ones: names and options."""
+    """At every depth the plain network and the residual ones, and beside another block's those of basic blocks: names and
+    options."""
     for depth in options.depths:
         yield f"cifar/plain-{depth}", {"block": options.block}
         for shortcut in dict.fromkeys(("A", "B", "C", options.shortcut)):
             yield f"cifar/resnet-{depth}", {"block": options.block, "shortcut": shortcut}
+        if options.block != "basic" and (depth - 2) % rp.networks.depth_step("basic") == 0:
+            yield f"cifar/plain-{depth}", {"block": "basic"}
+            yield f"cifar/resnet-{depth}", {"block": "basic", "shortcut": "A"}
 
 
 def _table_1_option(depth: int) -> str:
@@ -193,7 +197,9 @@ def judge(results: rp.Results) -> list[rp.Verdict]:
 def _judge_identity(results: rp.Results) -> rp.Verdict:
     counts = results.measurements
     unequal, pairs = [], 0
-    for _, group in counts[counts["kind"] != "VGG"].groupby([counts["network"].str.split("/").str[0], "depth"]):
+    for _, group in counts[counts["kind"] != "VGG"].groupby(
+        [counts["network"].str.split("/").str[0], "depth", "block"]
+    ):
         plain = group[group["kind"] == "plain"].iloc[0]
         twin = group[group["shortcut"] == "A"].iloc[0]
         pairs += 1
