@@ -136,6 +136,10 @@ class Study:
     ahead: Callable[[Results], Outlook] | None = None
     diverged: Literal["fail", "leave out"] = "fail"
 
+    def __post_init__(self) -> None:
+        if self.diverged not in ("fail", "leave out"):
+            raise not_accepted("diverged", self.diverged, ("fail", "leave out"))
+
     def main(self, arguments: Sequence[str] | None = None) -> int:
         """Runs the study from a command line and returns its exit code: 0 done, 2 unusable arguments, 1 otherwise."""
         arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -173,8 +177,8 @@ class Study:
         results, environment = gathered
         verdicts = list(self.part("judge", results))
         answered = {verdict.claim.id for verdict in verdicts}
-        missing = [claim.id for claim in self.claims if claim.id not in answered]
-        assert not missing, f"study {self.name} gives no verdict on {', '.join(missing)}"
+        if missing := [claim.id for claim in self.claims if claim.id not in answered]:
+            raise UsageError(f"judge of study {self.name!r} gives no verdict on {', '.join(missing)}")
 
         from resprobe.report import write_report
 

@@ -184,3 +184,14 @@ def test_an_expected_error_of_ones_own_part_stays_what_it_is(tmp_path):
         run(tmp_path, measure=measure)
     yielded = run(tmp_path, judge=lambda results: (verdict for verdict in STUDY.judge(results)))
     assert yielded["claims"][0]["verdict"] == "holds"
+
+
+def test_every_claim_has_a_verdict(tmp_path):
+    assert refused(tmp_path, judge=lambda results: []) == "judge of study 'rates' gives no verdict on L1"
+
+
+def test_what_happens_to_the_diverged_is_said_in_known_words():
+    with pytest.raises(
+        rp.UsageError, match=r"^diverged \(='leave-out'\) is unknown; accepted: fail, leave out; nearest: leave out$"
+    ):
+        dataclasses.replace(STUDY, diverged="leave-out")
