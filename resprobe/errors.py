@@ -68,7 +68,7 @@ def one_line(error: BaseException, named: bool = False) -> str:
         text = text.splitlines()[0]
     text, kind = " ".join(text.split()), type(error).__name__
     named = named or isinstance(error, KeyError)
-    return (f"{kind}: {text}" if named and text else text or kind) + place(error)
+    return (f"{kind}: {text}" if named and text else text or kind) + place_of(error)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def blamed(what: str) -> Iterator[None]:
         raise UsageError(f"{what}: {one_line(error, named=True)}") from error
 
 
-def place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The line of a user's file that an error arose in, as Python writes it behind mistakes of syntax; else nothing."""
     if isinstance(error, UsageError | SyntaxError):
         return ""

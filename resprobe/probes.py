@@ -275,11 +275,16 @@ class Probe:
             self._handles.pop().remove()
 
 
+def has_table(probe: Probe) -> bool:
+    """Whether it defines `table`, as a class or in itself."""
+    return getattr(probe.table, "__func__", None) is not Probe.table
+
+
 def check_watches(probe: Probe) -> Probe:
     """The probe; raises `UsageError` for one that cannot watch a training."""
     if lacking := probe.lacks():
         raise UsageError(f"probe (={probe.name!r}) cannot watch a training without {lacking}")
-    if getattr(probe.table, "__func__", None) is Probe.table:
+    if not has_table(probe):
         raise UsageError(f"probe (={probe.name!r}) must define table(), which gives what it saw as a pandas.DataFrame")
     return probe
 

@@ -241,27 +241,20 @@ class RunStore:
         diverged = [read_json(file.with_name(CONFIG)) for file in files if not file.with_name(RESULT).exists()]
         seeds = {}
         for config in configs if diverged else ():
-            wanted = json.loads(json.dumps(config.identity()))
-            del wanted["seed"]
-            same = [each for each in diverged if all(each.get(name) == value for name, value in wanted.items())]
-            seeds[config.key] = sorted(each["seed"] for each in same)
+            seeds[config.key] = sorted(each["seed"] for each in filter(_same_but_for("seed", config), diverged))
         return seeds
 
     def edited(self, configs: Sequence[RunConfig]) -> dict[str, int]:
         """How many of these runs are finished but for another source of yours, by what was edited since ("block mine")."""
         counts: Counter[str] = Counter()
         for config in configs:
-            wanted = json.loads(json.dumps(config.identity()))
-            ours = wanted.pop("sources")
-            name = self.folder(config).name.removesuffix(config.key)
-            for file in self.root.glob(f"{name}*/{RESULT}") if ours else ():
+            if not (ours := config.identity()["sources"]):
+                continue
+            name, same = self.folder(config).name.removesuffix(config.key), _same_but_for("sources", config)
+            for file in self.root.glob(f"{name}*/{RESULT}"):
                 there = read_json(file.with_name(CONFIG))
                 theirs = there.get("sources")
-                if (
-                    isinstance(theirs, dict)
-                    and theirs.keys() == ours.keys()
-                    and all(there.get(part) == value for part, value in wanted.items())
-                ):
+                if same(there) and isinstance(theirs, dict) and theirs.keys() == ours.keys():
                     counts.update(what for what, digest in ours.items() if theirs[what] != digest)
                     break
         return dict(counts)
@@ -285,6 +278,13 @@ class RunStore:
             yield
         finally:
             lock.release()
+
+
+def _same_but_for(part: str, config: RunConfig) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether what a run's `CONFIG` says is this identity, whatever it says of `part`."""
+    wanted = json.loads(json.dumps(config.identity()))
+    del wanted[part]
+    return lambda there: all(there.get(name) == value for name, value in wanted.items())
 
 
 def configure(

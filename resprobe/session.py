@@ -118,25 +118,25 @@ class Session:
     def survey(self) -> list[Survey | Outlook]:
         """What is there and what is to be trained: a round each, and what the study's `measure` trains. What follows a round
         that is still to be trained is not known yet."""
-        jobs = self._not_diverged(self.jobs)
+        jobs, asked = self._not_diverged(self.jobs), self.jobs
         ahead, runs = self._surveyed(jobs)
-        results = self._results([], []) if runs is None else self._results(jobs, runs)
+        results = self._results([], []) if runs is None else self._results(jobs, runs, asked)
         if runs is not None and (second := self._second(results)):
-            second = self._not_diverged(second)
-            after, others = self._surveyed(second)
+            jobs, asked = [*jobs, *(further := self._not_diverged(second))], [*asked, *second]
+            after, others = self._surveyed(further)
             ahead = [*ahead, *after]
-            results = self._results([], []) if others is None else self._results([*jobs, *second], [*runs, *others])
+            results = self._results([], []) if others is None else self._results(jobs, [*runs, *others], asked)
         return [*ahead, self.study.ahead(results)] if self.study.ahead is not None else [*ahead]
 
     def gather(self) -> tuple[Results, dict[str, Any]] | None:
         """All results, and the environment that made them; None in a process that only helped to train."""
         study = self.study
         labelled, runs = self._trained(self.jobs)
-        results = self._results(labelled, runs, asked=self.jobs)
+        results = self._results(labelled, runs, self.jobs)
         if second := self._second(results):
             further, others = self._trained(second)
             labelled, runs = [*labelled, *further], [*runs, *others]
-            results = self._results(labelled, runs, asked=[*self.jobs, *second])
+            results = self._results(labelled, runs, [*self.jobs, *second])
         made_with, first = self._made_with(runs), team().first
         leave()
         if not first:  # what is left to do is to measure and to write
@@ -157,13 +157,13 @@ class Session:
         try:
             return labelled, sweep.run_all(jobs, self.store, plugins=plugins, **where)
         except SweepFailed as error:
-            if self.study.diverged == "leave out" and error.keys <= self._diverged(labelled) < set(_keys(labelled)):
+            if error.keys <= self._diverged(labelled) < set(_keys(labelled)):
                 return self._trained(labelled)
             raise SweepFailed(f"{error}{left_without(error.keys, self.options, labelled)}", error.keys) from error
 
     def _not_diverged(self, labelled: Labelled) -> Labelled:
-        """The jobs without those that diverged, if the study leaves such out. Raises `SweepFailed` where it would all."""
-        diverged = self._diverged(labelled) if self.study.diverged == "leave out" else set()
+        """The jobs without those that are left out. Raises `SweepFailed` where that would be all."""
+        diverged = self._diverged(labelled)
         if diverged and diverged == set(_keys(labelled)):
             raise SweepFailed(
                 "all of these trainings have diverged, and would again, but not by another --recipe", diverged
@@ -171,10 +171,12 @@ class Session:
         return [(labels, job) for labels, job in labelled if job.config.key not in diverged]
 
     def _diverged(self, labelled: Labelled) -> set[str]:
-        """The keys of the jobs whose training has diverged."""
-        configs = [job.config for _, job in labelled]
+        """The keys of the jobs whose training has diverged, if the study leaves such out."""
+        if self.study.diverged == "fail" or self.store is None:
+            return set()
+        configs, store = [job.config for _, job in labelled], self.store
         # Asked by the first: on another machine the folders need not be there.
-        seeds = team().broadcast(lambda: self.store.diverged(configs) if self.store else {})
+        seeds = team().broadcast(lambda: store.diverged(configs))
         return {config.key for config in configs if config.seed in seeds.get(config.key, ())}
 
     def _surveyed(self, labelled: Labelled) -> tuple[list[Survey], list[Run] | None]:
@@ -194,8 +196,8 @@ class Session:
         planned = self.study.part("then", results)
         return jobs_of(planned, self.options, self.data, self.precision, self.changes, later=True)
 
-    def _results(self, labelled: Labelled, runs: Sequence[Run], *, asked: Labelled = ()) -> Results:
-        """The runs in tables. `asked`: the jobs of those that diverged too."""
+    def _results(self, labelled: Labelled, runs: Sequence[Run], asked: Labelled = ()) -> Results:
+        """The runs in tables. `asked`: their jobs, and those of the runs that are left out."""
         rows, histories = [], [pandas.DataFrame()]
         probes = dict.fromkeys(make_probe(name).name for name in self.options.probe)
         probed: dict[str, list[pandas.DataFrame]] = {name: [] for name in probes}
@@ -218,7 +220,7 @@ class Session:
 
     def _left_out(self, labelled: Labelled, asked: Labelled) -> dict[str, list[int]]:
         """Seeds of which a run diverged that is not among these, by network: without them a study tells of survivors."""
-        configs = [job.config for _, job in asked or labelled]
+        configs = [job.config for _, job in asked]
         names, there, left_out = names_of(configs), set(_keys(labelled)), {}
         diverged = self.store.diverged(configs) if self.store else {}
         for config in configs:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from resprobe.claims import Claim, Verdict, from_paper
 from resprobe.commands import EXPECTED, answer, called_as
-from resprobe.errors import UsageError, not_accepted, one_line, place, short
+from resprobe.errors import UsageError, not_accepted, one_line, place_of, short
 from resprobe.options import Options, arguments_of, as_argument, of_their_kinds, parse_options, preset_in
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Study:
             made = getattr(self, name)(*given)
             made = list(made) if isinstance(made, Iterator) else made
         except Exception as error:
-            if isinstance(error, EXPECTED) or not place(error):
+            if isinstance(error, EXPECTED) or not place_of(error):
                 raise
             raise UsageError(f"{name} of study {self.name!r} fails: {one_line(error, named=True)}") from error
         wanted, fits = _PARTS[name]

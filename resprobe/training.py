@@ -29,7 +29,7 @@ from resprobe.errors import TrainingDiverged, UsageError, one_line
 from resprobe.evaluation import Evaluation, evaluate, precise_batch_norm
 from resprobe.layers import safe_subsampling
 from resprobe.networks import check_logits
-from resprobe.probes import Probe, attach, table_of
+from resprobe.probes import Probe, attach, has_table, table_of
 from resprobe.randomness import (
     drawing_from,
     keeping_random_state,
@@ -281,7 +281,7 @@ class Training:
         """Warns of a table that cannot be made of a first measurement: after the training it would be late. A copy is asked,
         since to make a table may empty the probe."""
         for probe in probes:
-            if getattr(probe.table, "__func__", None) is Probe.table:  # it has none
+            if not has_table(probe):
                 continue
             try:
                 twin = copy.deepcopy(probe)
